@@ -1,0 +1,422 @@
+"""Official Flax checkpoints ↔ ours.
+
+Every parameter goes through an explicit table of (official path, our name, layout); one that is missing,
+surplus or misshapen is an error that names it.
+
+Source: google-research/maskgit, nets/vqgan_tokenizer.py and nets/maskgit_transformer.py (Flax numbers the
+submodules of a class in the order in which they are first called).
+"""
+
+import math
+import mmap
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from maskgit import files, flaxio
+from maskgit.config import Config, ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
+from maskgit.errors import CheckpointError, MaskGITError
+from maskgit.tokenizer import Tokenizer
+from maskgit.transformer import Transformer
+
+if TYPE_CHECKING:
+    from maskgit.pipeline import MaskGIT
+
+Arrays = dict[str, np.ndarray]
+Module = TypeVar("Module", bound=nn.Module)
+
+# The largest official checkpoint has 692 MB.
+MAX_FILE_BYTES = 2**34
+
+
+class Layout(NamedTuple):
+    """How one kind of official array becomes a tensor and back."""
+
+    to_torch: Callable[[np.ndarray], np.ndarray]
+    to_flax: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+PLAIN = Layout(lambda a: a, lambda a, shape: a)
+VECTOR = Layout(lambda a: a.reshape(-1), lambda a, shape: a.reshape(shape))
+CONV = Layout(lambda a: a.transpose(3, 2, 0, 1), lambda a, shape: a.transpose(2, 3, 1, 0))
+# Dense kernels are (in, out); a head's are (in, heads, size) going in and (heads, size, out) coming out.
+DENSE = Layout(lambda a: a.T, lambda a, shape: a.T)
+HEADS_IN = Layout(lambda a: a.reshape(a.shape[0], -1).T, lambda a, shape: a.T.reshape(shape))
+HEADS_OUT = Layout(lambda a: a.reshape(-1, a.shape[-1]).T, lambda a, shape: a.T.reshape(shape))
+
+
+class Row(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        path: the official parameter, such as "params/encoder/Conv_0/kernel".
+        shape: its official shape.
+        name: our parameter.
+        layout: how one becomes the other.
+        part: for the fused query, key and value, which third of our parameter it is.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    name: str
+    layout: Layout
+    part: int | None = None
+
+
+_FLAX_NORM = {"GN": "GroupNorm", "LN": "LayerNorm", "BN": "BatchNorm"}
+
+
+def tokenizer_table(config: TokenizerConfig) -> list[Row]:
+    """Return a row for every parameter of an official tokenizer."""
+    table = [
+        Row("params/quantizer/codebook", (config.codebook_size, config.embedding_dim), "quantizer.codebook", PLAIN)
+    ]
+    for half in ("encoder", "decoder"):
+        table += _half_rows(half, config)
+    return table
+
+
+def _half_rows(half: str, config: TokenizerConfig) -> Iterator[Row]:
+    widths = [config.filters * m for m in config.channel_multipliers]
+    if half == "encoder":
+        first = (3, config.filters, 3, False)
+        levels = widths
+        strided = [(w, w, 4, True) for w in widths[:-1]] if config.conv_downsample else []
+        last = (widths[-1], config.embedding_dim, 1, True)
+        # As many blocks again stand after the levels, before them in the decoder.
+        block_widths = [w for w in [*levels, levels[-1]] for _ in range(config.num_res_blocks)]
+        channels = config.filters
+    else:
+        levels = widths[::-1]
+        first = (config.embedding_dim, levels[0], 3, True)
+        strided = [(w, w, 3, True) for w in levels[:-1]]
+        last = (levels[-1], 3, 3, True)
+        block_widths = [w for w in [levels[0], *levels] for _ in range(config.num_res_blocks)]
+        channels = levels[0]
+    resample = "downs" if half == "encoder" else "ups"
+    names = ["conv_in", *(f"{resample}.{i}" for i in range(len(strided))), "conv_out"]
+    for i, (name, conv) in enumerate(zip(names, [first, *strided, last], strict=True)):
+        yield from _conv_rows(f"{half}/Conv_{i}", f"{half}.{name}", *conv)
+    for i, width in enumerate(block_widths):
+        yield from _block_rows(f"{half}/ResBlock_{i}", f"{half}.blocks.{i}", channels, width, config.norm)
+        channels = width
+    yield from _norm_rows(f"{half}/{_FLAX_NORM[config.norm]}_0", f"{half}.norm_out", channels, config.norm)
+
+
+def _conv_rows(path: str, name: str, inputs: int, outputs: int, size: int, bias: bool) -> Iterator[Row]:
+    yield Row(f"params/{path}/kernel", (size, size, inputs, outputs), f"{name}.weight", CONV)
+    if bias:
+        yield Row(f"params/{path}/bias", (outputs,), f"{name}.bias", PLAIN)
+
+
+def _block_rows(path: str, name: str, inputs: int, width: int, norm: str) -> Iterator[Row]:
+    yield from _norm_rows(f"{path}/{_FLAX_NORM[norm]}_0", f"{name}.norm1", inputs, norm)
+    yield from _conv_rows(f"{path}/Conv_0", f"{name}.conv1", inputs, width, 3, False)
+    yield from _norm_rows(f"{path}/{_FLAX_NORM[norm]}_1", f"{name}.norm2", width, norm)
+    yield from _conv_rows(f"{path}/Conv_1", f"{name}.conv2", width, width, 3, False)
+    if inputs != width:
+        yield from _conv_rows(f"{path}/Conv_2", f"{name}.shortcut", width, width, 1, False)
+
+
+def _norm_rows(path: str, name: str, channels: int, norm: str) -> Iterator[Row]:
+    yield Row(f"params/{path}/scale", (channels,), f"{name}.weight", PLAIN)
+    yield Row(f"params/{path}/bias", (channels,), f"{name}.bias", PLAIN)
+    if norm == "BN":
+        yield Row(f"batch_stats/{path}/mean", (channels,), f"{name}.running_mean", PLAIN)
+        yield Row(f"batch_stats/{path}/var", (channels,), f"{name}.running_var", PLAIN)
+
+
+def transformer_table(config: TransformerConfig) -> list[Row]:
+    """Return a row for every parameter of an official transformer."""
+    size, vocab, mlp = config.hidden_size, config.vocab_size, config.intermediate_size
+    heads = (config.num_heads, size // config.num_heads)
+
+    def norm(path: str, name: str) -> list[Row]:
+        return [
+            Row(f"params/{path}/scale", (size,), f"{name}.weight", PLAIN),
+            Row(f"params/{path}/bias", (size,), f"{name}.bias", PLAIN),
+        ]
+
+    def dense(path: str, name: str, inputs: int, outputs: int) -> list[Row]:
+        return [
+            Row(f"params/{path}/kernel", (inputs, outputs), f"{name}.weight", DENSE),
+            Row(f"params/{path}/bias", (outputs,), f"{name}.bias", PLAIN),
+        ]
+
+    table = [
+        Row("params/Embed_0/word_embeddings/embedding", (vocab, size), "token_embedding.weight", PLAIN),
+        Row(
+            "params/Embed_0/position_embeddings/embedding",
+            (config.num_tokens + 1, size),
+            "position_embedding.weight",
+            PLAIN,
+        ),
+        *norm("Embed_0/embeddings_ln", "embedding_norm"),
+        *dense("MlmLayer_0/mlm_dense", "head.dense", size, size),
+        *norm("MlmLayer_0/mlm_ln", "head.norm"),
+        Row("params/MlmLayer_0/mlm_bias/bias", (vocab,), "head.bias", PLAIN),
+    ]
+    for i in range(config.num_layers):
+        path, name = f"TransformerLayer_{i}", f"layers.{i}"
+        attention = f"{path}/Attention_0/self_attention"
+        for part, kind in enumerate(("query", "key", "value")):
+            qkv = f"{name}.attention.qkv"
+            table.append(Row(f"params/{attention}/{kind}/kernel", (size, *heads), f"{qkv}.weight", HEADS_IN, part))
+            table.append(Row(f"params/{attention}/{kind}/bias", heads, f"{qkv}.bias", VECTOR, part))
+        table += [
+            Row(f"params/{attention}/out/kernel", (*heads, size), f"{name}.attention.out.weight", HEADS_OUT),
+            Row(f"params/{attention}/out/bias", (size,), f"{name}.attention.out.bias", PLAIN),
+            *norm(f"{path}/Attention_0/attention_output_ln", f"{name}.attention.norm"),
+            *dense(f"{path}/Mlp_0/intermediate_output", f"{name}.mlp.up", size, mlp),
+            *dense(f"{path}/Mlp_0/layer_output", f"{name}.mlp.down", mlp, size),
+            *norm(f"{path}/Mlp_0/layer_output_ln", f"{name}.mlp.norm"),
+        ]
+    return table
+
+
+def to_state_dict(arrays: Arrays, table: list[Row]) -> dict[str, Tensor]:
+    """Return our state dict for the arrays of an official checkpoint.
+
+    Args:
+        arrays: by official path.
+        table: `tokenizer_table` or `transformer_table` of the model's config.
+
+    Returns:
+        float32 tensors by our names.
+
+    Raises:
+        CheckpointError: parameters are missing, surplus, misshapen or not finite; up to five are named.
+    """
+    _check(arrays, table)
+    parts: dict[str, dict[int, Tensor]] = {}
+    for row in table:
+        array = row.layout.to_torch(np.asarray(arrays[row.path], np.float32))
+        parts.setdefault(row.name, {})[row.part or 0] = torch.from_numpy(np.array(array, order="C"))
+    return {name: torch.cat([p[i] for i in sorted(p)]) if len(p) > 1 else p[0] for name, p in parts.items()}
+
+
+def _check(arrays: Arrays, table: list[Row]) -> None:
+    expected = {row.path: row.shape for row in table}
+    problems = [f"{path} is missing" for path in expected if path not in arrays]
+    problems += [f"{path} is unknown" for path in arrays if path not in expected]
+    for path, shape in expected.items():
+        if path not in arrays:
+            continue
+        array = arrays[path]
+        if array.shape != shape:
+            problems.append(f"{path} has the shape {array.shape} instead of {shape}")
+        elif array.dtype.kind != "f":
+            problems.append(f"{path} is {array.dtype} instead of a float")
+        elif not np.isfinite(array).all():
+            problems.append(f"{path} holds NaN or infinity")
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"The checkpoint does not fit this network: {'; '.join(problems[:5])}{more}.")
+
+
+def from_state_dict(state: dict[str, Tensor], table: list[Row]) -> Arrays:
+    """Return the official arrays for one of our state dicts; the inverse of `to_state_dict`."""
+    num_parts = {row.name: row.part + 1 for row in table if row.part is not None}
+    arrays = {}
+    for row in table:
+        tensor = state[row.name].detach().cpu().float()
+        if row.part is not None:
+            tensor = tensor.chunk(num_parts[row.name])[row.part]
+        arrays[row.path] = np.ascontiguousarray(row.layout.to_flax(tensor.numpy(), row.shape))
+    return arrays
+
+
+def infer_tokenizer_config(
+    arrays: Arrays, *, activation: str = "swish", quantizer: str = "vq"
+) -> TokenizerConfig:
+    """Return the config that an official tokenizer's paths and shapes tell.
+
+    Args:
+        arrays: by official path.
+        activation, quantizer: what shapes cannot tell.
+
+    Raises:
+        CheckpointError: it is not a tokenizer.
+    """
+    if "params/Embed_0/word_embeddings/embedding" in arrays:
+        raise CheckpointError("This is a transformer's checkpoint, and a tokenizer's is needed.")
+    try:
+        filters = arrays["params/encoder/Conv_0/kernel"].shape[3]
+        codebook_size, embedding_dim = arrays["params/quantizer/codebook"].shape
+        levels = _count(arrays, r"params/decoder/Conv_(\d+)/") - 1
+        num_blocks = _count(arrays, r"params/encoder/ResBlock_(\d+)/")
+        num_res_blocks = num_blocks // (levels + 1)
+        widths = [
+            arrays[f"params/encoder/ResBlock_{level * num_res_blocks}/Conv_0/kernel"].shape[3]
+            for level in range(levels)
+        ]
+        norm = next(k for k, v in _FLAX_NORM.items() if f"params/encoder/{v}_0/scale" in arrays)
+    except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError) as error:
+        raise CheckpointError("This is not the checkpoint of an official MaskGIT tokenizer.") from error
+    return TokenizerConfig(
+        filters=filters,
+        num_res_blocks=num_res_blocks,
+        channel_multipliers=tuple(width // filters for width in widths),
+        embedding_dim=embedding_dim,
+        codebook_size=codebook_size,
+        conv_downsample=_count(arrays, r"params/encoder/Conv_(\d+)/") > 2,
+        activation=activation,
+        norm=norm,
+        quantizer=quantizer,
+    )
+
+
+def infer_transformer_config(arrays: Arrays, *, num_codes: int = 1024) -> TransformerConfig:
+    """Return the config that an official transformer's paths and shapes tell.
+
+    Args:
+        arrays: by official path.
+        num_codes: the tokenizer's codebook size, which shapes cannot tell from the classes.
+
+    Raises:
+        CheckpointError: it is not a transformer.
+    """
+    if "params/quantizer/codebook" in arrays:
+        raise CheckpointError("This is a tokenizer's checkpoint, and a transformer's is needed.")
+    try:
+        vocab_size, hidden_size = arrays["params/Embed_0/word_embeddings/embedding"].shape
+        positions, _ = arrays["params/Embed_0/position_embeddings/embedding"].shape
+        layer = "params/TransformerLayer_0"
+        _, num_heads, _ = arrays[f"{layer}/Attention_0/self_attention/query/kernel"].shape
+        _, intermediate_size = arrays[f"{layer}/Mlp_0/intermediate_output/kernel"].shape
+    except (KeyError, ValueError) as error:
+        raise CheckpointError("This is not the checkpoint of an official MaskGIT transformer.") from error
+    grid_size = math.isqrt(max(positions - 1, 0))
+    if grid_size**2 != positions - 1:
+        raise CheckpointError(f"The transformer has {positions} positions, which are not a square grid and one.")
+    if vocab_size <= num_codes + 1:
+        raise CheckpointError(f"The transformer's vocabulary of {vocab_size} has no room for {num_codes} codes.")
+    return TransformerConfig(
+        num_codes=num_codes,
+        num_classes=vocab_size - num_codes - 1,
+        grid_size=grid_size,
+        hidden_size=hidden_size,
+        num_layers=_count(arrays, r"params/TransformerLayer_(\d+)/"),
+        num_heads=num_heads,
+        intermediate_size=intermediate_size,
+    )
+
+
+def _count(arrays: Arrays, pattern: str) -> int:
+    return len({match[1] for path in arrays if (match := re.match(pattern, path))})
+
+
+def read_checkpoint(path: str | Path) -> Arrays:
+    """Return the arrays of an official checkpoint by path ("params/encoder/Conv_0/kernel").
+
+    Raises:
+        CheckpointError: the file cannot be read or is not a Flax checkpoint.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if not 0 < size <= MAX_FILE_BYTES:
+                raise CheckpointError(f"{path} has {size} bytes, which no MaskGIT checkpoint has.")
+            # Mapped, so that the file's bytes are not held a second time while its arrays are copied out.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+                tree = flaxio.decode(view)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    arrays = dict(flaxio.leaves(tree))
+    if not any(key.startswith("params/") for key in arrays):
+        raise CheckpointError(f"{path} holds no 'params', so it is not a Flax model checkpoint.")
+    return arrays
+
+
+def load_official(
+    tokenizer: str | Path,
+    transformer: str | Path,
+    activation: str = "swish",
+    quantizer: str = "vq",
+) -> "MaskGIT":
+    """Return the model of two official checkpoints.
+
+    Args:
+        tokenizer, transformer: paths of Flax msgpack files.
+        activation, quantizer: what shapes cannot tell; the defaults are those of the released checkpoints.
+
+    Returns:
+        A `MaskGIT` in float32 on the CPU; with 1000 classes it bears ImageNet's names.
+
+    Raises:
+        CheckpointError: a file is damaged, of the other stage, or does not fit.
+        ConfigError: the two do not belong together.
+    """
+    from maskgit.classes import imagenet_class_names
+    from maskgit.pipeline import MaskGIT
+
+    arrays = read_checkpoint(tokenizer)
+    with _blame(tokenizer):
+        tokenizer_config = infer_tokenizer_config(arrays, activation=activation, quantizer=quantizer)
+        first = _load(Tokenizer, tokenizer_config, to_state_dict(arrays, tokenizer_table(tokenizer_config)))
+    arrays = read_checkpoint(transformer)
+    with _blame(transformer):
+        transformer_config = infer_transformer_config(arrays, num_codes=tokenizer_config.codebook_size)
+        second = _load(Transformer, transformer_config, to_state_dict(arrays, transformer_table(transformer_config)))
+    config = ModelConfig(
+        tokenizer=tokenizer_config,
+        transformer=transformer_config,
+        image_size=transformer_config.grid_size * tokenizer_config.patch_size,
+        class_names=imagenet_class_names() if transformer_config.num_classes == 1000 else None,
+        # The paper's: 8 steps at 256×256 and 12 at 512×512.
+        sampler=SamplerConfig(steps=12 if transformer_config.grid_size > 16 else 8),
+    )
+    return MaskGIT(config, first, second)
+
+
+def save_official(model: "MaskGIT", directory: str | Path) -> tuple[Path, Path]:
+    """Write a model as two official checkpoints, for users of the JAX code.
+
+    Args:
+        model: any `MaskGIT`.
+        directory: made if needed; gets `tokenizer_checkpoint` and `maskgit_checkpoint`.
+
+    Returns:
+        The two paths, tokenizer first.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    directory = Path(directory)
+    stages = (
+        ("tokenizer_checkpoint", model.tokenizer, tokenizer_table(model.config.tokenizer)),
+        ("maskgit_checkpoint", model.transformer, transformer_table(model.config.transformer)),
+    )
+    for name, module, table in stages:
+        arrays = from_state_dict(module.state_dict(), table)
+        files.write_bytes(directory / name, flaxio.encode(flaxio.nest(dict(sorted(arrays.items())))))
+    return directory / stages[0][0], directory / stages[1][0]
+
+
+def _load(kind: Callable[..., Module], config: Config, state: dict[str, Tensor]) -> Module:
+    """Return the network with the given weights, without drawing random ones first."""
+    with torch.device("meta"):
+        module = kind(config)
+    for name, buffer in module.named_buffers():
+        if name.endswith("num_batches_tracked"):  # BatchNorm's, which Flax does not have
+            state[name] = torch.zeros_like(buffer, device="cpu")
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval()
+
+
+@contextmanager
+def _blame(path: str | Path) -> Iterator[None]:
+    """Put the file's name before the message of an error about its contents."""
+    try:
+        yield
+    except MaskGITError as error:
+        raise CheckpointError(f"{path}: {error}") from error
