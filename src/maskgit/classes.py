@@ -38,7 +38,9 @@ def find_class(query: str | int, names: Sequence[str] | None, num_classes: int) 
         raise ConfigError(f"There is no class {number}: this model's classes are 0 to {num_classes - 1}.")
     if names is None:
         raise ConfigError(f"This model has no class names; give a number from 0 to {num_classes - 1}.")
-    synonyms = [(name.strip().casefold(), i) for i, group in enumerate(names) for name in (group, *group.split(","))]
+    synonyms = [
+        (name.strip().casefold(), i) for i, group in enumerate(names) for name in (group, *group.split(","))
+    ]
     wanted = _normal(text)
     exact = {i for name, i in synonyms if _normal(name) == wanted}
     if len(exact) == 1:
@@ -51,7 +53,8 @@ def find_class(query: str | int, names: Sequence[str] | None, num_classes: int) 
     numbers = list(dict.fromkeys(i for n in near for name, i in synonyms if _normal(name) == n))[:5]
     hint = "; ".join(f"{i}: {names[i]}" for i in numbers)
     raise ConfigError(
-        f"Unknown class {text!r}." + (f" Did you mean {hint}?" if hint else " `maskgit info MODEL --classes` lists them.")
+        f"Unknown class {text!r}."
+        + (f" Did you mean {hint}?" if hint else " `maskgit info MODEL --classes` lists them.")
     )
 
 

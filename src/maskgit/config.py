@@ -40,7 +40,7 @@ def _check_type(name: str, value: Any, expected: Any) -> None:
         return
     if expected is float:
         expected = (int, float)
-    if expected is int and isinstance(value, bool) or not isinstance(value, expected):
+    if (expected is int and isinstance(value, bool)) or not isinstance(value, expected):
         kind = getattr(expected, "__name__", "number")
         raise ConfigError(f"{name} must be of type {kind}, but is {value!r}.")
 
@@ -199,7 +199,8 @@ class SamplerConfig(Config):
         choice_temperature: scales the Gumbel noise on confidence; falls to 0 over the steps.
         temperature: divides the logits before a token is sampled.
         mask_schedule: name of the curve that gives the share of tokens still masked (see `schedules`).
-        guidance_scale: classifier-free guidance s in (1 + s)·conditional − s·unconditional; 0 is none.
+        guidance_scale: classifier-free guidance s in u + s·(c − u), c the logits with the class and u without;
+            1 is none.
 
     Source: paper §3.2; official configs/maskgit_class_cond_config.py and libml/parallel_decode.py.
     """
@@ -208,7 +209,7 @@ class SamplerConfig(Config):
     choice_temperature: float = 4.5
     temperature: float = 1.0
     mask_schedule: str = "cosine"
-    guidance_scale: float = 0.0
+    guidance_scale: float = 1.0
 
     def validate(self) -> None:
         # Imported here because the schedules' table is the one list of their names.

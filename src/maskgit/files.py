@@ -52,5 +52,7 @@ def output_error(path: str | Path, error: OSError) -> OutputError:
     if isinstance(error, OutputError):
         return error
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{path} cannot be written: the disk is full. Free some space or choose another folder.")
+        return OutputError(
+            f"{path} cannot be written: the disk is full. Free some space or choose another folder."
+        )
     return OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another folder.")

@@ -25,7 +25,20 @@ MAX_CHUNK_BYTES = 2**30
 _CHUNKED = "__msgpack_chunked_array__"
 _DTYPES = {
     name: np.dtype(name)
-    for name in "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64".split()
+    for name in [
+        "bool",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "float16",
+        "float32",
+        "float64",
+    ]
 }
 # msgpack allocates an array's list before it reads the items, so a header that lies would cost memory: no
 # list or key of a checkpoint is longer than this.

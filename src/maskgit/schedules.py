@@ -58,7 +58,9 @@ def mask_schedule(name: str) -> MaskSchedule:
     power = _POWER.fullmatch(name)
     if power and float(power[1]) > 0:
         return _power(float(power[1]))
-    raise ConfigError(f"Unknown mask schedule {name!r}. Choose from: {', '.join(MASK_SCHEDULES)}, or powX, X > 0.")
+    raise ConfigError(
+        f"Unknown mask schedule {name!r}. Choose from: {', '.join(MASK_SCHEDULES)}, or powX, X > 0."
+    )
 
 
 def mask_ratio(name: str, progress: Tensor, num_unknown: Tensor | int) -> Tensor:

@@ -67,7 +67,9 @@ class Encoder(nn.Module):
                 channels = width
             if level < len(widths) - 1:
                 downs.append(
-                    nn.Conv2d(width, width, 4, stride=2, padding=1) if config.conv_downsample else nn.AvgPool2d(2)
+                    nn.Conv2d(width, width, 4, stride=2, padding=1)
+                    if config.conv_downsample
+                    else nn.AvgPool2d(2)
                 )
         blocks += [ResBlock(channels, channels, config) for _ in range(config.num_res_blocks)]
         self.blocks = nn.ModuleList(blocks)

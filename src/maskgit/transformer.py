@@ -86,7 +86,9 @@ class Transformer(nn.Module):
         self.head = Head(config)
         self.apply(_initialize)
 
-    def forward(self, sequence: Tensor, *, positions: Tensor | None = None, codes: int | None = None) -> Tensor:
+    def forward(
+        self, sequence: Tensor, *, positions: Tensor | None = None, codes: int | None = None
+    ) -> Tensor:
         """Return the logits of every token of the vocabulary at every position, or at some.
 
         Args:

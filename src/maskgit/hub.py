@@ -1,0 +1,352 @@
+"""Models on disk, in the registry, on the Hugging Face Hub, and in the cache.
+
+A model is a folder that diffusers users know:
+
+    model_index.json                     image size, classes, sampler settings
+    tokenizer/config.json, model.safetensors
+    transformer/config.json, model.safetensors
+
+Nothing is unpickled; shapes are compared with the config before any tensor is read.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from maskgit.config import Config, ModelConfig, TokenizerConfig
+from maskgit.download import cache_dir, fetch
+from maskgit.errors import (
+    CheckpointError,
+    ConfigError,
+    DownloadError,
+    MaskGITError,
+    OutputError,
+    unknown_name,
+)
+from maskgit.files import output_error
+from maskgit.pipeline import MaskGIT
+from maskgit.tokenizer import Tokenizer
+from maskgit.transformer import Transformer
+
+Module = TypeVar("Module", bound=nn.Module)
+
+FORMAT_VERSION = 1
+INDEX, WEIGHTS = "model_index.json", "model.safetensors"
+MAX_JSON_BYTES = 4 * 2**20
+
+
+class Official(NamedTuple):
+    """The URLs of a released pair of checkpoints."""
+
+    tokenizer: str
+    transformer: str
+
+
+_RELEASED = "https://storage.googleapis.com/maskgit-public/checkpoints"
+# A path is a folder inside the package.
+REGISTRY: dict[str, Official | Path] = {
+    "cifar10": Path(__file__).parent / "data" / "models" / "cifar10",
+    "imagenet256": Official(
+        f"{_RELEASED}/tokenizer_imagenet256_checkpoint", f"{_RELEASED}/maskgit_imagenet256_checkpoint"
+    ),
+    "imagenet512": Official(
+        f"{_RELEASED}/tokenizer_imagenet512_checkpoint", f"{_RELEASED}/maskgit_imagenet512_checkpoint"
+    ),
+}
+DEFAULT_MODEL = "cifar10"
+
+
+def from_pretrained(
+    name_or_path: str | Path = DEFAULT_MODEL,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> MaskGIT:
+    """Return a model by name or path.
+
+    Args:
+        name_or_path: a folder written by `save_model`; a name in `REGISTRY` (an official one is downloaded
+            and converted once, then kept in the cache); or a Hugging Face Hub id such as "user/model".
+        device: where the weights go.
+        dtype: the type that the networks compute in.
+
+    Raises:
+        CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
+    """
+    return load_model(locate(name_or_path), device=device, dtype=dtype)
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """Return the folder of a model, downloading and converting it if need be.
+
+    Raises:
+        CheckpointError, ConfigError, DownloadError: there is no such model, or it cannot be had.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    entry = REGISTRY.get(str(name_or_path))
+    if isinstance(entry, Path):
+        return entry
+    if isinstance(entry, Official):
+        return _converted(str(name_or_path), entry)
+    if path.exists():
+        raise CheckpointError(
+            f"{path} is a file, not a model folder. Convert official checkpoints with `maskgit convert` first."
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) and not str(name_or_path).startswith("."):
+        return _from_hugging_face(str(name_or_path))
+    error = unknown_name("model", str(name_or_path), REGISTRY)
+    raise ConfigError(f"{error} Or give a model folder, or a Hugging Face id such as user/model.")
+
+
+def _converted(name: str, urls: Official) -> Path:
+    from maskgit.convert import load_official
+
+    folder = cache_dir() / "models" / name
+    if not (folder / INDEX).is_file():
+        model = load_official(tokenizer=fetch(urls.tokenizer), transformer=fetch(urls.transformer))
+        save_model(model, folder)
+    return folder
+
+
+def _from_hugging_face(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except MaskGITError:
+        raise
+    # The hub's client raises its own, its HTTP library's and the system's errors; for the user all are one.
+    except Exception as error:
+        raise DownloadError(
+            f"There is no folder {repo_id!r}, and it could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__})."
+        ) from error
+
+
+def load_model(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> MaskGIT:
+    """Return the model in a folder.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or weights do not fit their config.
+    """
+    path = Path(path)
+    index = _read_json(path / INDEX)
+    version = index.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path / INDEX} has format_version {version}; this package reads {FORMAT_VERSION}."
+        )
+    index = {key: value for key, value in index.items() if not key.startswith("_")}
+    stages = {"tokenizer": _read_json(path / "tokenizer" / "config.json")}
+    stages["transformer"] = _read_json(path / "transformer" / "config.json")
+    for key in stages:
+        if index.pop(key, None) is None:
+            raise CheckpointError(f"{path / INDEX} lacks the entry {key!r}.")
+    try:
+        config = ModelConfig.from_dict(index | stages)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    first = _load_stage(Tokenizer, config.tokenizer, path / "tokenizer" / WEIGHTS, device, dtype)
+    second = _load_stage(Transformer, config.transformer, path / "transformer" / WEIGHTS, device, dtype)
+    return MaskGIT(config, first, second)
+
+
+def load_tokenizer(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Tokenizer:
+    """Return the tokenizer of a model folder, or of a folder that holds a tokenizer alone.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or weights do not fit their config.
+    """
+    path = Path(path)
+    folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    try:
+        config = TokenizerConfig.from_dict(_read_json(folder / "config.json"))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return _load_stage(Tokenizer, config, folder / WEIGHTS, device, dtype)
+
+
+def _load_stage(
+    kind: Callable[[Any], Module], config: Config, path: Path, device: str | torch.device, dtype: torch.dtype
+) -> Module:
+    with torch.device("meta"):
+        module = kind(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _compare(path, expected, found)
+            state = {name: file.get_tensor(name) for name in expected}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+    module.load_state_dict(
+        {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()},
+        strict=True,
+        assign=True,
+    )
+    return module.eval()
+
+
+def _compare(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} has the shape {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{path} does not fit its config: {'; '.join(sorted(problems)[:5])}{more}.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than any config.")
+        values = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}); is this a model folder?"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object.")
+    return values
+
+
+def save_model(model: MaskGIT, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write a model folder, whole or not at all; one that is there is replaced.
+
+    Args:
+        model: the model.
+        path: the folder, made if needed.
+        dtype: the type that floating-point weights are stored in; None keeps theirs.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: it cannot be written, or something that is not a model stands there.
+    """
+    config = model.config.to_dict()
+    stages = {key: config.pop(key) for key in ("tokenizer", "transformer")}
+    index = {
+        "_class_name": "MaskGIT",
+        "format_version": FORMAT_VERSION,
+        **config,
+        "tokenizer": ["maskgit", "Tokenizer"],
+        "transformer": ["maskgit", "Transformer"],
+    }
+
+    def write(folder: Path) -> None:
+        _write_json(folder / INDEX, index)
+        for name, module in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
+            _write_stage(folder / name, stages[name], module, dtype)
+
+    return _write_folder(Path(path), INDEX, write)
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write a folder that holds a tokenizer alone; see `save_model`."""
+
+    def write(folder: Path) -> None:
+        _write_stage(folder, tokenizer.config.to_dict(), tokenizer, dtype)
+
+    return _write_folder(Path(path), "config.json", write)
+
+
+def _write_stage(folder: Path, config: dict[str, Any], module: nn.Module, dtype: torch.dtype | None) -> None:
+    folder.mkdir(exist_ok=True)
+    _write_json(folder / "config.json", config)
+    state = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _write_folder(path: Path, marker: str, write: Callable[[Path], None]) -> Path:
+    """Fill a new folder and put it in the place of `path`, which may hold an older one with the `marker`."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; choose another folder.")
+    if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
+        raise OutputError(f"{path} holds something that is not a model; choose another folder.")
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        write(new)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    except (OSError, SafetensorError) as error:
+        reason = error if isinstance(error, OSError) else OSError(str(error))
+        raise output_error(path, reason) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def push_to_hub(
+    model: MaskGIT,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Upload a model to the Hugging Face Hub and return its URL.
+
+    Args:
+        model: the model.
+        repo_id: "user/name"; made if it does not exist.
+        private: whether a new one is private.
+        token: the user's; None takes the one that `hf auth login` stored.
+        commit_message: of the upload.
+
+    Raises:
+        DownloadError: the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder) / "model")
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=Path(folder) / "model",
+                commit_message=commit_message or "Upload MaskGIT model",
+            )
+        # The hub's client raises its own, its HTTP library's and the system's errors; for the user all are one.
+        except Exception as error:
+            raise DownloadError(
+                f"{repo_id} could not be uploaded ({type(error).__name__}: {error})."
+            ) from error
+    return commit.repo_url.url if hasattr(commit, "repo_url") else f"https://huggingface.co/{repo_id}"

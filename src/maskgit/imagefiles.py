@@ -1,0 +1,177 @@
+"""Opening picture files that nobody vouches for, and bringing every kind of pixel to RGB.
+
+`images` holds what others call; here is what Pillow needs around it.
+"""
+
+import io
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from maskgit.errors import ImageError, MaskGITError
+
+Source = str | os.PathLike[str] | bytes | BinaryIO
+
+# The readers are called directly. `Image.open` would ask every plugin that some package has registered, warn
+# of large pictures before their size can be refused, and take a phone's JPEG with a depth map for two frames.
+_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
+    (rb"\x89PNG\r\n\x1a\n", PngImageFile),
+    (rb"\xff\xd8\xff", JpegImageFile),
+    (rb"RIFF....WEBP", WebPImageFile),
+    (rb"GIF8[79]a", GifImageFile),
+    (rb"BM", BmpImageFile),
+    (rb"II[*+]\0|MM\0[*+]", TiffImageFile),
+    (rb"P[1-6]\s", PpmImageFile),
+)
+_FORMATS = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
+
+# What Pillow's readers raise on damaged files.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a picture is read into an `ImageError` that calls it by `name`."""
+    try:
+        yield
+    except MaskGITError:
+        raise
+    except _DECODE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ImageError(f"{name} cannot be read: {error.strerror}. Check the path.") from error
+        reason = str(error).rstrip(".") or type(error).__name__
+        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning | MemoryError):
+            raise ImageError(f"{name} is too large; make it smaller first ({reason}).") from error
+        raise ImageError(f"{name} cannot be decoded; it may be damaged or cut short ({reason}).") from error
+
+
+@contextmanager
+def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.ImageFile]]:
+    """Give a source's name and its picture, of which only the header has been read.
+
+    Args:
+        source: a path, a file's bytes, or a binary file that can seek.
+        max_pixels: the largest width × height.
+
+    Yields:
+        The name for messages, and the picture; it can be decoded until the block ends.
+
+    Raises:
+        ImageError: it cannot be read, is no picture of our formats, is damaged or too large.
+    """
+    name = str(Path(source)) if isinstance(source, str | os.PathLike) else "The picture"
+    with decoding(name), _binary(source) as file:
+        file.seek(0)
+        start = file.read(16)
+        file.seek(0)
+        if not start:
+            raise ImageError(f"{name} is empty; give a {_FORMATS} file.")
+        reader = next((r for pattern, r in _READERS if re.match(pattern, start, re.DOTALL)), None)
+        if reader is None:
+            raise ImageError(f"{name} is not a picture that can be read; convert it to {_FORMATS}.")
+        image = reader(file)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(
+                f"{name} has {width} × {height} pixels, but {max_pixels:,} are the limit; make it smaller first."
+            )
+        yield name, image
+
+
+def _binary(source: Source) -> Any:
+    if isinstance(source, str | os.PathLike):
+        return open(source, "rb")
+    return nullcontext(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, of a picture that has been decoded; 1 if it is missing or broken."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except _DECODE_ERRORS:
+        # Broken metadata says nothing about the orientation, and the pixels are sound.
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Return a picture turned the way it is meant to be seen, with its metadata removed."""
+    image = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
+    image.info = {}
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode in RGB: transparency over white, deep grey scaled to 8 bits."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _shallow(image).convert("RGB")
+    if image.mode == "La":
+        # Pillow turns only the coloured premultiplied mode into a plain one.
+        grey, alpha = image.split()
+        image = Image.merge("RGBa", (grey, grey, grey, alpha))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(rgba)
+        image = white
+    return image.convert("RGB")
+
+
+def _shallow(image: Image.Image) -> Image.Image:
+    """Return deep grey (16 bits, or floats) as 8 bits; Pillow's own conversion clips instead of scaling."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):
+            raise ImageError(f"Floating-point grey must be within [0, 1], but runs from {low} to {high}.")
+        grey = np.rint(values * 255)
+    else:
+        if low < 0 or high > 65_535:
+            raise ImageError(
+                f"Grey must be of 8 or 16 bits, within [0, 65535], but runs from {low} to {high}."
+            )
+        # The nearest of 256 levels: 65535 = 257 · 255.
+        grey = (values.astype(np.int32) + 128) // 257
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+    return Image.fromarray(grey.astype(np.uint8))

@@ -1,0 +1,126 @@
+"""Counter-based noise: a function of (seed, image index, step), the same on every device and in any batch.
+
+A number is drawn by putting where it stands into Philox4x32-10's counter and the seed into its key, so it
+needs no state, and an image's noise does not depend on its companions, its batch or what was drawn before.
+
+    counter words:  block of four numbers | step and stream | image index, low | image index, high
+    key words:      seed, low | seed, high
+
+Source: Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from maskgit.errors import ConfigError
+
+MASK32 = 0xFFFFFFFF
+# Streams keep draws for different purposes apart; a new purpose takes a new number below 256.
+TOKENS, CHOICE = 0, 1
+NUM_STREAMS = 256
+
+# On a CPU, blocks are made in pieces that stay in its cache.
+_CPU_PIECE = 1 << 14
+
+
+class Noise(Protocol):
+    """What the sampler asks for; `step` is counted from 0 whatever step decoding starts at."""
+
+    def tokens(self, step: int) -> Tensor:
+        """Return the Gumbel noise that samples tokens, float32 (B, N + 1, codes)."""
+        ...
+
+    def choice(self, step: int) -> Tensor:
+        """Return the Gumbel noise on confidence, float32 (B, N + 1)."""
+        ...
+
+
+def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Return four random 32-bit words for every counter.
+
+    Args:
+        counter: four words in [0, 2³²), int64 tensors of shapes that broadcast, or ints.
+        key: two words in [0, 2³²).
+
+    Returns:
+        Four int64 tensors of the broadcast shape, each in [0, 2³²).
+    """
+    a, b, c, d = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
+    k0, k1 = key
+    for _ in range(10):
+        # The products overflow int64 but keep their bits, which is all that the shifts and masks read.
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = ((q >> 32) & MASK32) ^ b ^ k0, q & MASK32, ((p >> 32) & MASK32) ^ d ^ k1, p & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return a, b, c, d
+
+
+def uniform(seed: int, indices: Tensor, step: int, stream: int, count: int) -> Tensor:
+    """Return uniform numbers for some images at one step.
+
+    Args:
+        seed: in [0, 2⁶⁴).
+        indices: int64 (B,), image indices ≥ 0; the result lies on their device.
+        step: in [0, 2²⁴).
+        stream: the purpose, in [0, 256).
+        count: numbers for each image.
+
+    Returns:
+        float32 (B, count), in the open interval (0, 1), multiples of 2⁻²⁴.
+    """
+    key = (seed & MASK32, (seed >> 32) & MASK32)
+    device = indices.device
+    low, high = (indices & MASK32)[:, None], (indices >> 32)[:, None]
+    where = step * NUM_STREAMS + stream
+    blocks = math.ceil(count / 4)
+    if device.type == "cpu":
+        piece = max(1, _CPU_PIECE // max(1, len(indices)))
+    else:
+        piece = blocks
+    made = []
+    for start in range(0, blocks, piece):
+        block = torch.arange(start, min(start + piece, blocks), device=device)[None]
+        words = torch.stack(philox((block, where, low, high), key), dim=-1)
+        # 23 bits and a half: the largest number float32 can still tell from 1.
+        made.append((words >> 9).float().add_(0.5).mul_(2.0**-23))
+    return torch.cat(made, dim=1).flatten(1)[:, :count]
+
+
+def gumbel(uniforms: Tensor) -> Tensor:
+    """Turn uniform numbers in (0, 1) into standard Gumbel ones."""
+    return uniforms.log().neg_().log_().neg_()
+
+
+class ImageNoise:
+    """The noise of a batch of images, each a function of (seed, its index, step)."""
+
+    def __init__(self, seed: int, indices: Tensor, num_positions: int, num_codes: int) -> None:
+        """Describe the noise; nothing is drawn yet.
+
+        Args:
+            seed: in [0, 2⁶⁴).
+            indices: int64 (B,), one ≥ 0 for each image of the batch.
+            num_positions: length of a sequence, N + 1.
+            num_codes: codes to choose from at each position.
+
+        Raises:
+            ConfigError: the seed or an index is out of range.
+        """
+        if not 0 <= seed < 2**64:
+            raise ConfigError(f"A seed must be in [0, 2^64), but is {seed}.")
+        self.seed = seed
+        self.indices = indices
+        self.num_positions = num_positions
+        self.num_codes = num_codes
+
+    def tokens(self, step: int) -> Tensor:
+        """Return Gumbel noise, float32 (B, N + 1, codes)."""
+        numbers = uniform(self.seed, self.indices, step, TOKENS, self.num_positions * self.num_codes)
+        return gumbel(numbers).unflatten(1, (self.num_positions, self.num_codes))
+
+    def choice(self, step: int) -> Tensor:
+        """Return Gumbel noise, float32 (B, N + 1)."""
+        return gumbel(uniform(self.seed, self.indices, step, CHOICE, self.num_positions))

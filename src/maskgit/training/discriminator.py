@@ -1,0 +1,112 @@
+"""The StyleGAN discriminator that judges reconstructions.
+
+Shapes: B batch, C channels, S × S pixels.
+Source: official nets/discriminator.py.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskgit.config import check_range
+from maskgit.errors import ConfigError
+
+# Filters at each resolution, before the multiplier, which counts from 64 pixels up.
+FILTERS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
+
+
+def num_filters(size: int, channel_multiplier: int = 1, max_filters: int = 512) -> int:
+    """Return the official number of filters at a resolution, at most `max_filters`."""
+    return min(FILTERS[size] * (channel_multiplier if size >= 64 else 1), max_filters)
+
+
+def blur_downsample(x: Tensor) -> Tensor:
+    """Blur each channel with [1, 3, 3, 1] in both directions and keep every second pixel.
+
+    Args:
+        x: float (B, C, S, S), S even.
+
+    Returns:
+        float (B, C, S / 2, S / 2).
+
+    Source: official `BlurPool2D` (Zhang, Making Convolutional Networks Shift-Invariant Again, 2019).
+    """
+    line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device) / 8
+    kernel = (line[:, None] * line).expand(x.shape[1], 1, 4, 4)
+    # In float32 even under autocast, as the official code computes it; it is much the faster so on a CPU.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x.float(), kernel, stride=2, padding=1, groups=x.shape[1]).to(x.dtype)
+
+
+class DiscriminatorBlock(nn.Module):
+    """Two convolutions with a down-sampling between them, beside a linear shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, blur_resample: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.conv2 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.blur_resample = blur_resample
+
+    def _downsample(self, x: Tensor) -> Tensor:
+        return blur_downsample(x) if self.blur_resample else F.avg_pool2d(x, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._downsample(F.leaky_relu(self.conv1(x), 0.2))
+        y = F.leaky_relu(self.conv2(y), 0.2)
+        return (self.shortcut(self._downsample(x)) + y) / math.sqrt(2)
+
+
+class Discriminator(nn.Module):
+    """Images to logits, positive where they look real: float (B, 3, S, S) in [0, 1] → (B, 1)."""
+
+    def __init__(
+        self, image_size: int, channel_multiplier: int = 1, blur_resample: bool = True, max_filters: int = 512
+    ) -> None:
+        """Make the network with fresh weights.
+
+        Args:
+            image_size: S, a power of two in [8, 1024].
+            channel_multiplier: scales the filters at 64 pixels and above.
+            blur_resample: blur before down-sampling; plain averages otherwise.
+            max_filters: a bound on the filters of every layer; 512 is the official network.
+
+        Raises:
+            ConfigError: a setting is out of range.
+        """
+        super().__init__()
+        if image_size not in FILTERS or image_size < 8:
+            raise ConfigError(
+                f"The discriminator reads images of 8, 16, 32, … or 1024 pixels a side, but image_size is "
+                f"{image_size}. Choose one of these, or set adversarial_weight to 0."
+            )
+        check_range("channel_multiplier", channel_multiplier, 1, 64)
+        check_range("max_filters", max_filters, 1, 65_536)
+        channels = num_filters(image_size, channel_multiplier, max_filters)
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        blocks = []
+        while image_size > 4:
+            image_size //= 2
+            width = num_filters(image_size, channel_multiplier, max_filters)
+            blocks.append(DiscriminatorBlock(channels, width, blur_resample))
+            channels = width
+        self.blocks = nn.ModuleList(blocks)
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        self.dense1 = nn.Linear(channels * 16, channels)
+        self.dense2 = nn.Linear(channels, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.leaky_relu(self.conv_in(images), 0.2)
+        for block in self.blocks:
+            x = block(x)
+        x = F.leaky_relu(self.conv_out(x), 0.2)
+        # Contiguous first: the order of a channels-last tensor's memory must not reach the dense layer.
+        x = F.leaky_relu(self.dense1(x.contiguous().flatten(1)), 0.2)
+        return self.dense2(x)

@@ -1,0 +1,183 @@
+"""Reading images with Hugging Face `datasets` and packing them into the cache that training reads.
+
+A source is a folder (a sub folder for each class, or Parquet files, WebDataset tars or IDX files), one such
+file, a pattern of files, or the name of a data set on the hub. It is read as a stream: memory stays bounded,
+no copy but the cache is written, and a picture that cannot be read costs that picture only.
+"""
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from maskgit.config import check_range
+from maskgit.errors import DataError, ImageError
+from maskgit.images import read_image
+from maskgit.training.augment import resize_and_centre_crop
+from maskgit.training.caches import MAX_SIDE, ImageCache
+from maskgit.training.sources import AUTO, MAX_CLASSES, Picture, Row, Source, class_number, open_source
+from maskgit.training.writers import new_image_cache
+
+_CHUNK = 256
+_LISTED = 100
+
+
+def pack_images(
+    source: str | Path,
+    out: str | Path,
+    *,
+    size: int,
+    split: str | None = None,
+    config: str | None = None,
+    image_column: str = AUTO,
+    label_column: str | None = AUTO,
+    class_names: Sequence[str] | None = None,
+    max_bad_share: float = 0.01,
+    num_workers: int = 4,
+    progress: bool = False,
+) -> ImageCache:
+    """Write every image of a data set, cropped to a square, into a folder.
+
+    An image's shorter side is scaled to `size` and its middle is kept; one of `size` × `size` pixels is kept
+    exactly. Images that cannot be read, or have no usable label, are left out, counted and listed.
+
+    Args:
+        source: a folder, file, pattern of files, or name on the hub.
+        out: the folder to make.
+        size: pixels a side, S.
+        split: which part, as the source names it; when None its only one, or "train".
+        config: which configuration of a data set on the hub.
+        image_column: the column of images; found by its kind or name when "auto".
+        label_column: the column of labels; found by name when "auto"; None gives all images class 0.
+        class_names: names for integer labels, in place of those that the source gives.
+        max_bad_share: largest share of images that may be left out, in [0, 1].
+        num_workers: threads that decode.
+        progress: show a bar.
+
+    Returns:
+        The cache, opened.
+
+    Raises:
+        DataError: the source is missing, empty, without labels, or bad in more than the allowed share.
+        OutputError: the folder exists or cannot be written. In either case nothing is left behind.
+    """
+    check_range("size", size, 1, MAX_SIDE)
+    check_range("max_bad_share", max_bad_share, 0, 1)
+    check_range("num_workers", num_workers, 1, 256)
+    opened = open_source(source, split, config, image_column, label_column)
+    names = opened.class_names if class_names is None else tuple(class_names)
+    labels = _Labels(names)
+    with (
+        new_image_cache(out, size) as writer,
+        ThreadPoolExecutor(num_workers) as pool,
+        tqdm(desc="packing", unit=" images", disable=not progress) as bar,
+    ):
+        skipped: list[str] = []
+        num_skipped = num_enlarged = 0
+        rows = iter(opened.rows)
+        while chunk := list(itertools.islice(rows, _CHUNK)):
+            done = list(pool.map(lambda row: _decode(row, size, names), chunk))
+            good = [found for found in done if isinstance(found, _Found)]
+            bad = [reason for reason in done if isinstance(reason, str)]
+            if good:
+                writer.add(np.stack([found.pixels for found in good]))
+                labels.add([found.label for found in good])
+            num_enlarged += sum(found.enlarged for found in good)
+            num_skipped += len(bad)
+            skipped += bad[: _LISTED - len(skipped)]
+            bar.update(len(chunk))
+        _check_share(opened, writer.count, num_skipped, skipped, max_bad_share)
+        writer.finish(
+            *labels.finish(),
+            source=opened.name,
+            num_enlarged=num_enlarged,
+            num_skipped=num_skipped,
+            skipped=skipped,
+        )
+    return ImageCache.open(out)
+
+
+def decode_square(picture: Picture, size: int) -> tuple[np.ndarray, bool]:
+    """Return a picture's middle square, uint8 (S, S, 3), and whether it had to be enlarged.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    if isinstance(picture, np.ndarray):
+        image = Image.fromarray(picture).convert("RGB")
+    else:
+        image = read_image(picture)
+    return np.asarray(resize_and_centre_crop(image, size)), min(image.size) < size
+
+
+@dataclass(frozen=True)
+class _Found:
+    pixels: np.ndarray
+    label: int | str
+    enlarged: bool
+
+
+def _decode(row: Row, size: int, class_names: tuple[str, ...] | None) -> _Found | str:
+    """Return what a row holds, or why it is left out."""
+    try:
+        label = class_number(row, class_names)
+        pixels, enlarged = decode_square(row.picture(), size)
+    except (ImageError, OSError) as error:
+        return f"{row.name}: {error}"
+    return _Found(pixels, label, enlarged)
+
+
+class _Labels:
+    """The labels seen so far; text labels are numbered when first seen, and sorted at the end."""
+
+    def __init__(self, names: tuple[str, ...] | None) -> None:
+        self._names = names
+        self._numbers: list[int] = []
+        self._texts: dict[str, int] = {}
+
+    def add(self, labels: Sequence[int | str]) -> None:
+        """Keep some images' labels.
+
+        Raises:
+            DataError: some are numbers and some are text, or too many differ.
+        """
+        for label in labels:
+            is_text = isinstance(label, str)
+            if self._numbers and is_text != bool(self._texts):
+                raise DataError(
+                    f"Some labels are numbers and some are text, such as {label!r}: make them alike."
+                )
+            self._numbers.append(self._texts.setdefault(label, len(self._texts)) if is_text else label)
+        if len(self._texts) > MAX_CLASSES:
+            raise DataError(
+                f"There are more than {MAX_CLASSES:,} different labels: this is not a column of classes."
+            )
+
+    def finish(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Return the labels, int64 (N,), and the class names."""
+        labels = np.array(self._numbers, np.int64)
+        if self._texts:
+            names = sorted(self._texts)
+            new = np.empty(len(names), np.int64)
+            new[[self._texts[name] for name in names]] = np.arange(len(names))
+            return new[labels], tuple(names)
+        return labels, self._names or tuple(str(i) for i in range(labels.max() + 1))
+
+
+def _check_share(
+    source: Source, count: int, num_skipped: int, skipped: list[str], max_bad_share: float
+) -> None:
+    total = count + num_skipped
+    if total == 0:
+        raise DataError(f"{source.name} is empty: it has no images.")
+    if num_skipped > max_bad_share * total or count == 0:
+        listed = "; ".join(skipped[:5]) + ("; …" if num_skipped > 5 else "")
+        raise DataError(
+            f"{num_skipped:,} of the {total:,} images of {source.name} cannot be used, more than the allowed share "
+            f"of {max_bad_share:g}: {listed}. Mend or remove them, or allow a larger share."
+        )

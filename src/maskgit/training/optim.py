@@ -1,0 +1,161 @@
+"""Optimization as both loops do it: learning rates as functions of the step, clipping, averaged weights."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from maskgit.config import check_choice
+from maskgit.errors import CheckpointError
+
+# What remains of the peak at some progress in [0, 1] after the warm-up.
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+}
+
+
+def learning_rate(
+    step: int, *, peak: float, schedule: str = "constant", warmup_steps: int = 0, total_steps: int = 1
+) -> float:
+    """Return the learning rate of a step: a linear warm-up, then a curve down from the peak.
+
+    Args:
+        step: counted from 0; the first step of a warm-up already moves, by peak / warmup_steps.
+        peak: the highest rate.
+        schedule: a name in `LR_SCHEDULES`.
+        warmup_steps: steps until the peak.
+        total_steps: the run's length, where a falling schedule ends.
+
+    Returns:
+        The rate, in [0, peak].
+
+    Raises:
+        ConfigError: the schedule is unknown.
+    """
+    check_choice("lr_schedule", schedule, LR_SCHEDULES)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * LR_SCHEDULES[schedule](min(progress, 1.0))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all parameter groups of an optimizer one learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return a model's parameters for an optimizer, with weight decay on matrices alone.
+
+    Args:
+        model: its trainable parameters are taken, shared ones once.
+        weight_decay: for parameters of two dimensions or more; biases and norms get none.
+
+    Returns:
+        Two groups (or one, if the other is empty), in the order of `model.named_parameters`.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients so that their norm over all parameters is at most `max_norm`.
+
+    Args:
+        parameters: those whose `grad` is set.
+        max_norm: infinity only measures.
+
+    Returns:
+        float32 (), the norm before clipping, over all shards where parameters are sharded.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class EMA:
+    """An exponential moving average of a module's parameters, with its buffers as they are.
+
+    The average is float32 and lies, sharded or not, where the parameters lie.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        """Start the average at the module's present weights.
+
+        Args:
+            module: what to average.
+            decay: the share of the average that an update keeps, in [0, 1).
+        """
+        self.decay = decay
+        self.average = {name: _averaged(value).clone() for name, value in _weights(module).items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average a step towards the module's weights."""
+        averages, values = [], []
+        for name, value in _weights(module).items():
+            if isinstance(value, nn.Parameter):
+                averages.append(_local(self.average[name]))
+                values.append(_local(value).float())
+            else:
+                self.average[name].copy_(value)
+        torch._foreach_lerp_(averages, values, 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Overwrite the module's weights with the average."""
+        for name, value in _weights(module).items():
+            value.copy_(self.average[name])
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Let the module hold the average inside a `with` block, and its own weights again after it."""
+        own = {name: value.detach().clone() for name, value in _weights(module).items()}
+        self.copy_to(module)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in _weights(module).items():
+                    value.copy_(own[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the averages by name; the tensors are those in use, not copies."""
+        return dict(self.average)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take averages that `state_dict` returned.
+
+        Raises:
+            CheckpointError: the names or shapes are not those of the module.
+        """
+        shapes = {name: value.shape for name, value in self.average.items()}
+        if {name: value.shape for name, value in state.items()} != shapes:
+            raise CheckpointError(
+                "The averaged weights in the checkpoint are not those of this network. "
+                "Go on with the config that the run began with."
+            )
+        for name, value in state.items():
+            self.average[name].copy_(value)
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _averaged(value: Tensor) -> Tensor:
+    value = value.detach()
+    return value.float() if value.is_floating_point() else value
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value

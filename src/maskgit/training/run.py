@@ -1,0 +1,304 @@
+"""What both training loops share: processes, the run directory, stopping.
+
+A run directory belongs to one run; the same command goes on where it stopped.
+
+    run.json          the config and the data's fingerprint: a run of another config or data is refused
+    checkpoints/      see `checkpoint`
+    scalars.jsonl     one JSON object a line: {"step": …, name: value, …}
+    samples/          image grids by step
+    tensorboard/      the same for TensorBoard, if it is installed
+    model/            the trained model, written when the run is done
+
+Exit codes: 0 the run is done; 2 an error that the user can mend; 75 (EX_TEMPFAIL) it was stopped by SIGTERM or
+SIGINT after writing a checkpoint, and the same command goes on.
+"""
+
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from maskgit.config import Config
+from maskgit.devices import choose_device
+from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
+from maskgit.files import write_bytes
+from maskgit.training.checkpoint import Checkpoints
+from maskgit.training.progress import Logger, Throughput, peak_flops
+
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "Distributed",
+    "Logger",
+    "StopSignal",
+    "Throughput",
+    "TrainingError",
+    "check_finite",
+    "parallelize",
+    "peak_flops",
+    "seed_step",
+    "setup_run",
+]
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class TrainingError(MaskGITError, RuntimeError):
+    """A run cannot go on, for example because its loss is not a number."""
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        result = tensor.clone()
+        dist.all_reduce(result)
+        return result / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        result = gradient.clone()
+        dist.all_reduce(result)
+        return result / dist.get_world_size()
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """The processes of a run.
+
+    Attributes:
+        rank: this process's number.
+        world: how many there are.
+        device: where this process computes.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def init(cls, device: str = "auto", *, group: bool = False) -> Self:
+        """Join the processes that torchrun started, or stand alone.
+
+        Args:
+            device: a name for `choose_device`; under torchrun "auto" and "cuda" mean one GPU a process.
+            group: whether a process that is alone makes a group too, which FSDP needs.
+
+        Raises:
+            ConfigError: the device is not there, or the processes do not find each other.
+        """
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        chosen = choose_device(device)
+        if chosen.type == "cuda" and world > 1 and chosen.index is None:
+            chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        if (world > 1 or group) and not dist.is_initialized():
+            # The CPU's backend carries checkpoints and messages beside the GPUs' own.
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            try:
+                if "MASTER_ADDR" in os.environ:
+                    dist.init_process_group(backend)
+                else:
+                    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"The {world} processes cannot find each other ({error}); start them with torchrun."
+                ) from error
+        return cls(rank, world, chosen)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that logs and writes."""
+        return self.rank == 0
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean of a tensor over all processes, through which gradients flow.
+
+        With gradients averaged over processes, as DDP and FSDP do, a loss of this mean has the same gradient
+        as in one process that holds the whole batch.
+        """
+        return tensor if self.world == 1 else _Mean.apply(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is true in any process; all must call it."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def parallelize(
+    module: nn.Module, distributed: Distributed, *, fsdp: bool = False, blocks: Iterable[nn.Module] = ()
+) -> nn.Module:
+    """Return a module whose gradients are averaged over all processes.
+
+    Args:
+        module: on this process's device, the same in all processes.
+        distributed: the processes.
+        fsdp: whether parameters, gradients and optimizer state are sharded (FSDP2); the module is changed in
+            place and must be given to its optimizer afterwards. Otherwise it is wrapped in DDP if need be.
+        blocks: the parts that FSDP gathers one at a time, such as layers.
+    """
+    if fsdp:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(distributed.device.type, (distributed.world,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+        return module
+    if distributed.world == 1:
+        return module
+    devices = [distributed.device] if distributed.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+
+def setup_run(
+    run_dir: str | Path,
+    config: Config,
+    data: Mapping[str, str],
+    distributed: Distributed,
+    *,
+    may_change: Iterable[str] = (),
+) -> Path:
+    """Make a run directory, or check that the one there is of the same run; all processes call it.
+
+    Args:
+        run_dir: the folder.
+        config: the run's.
+        data: fingerprints by name, such as {"train": "…"}.
+        distributed: the processes.
+        may_change: keys of the config that do not change what is computed, such as "num_workers".
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the folder holds a run of another config; the keys that differ are named.
+        DataError: the data have changed since the run's checkpoint.
+        OutputError: it cannot be written, or holds something else.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / "run.json"
+    given = {"config": config.to_dict(), "data": dict(data)}
+    # Without a checkpoint there is nothing to lose, and the run begins anew.
+    if Checkpoints(run_dir).latest() is not None:
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{path} cannot be read; choose another folder for this run.") from error
+        before, now = _flat(stored["config"]), _flat(given["config"])
+        allowed = tuple(may_change)
+        changed = [
+            f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key.split(".")[0] not in allowed
+        ]
+        if changed:
+            raise ConfigError(
+                f"{run_dir} holds a run of another config: {'; '.join(changed)}. Set these back to go on, or "
+                "choose another folder."
+            )
+        changed = sorted(name for name in given["data"] if stored["data"].get(name) != given["data"][name])
+        if changed:
+            raise DataError(
+                f"The data ({', '.join(changed)}) changed since the checkpoint in {run_dir}. Bring them back to go "
+                "on, or choose another folder."
+            )
+    distributed.barrier()
+    if distributed.is_main:
+        write_bytes(path, json.dumps(given, indent=2, ensure_ascii=False).encode() + b"\n")
+    distributed.barrier()
+    return run_dir
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        k: v for key, item in values.items() for k, v in _flat(item, f"{prefix}.{key}".strip(".")).items()
+    }
+
+
+class StopSignal:
+    """SIGTERM or SIGINT as a request to stop after the step, agreed over all processes.
+
+    A second SIGINT stops at once.
+    """
+
+    def __init__(self, distributed: Distributed) -> None:
+        self.requested = False
+        self._distributed = distributed
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        # Python allows handlers in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def agreed(self) -> bool:
+        """Return whether any process was asked to stop; all must call it."""
+        return self._distributed.any(self.requested)
+
+
+def check_finite(step: int, **quantities: Tensor | float) -> None:
+    """Stop a run before a number that is none can spoil its weights; call it before the optimizer's step.
+
+    Args:
+        step: the step at hand.
+        quantities: scalars by name. Give means over all processes, so that all stop.
+
+    Raises:
+        TrainingError: one is NaN or infinite.
+    """
+    # One tensor, so that a GPU is waited for once.
+    values = torch.stack([torch.as_tensor(value).detach().float().cpu() for value in quantities.values()])
+    if not bool(values.isfinite().all()):
+        bad = [f"{name} is {value}" for name, value in zip(quantities, values.tolist(), strict=True)]
+        bad = [text for text, value in zip(bad, values.tolist(), strict=True) if not math.isfinite(value)]
+        raise TrainingError(
+            f"Stopped at step {step} before its update: {', '.join(bad)}. The last checkpoint is whole; lower the "
+            "learning rate or look at the data, and start the same command again."
+        )
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch's global generators, which dropout reads, from (seed, step, rank).
+
+    So a resumed run draws what an uninterrupted one would. Differs: dropout depends on the rank, since torch's
+    dropout cannot count by sample; runs of 1 and 2 processes agree exactly where dropout is 0.
+    """
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state) % 2**63)

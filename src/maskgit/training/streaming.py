@@ -1,0 +1,221 @@
+"""Images for training straight from their source, for data that no disk here can hold as a cache.
+
+The stream is cut into lanes, each of which gives an equal share of every batch, so what a step reads depends
+on (seed, lanes, step) and not on the number of processes. Limits, where a cache has none: images are shuffled
+only within a buffer (and in the order of shards); class names must be known beforehand; resuming reads again,
+without decoding, at most two passes of the source; a change of the source's content is not noticed.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from maskgit.config import check_choice, check_range
+from maskgit.errors import ConfigError, DataError, ImageError
+from maskgit.noise import uniform
+from maskgit.training.augment import AUGMENTATIONS, NUM_DRAWS
+from maskgit.training.data import AUGMENT, ImageBatch, ahead, image_batch, sample_numbers
+from maskgit.training.ingest import decode_square
+from maskgit.training.sources import AUTO, Columns, Row, class_number, load_stream, read_rows, schema_names
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+# Below this many images the share of bad ones says little.
+_FEW = 1000
+
+
+class StreamedImages:
+    """The batches of a run that reads its images from their source; in use like `data.ImageBatches`."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        seed: int,
+        global_batch: int,
+        size: int,
+        rank: int = 0,
+        world: int = 1,
+        lanes: int = 1,
+        split: str | None = None,
+        config: str | None = None,
+        image_column: str = AUTO,
+        label_column: str | None = AUTO,
+        class_names: Sequence[str] | None = None,
+        decoded_size: int | None = None,
+        augment: str = "flip",
+        shuffle_buffer: int = 1000,
+        max_bad_share: float = 0.01,
+        num_workers: int = 4,
+        start_step: int = 0,
+    ) -> None:
+        """Open the source; the first rows are read when iteration begins.
+
+        Args:
+            source, split, config, image_column, label_column, class_names: as in `ingest.pack_images`.
+            seed: of the order and of the augmentation, in [0, 2⁶⁴).
+            global_batch: images of a step over all processes, a multiple of `lanes`.
+            size: pixels a side wanted.
+            rank: which process this is.
+            world: number of processes.
+            lanes: 1, and every process reads the whole source but decodes only its share; or a multiple of
+                `world`, at most the source's number of shards, and each process reads its own shards.
+            decoded_size: pixels a side of the square that is augmented; `size` when None.
+            augment: a name in `augment.AUGMENTATIONS`.
+            shuffle_buffer: images, not decoded, among which the next is drawn; 0 keeps the source's order.
+            max_bad_share: largest share of images that may be unusable; each is replaced by the next in its lane.
+            num_workers: threads that decode.
+            start_step: the first step to give.
+
+        Raises:
+            ConfigError: a setting is out of range or does not fit the source.
+            DataError: the source is missing or empty, or its classes are not known beforehand.
+        """
+        check_choice("augment", augment, AUGMENTATIONS)
+        check_range("seed", seed, 0, 2**64 - 1)
+        check_range("shuffle_buffer", shuffle_buffer, 0, 1_000_000)
+        check_range("num_workers", num_workers, 1, 256)
+        check_range("start_step", start_step, 0, 2**40)
+        sample_numbers(0, global_batch, rank, world)
+        self.size = size
+        self.decoded_size = size if decoded_size is None else decoded_size
+        check_range("size", size, 1, self.decoded_size)
+        self._dataset, self.name = load_stream(source, split, config, folder_labels=label_column is not None)
+        _check_lanes(lanes, global_batch, world, self._dataset.num_shards)
+        self._columns = Columns.find(self._dataset, self.name, image_column, label_column)
+        names = class_names or self._columns.class_names or schema_names(source, self._columns)
+        if names is None:
+            raise DataError(
+                f"{self.name} does not say what its classes are called; give their names with class_names."
+            )
+        self.class_names = tuple(names)
+        self.seed, self.global_batch, self.rank, self.world = seed, global_batch, rank, world
+        self.lanes, self.shuffle_buffer, self.max_bad_share = lanes, shuffle_buffer, max_bad_share
+        self.num_workers, self.start_step = num_workers, start_step
+        self.num_bad = self.num_read = 0
+        self._augment = AUGMENTATIONS[augment]
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of what the stream is, not of its images, as hexadecimal digits."""
+        described = [
+            self.name,
+            self._dataset.num_shards,
+            self.lanes,
+            self.decoded_size,
+            list(self.class_names),
+        ]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        # With one lane for several processes each takes its part of that lane's rows.
+        own = range(1) if self.lanes == 1 else np.array_split(np.arange(self.lanes), self.world)[self.rank]
+        start = self.start_step * self.global_batch // self.lanes
+        lanes = [_Lane(self._lane_rows(int(lane), start)) for lane in own]
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            # One thread ahead: the lanes can only be read in order.
+            yield from ahead(lambda step: self._batch(step, lanes, pool), self.start_step, 1)
+
+    def _lane_rows(self, lane: int, start: int) -> Iterator[Row]:
+        """Give the rows of a lane for ever, epoch after epoch, from the row numbered `start` on."""
+        dataset: IterableDataset = self._dataset
+        if self.lanes > 1:
+            dataset = dataset.shard(num_shards=self.lanes, index=lane)
+        if self.shuffle_buffer:
+            dataset = dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        epoch = position = 0
+        while True:
+            dataset.set_epoch(epoch)
+            begin = position
+            for row in read_rows(dataset, self._columns, self.name):
+                if position >= start:
+                    yield row
+                position += 1
+            length = position - begin
+            if length == 0:
+                raise DataError(f"{self.name} is empty, or a shard of it is: it has no images.")
+            # Once an epoch's length is known, whole ones need not be read to be passed over.
+            passed = max(0, start - position) // length
+            position += passed * length
+            epoch += 1 + passed
+
+    def _batch(self, step: int, lanes: list["_Lane"], pool: ThreadPoolExecutor) -> ImageBatch:
+        share = self.global_batch // self.lanes
+        places = range(share)
+        if self.lanes == 1:
+            part = self.global_batch // self.world
+            places = range(self.rank * part, (self.rank + 1) * part)
+        images, labels = [], []
+        for lane in lanes:
+            decoded = list(pool.map(self._decode, [lane.peek(place) for place in places]))
+            for place, found in zip(places, decoded, strict=True):
+                image, label = self._replace(lane, place, found)
+                images.append(image)
+                labels.append(label)
+            lane.drop(share)
+        numbers = sample_numbers(step, self.global_batch, self.rank, self.world)
+        draws = uniform(self.seed, torch.from_numpy(numbers), 0, AUGMENT, NUM_DRAWS).numpy()
+        return image_batch(self._augment(np.stack(images), draws, self.size), np.array(labels), numbers)
+
+    def _decode(self, row: Row) -> tuple[np.ndarray, int] | str:
+        """Return a row's pixels and class, or why there are none."""
+        try:
+            label = class_number(row, self.class_names)
+            assert isinstance(label, int)
+            return decode_square(row.picture(), self.decoded_size)[0], label
+        except (ImageError, OSError) as error:
+            return f"{row.name}: {error}"
+
+    def _replace(
+        self, lane: "_Lane", place: int, found: tuple[np.ndarray, int] | str
+    ) -> tuple[np.ndarray, int]:
+        """Return what was found, or the next usable row of the lane, which keeps its own place too."""
+        self.num_read += 1
+        while isinstance(found, str):
+            self.num_bad += 1
+            if self.num_bad > self.max_bad_share * max(self.num_read, _FEW):
+                raise DataError(
+                    f"{self.num_bad:,} of the {self.num_read:,} images read from {self.name} cannot be used, more "
+                    f"than the allowed share of {self.max_bad_share:g}; the last is {found}. Mend or remove them, or "
+                    "allow a larger share."
+                )
+            place += 1
+            found = self._decode(lane.peek(place))
+        return found
+
+
+class _Lane:
+    """Rows that can be looked at before they are taken."""
+
+    def __init__(self, rows: Iterator[Row]) -> None:
+        self._rows = rows
+        self._waiting: deque[Row] = deque()
+
+    def peek(self, place: int) -> Row:
+        """Return a row, counted from the next."""
+        self._waiting.extend(islice(self._rows, max(0, place + 1 - len(self._waiting))))
+        return self._waiting[place]
+
+    def drop(self, count: int) -> None:
+        """Pass over the next rows."""
+        self.peek(count - 1)
+        for _ in range(count):
+            self._waiting.popleft()
+
+
+def _check_lanes(lanes: int, global_batch: int, world: int, num_shards: int) -> None:
+    check_range("lanes", lanes, 1, 65_536)
+    if lanes > 1 and (lanes % world or global_batch % lanes or lanes > num_shards):
+        raise ConfigError(
+            f"lanes must be 1, or a multiple of the {world} processes that divides the batch of {global_batch} and is "
+            f"at most the source's {num_shards} shards, but is {lanes}."
+        )

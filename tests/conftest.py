@@ -1,0 +1,44 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_machine(tmp_path_factory: pytest.TempPathFactory):
+    """Keep tests off the user's cache and the network."""
+    import torch
+
+    os.environ["MASKGIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden records."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def shared_golden() -> Path:
+    """The folder of the golden records that are too large to commit."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/golden, whose full-size records are not in this repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The tiny golden model; must not be changed."""
+    from maskgit.convert import load_official
+
+    return load_official(GOLDEN / "tiny_tokenizer.msgpack", GOLDEN / "tiny_transformer.msgpack")

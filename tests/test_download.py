@@ -1,0 +1,118 @@
+"""Downloads from a server on this machine: resumed, checked, refused."""
+
+import http.server
+import json
+import shutil
+import threading
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from maskgit import download
+from maskgit.errors import DownloadError, OutputError
+
+CONTENT = bytes(range(256)) * 4000
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `content`, with ranges; `cut` makes it stop in the middle."""
+
+    content = CONTENT
+    cut: int | None = None
+    ranges: list[str | None] = []  # noqa: RUF012
+
+    def do_GET(self):
+        if self.path == "/missing":
+            return self.send_error(404)
+        if self.path == "/away":
+            self.send_response(302)
+            self.send_header("Location", "http://example.com/x")
+            return self.end_headers()
+        asked = self.headers.get("Range")
+        type(self).ranges.append(asked)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        body = self.content[start:]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(2**40 if self.path == "/huge" else len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.cut])
+        return None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    Handler.content, Handler.cut, Handler.ranges = CONTENT, None, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_file_is_fetched_once_and_its_checksum_kept(server, tmp_path):
+    path = download.fetch(f"{server}/model", folder=tmp_path)
+    assert path.read_bytes() == CONTENT
+    record = json.loads(Path(f"{path}.json").read_text())
+    assert record == {"url": f"{server}/model", "sha256": download.sha256(path)}
+    assert download.fetch(f"{server}/model", folder=tmp_path) == path
+    assert len(Handler.ranges) == 1
+
+
+def test_a_cut_off_download_goes_on_where_it_stopped(server, tmp_path):
+    Handler.cut = 300_000
+    with pytest.raises(DownloadError, match="cut off"):
+        download.fetch(f"{server}/model", folder=tmp_path)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".part"]
+    Handler.cut = None
+    assert download.fetch(f"{server}/model", folder=tmp_path).read_bytes() == CONTENT
+    assert Handler.ranges == [None, "bytes=300000-"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_changed_content_is_thrown_away(server, tmp_path):
+    path = download.fetch(f"{server}/model", folder=tmp_path)
+    path.unlink()
+    Handler.content = CONTENT[::-1]
+    with pytest.raises(DownloadError, match="not what was fetched before"):
+        download.fetch(f"{server}/model", folder=tmp_path)
+    assert not path.exists()
+    Handler.content = CONTENT
+    download.fetch(f"{server}/model", folder=tmp_path)
+    damaged = bytearray(CONTENT)
+    damaged[5] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(DownloadError, match="not what was fetched before"):
+        download.fetch(f"{server}/model", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.com/x", "file:///etc/passwd", "ftp://example.com/x", "nonsense", ""]
+)
+def test_only_https_is_fetched(url, tmp_path):
+    with pytest.raises(DownloadError, match="only https"):
+        download.fetch(url, folder=tmp_path)
+
+
+def test_failures_are_told_and_leave_no_file(server, tmp_path, monkeypatch):
+    with pytest.raises(DownloadError, match="answered 404"):
+        download.fetch(f"{server}/missing", folder=tmp_path)
+    with pytest.raises(DownloadError, match="only https"):
+        download.fetch(f"{server}/away", folder=tmp_path)
+    with pytest.raises(DownloadError, match="more than the"):
+        download.fetch(f"{server}/huge", folder=tmp_path)
+    with pytest.raises(DownloadError, match="cannot be reached"):
+        download.fetch("http://127.0.0.1:1/x", folder=tmp_path)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 1000, 0))
+    with pytest.raises(DownloadError, match="where 0 are free"):
+        download.fetch(f"{server}/model", folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_cache_is_told(server, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        download.fetch(f"{server}/model", folder=tmp_path / "file" / "folder")
