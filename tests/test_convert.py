@@ -78,7 +78,9 @@ def test_the_full_size_models_equal_the_official_ones(size, golden, request):
     arrays = golden_arrays(shapes["transformer"], 1)
     config = convert.infer_transformer_config(arrays)
     assert config == TransformerConfig(grid_size=size // 16)
-    transformer = loaded(Transformer, config, convert.to_state_dict(arrays, convert.transformer_table(config)))
+    transformer = loaded(
+        Transformer, config, convert.to_state_dict(arrays, convert.transformer_table(config))
+    )
     rows = torch.from_numpy(record["logits_rows"])[None]
     logits = transformer(masked(record["sequence_BN"], 2024), positions=rows)
     error = np.abs(logits.numpy() - record["logits_at_rows"]).max()

@@ -64,7 +64,9 @@ def test_an_image_is_a_function_of_seed_and_index(tiny):
 )
 def test_every_setting_changes_the_image(guided, setting):
     base = guided.generate("blue", num_images=4, steps=6)
-    assert not torch.equal(base.tokens, guided.generate("blue", num_images=4, **({"steps": 6} | setting)).tokens)
+    assert not torch.equal(
+        base.tokens, guided.generate("blue", num_images=4, **({"steps": 6} | setting)).tokens
+    )
 
 
 def test_the_model_brings_its_own_settings(tiny):
@@ -96,7 +98,10 @@ def test_guidance_extrapolates_from_the_unconditional_logits(guided):
     conditional = guided.transformer(sequence, codes=codes)
     unconditional = guided.transformer(guided.vocabulary.sequence(torch.tensor([-1, -1])), codes=codes)
     torch.testing.assert_close(
-        guided.predict_logits(sequence, 3.0), unconditional + 3 * (conditional - unconditional), atol=1e-4, rtol=1e-4
+        guided.predict_logits(sequence, 3.0),
+        unconditional + 3 * (conditional - unconditional),
+        atol=1e-4,
+        rtol=1e-4,
     )
     assert torch.equal(guided.predict_logits(sequence, 1.0), conditional)
 
@@ -174,7 +179,12 @@ def test_pictures_come_in_any_form(tiny, photo, tmp_path):
     large = Image.fromarray(array).resize((200, 100))
     for form in (large, np.asarray(large)):
         assert tiny.prepare(form).shape == (1, 3, 32, 32)
-    for wrong in (tmp_path / "none.png", np.zeros((3, 32, 32)), torch.zeros(2, 3, 32, 32), torch.full((3, 32, 32), 2.0)):
+    for wrong in (
+        tmp_path / "none.png",
+        np.zeros((3, 32, 32)),
+        torch.zeros(2, 3, 32, 32),
+        torch.full((3, 32, 32), 2.0),
+    ):
         with pytest.raises(ImageError):
             tiny.prepare(wrong)
 
@@ -188,7 +198,9 @@ def test_reconstruct_is_encode_and_decode(tiny, photo):
 
 
 def test_networks_of_another_shape_are_refused(tiny):
-    other = dataclasses.replace(tiny.config, transformer=dataclasses.replace(tiny.config.transformer, num_layers=3))
+    other = dataclasses.replace(
+        tiny.config, transformer=dataclasses.replace(tiny.config.transformer, num_layers=3)
+    )
     with pytest.raises(ConfigError, match="not the ones"):
         MaskGIT(other, tiny.tokenizer, tiny.transformer)
 

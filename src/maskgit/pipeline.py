@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskgit import images, regions
+from maskgit import images
 from maskgit.classes import find_class
 from maskgit.config import ModelConfig, SamplerConfig, check_range
 from maskgit.errors import ConfigError
 from maskgit.noise import ImageNoise
+from maskgit.regions import box_to_token_mask, composite
 from maskgit.sampler import decode
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
@@ -229,7 +230,7 @@ class MaskGIT:
         check_range("num_images", num_images, 1, 1_000_000)
         config = self.sampler_config(**settings)
         pixels = self.prepare(image)
-        mask = regions.box_to_token_mask(box, self.config.image_size, self.tokenizer.patch_size, rule)
+        mask = box_to_token_mask(box, self.config.image_size, self.tokenizer.patch_size, rule)
         tokens = self.tokenizer.encode(pixels.to(self.device)).cpu().expand(num_images, -1, -1)
         labels = torch.full((num_images,), self.label(label))
         made = self._decode(
@@ -242,7 +243,7 @@ class MaskGIT:
             return_steps=return_steps,
             callback=callback,
         )
-        blended = regions.composite(
+        blended = composite(
             pixels.expand_as(made.images), made.images, mask, self.tokenizer.patch_size
         )
         return replace(made, images=blended, token_mask=mask)

@@ -5,8 +5,7 @@ in pixels; a mask is True where a token is to be predicted.
 Source: official inference.py.
 """
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -151,6 +150,25 @@ def composite(
     return weights * generated.float() + (1 - weights) * image.to(generated.device).float()
 
 
+def show_mask(
+    image: Tensor, token_mask: Tensor, colour: tuple[float, float, float] = (1.0, 0.0, 0.5)
+) -> Tensor:
+    """Return an image with its masked tokens tinted, to be looked at.
+
+    Args:
+        image: float (…, 3, H, W) in [0, 1].
+        token_mask: bool (h, w), True = masked.
+        colour: RGB in [0, 1].
+
+    Returns:
+        float32 of the image's shape.
+    """
+    scale = image.shape[-1] // token_mask.shape[-1]
+    tinted = token_mask.repeat_interleave(scale, 0).repeat_interleave(scale, 1).to(image.device)
+    tint = torch.tensor(colour, device=image.device)[:, None, None]
+    return torch.where(tinted, 0.4 * image.float() + 0.6 * tint, image.float())
+
+
 def _weights(mask: np.ndarray, size: tuple[int, int], radius: float) -> np.ndarray:
     """Return float32 (H, W) in [0, 1], the weight of the generated image, from bool (h, w)."""
     soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
@@ -159,30 +177,40 @@ def _weights(mask: np.ndarray, size: tuple[int, int], radius: float) -> np.ndarr
     return np.asarray(soft).astype(np.float32) / 255
 
 
+def _whole_numbers(values: object, count: int) -> tuple[int, ...] | None:
+    """Return `values` as that many ints, or None if they are something else."""
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        return None
+    values = tuple(values)
+    if len(values) != count or not all(
+        isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values
+    ):
+        return None
+    return tuple(int(v) for v in values)
+
+
 def _check_size(image_size: int | tuple[int, int], patch: int) -> tuple[int, int]:
     check_range("patch", patch, 1, 65_536)
-    sides = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    if len(sides) != 2 or any(side < patch or side % patch or side // patch > MAX_GRID for side in sides):
+    sides = _whole_numbers(image_size if isinstance(image_size, Iterable) else (image_size, image_size), 2)
+    if sides is None or any(side < patch or side % patch or side // patch > MAX_GRID for side in sides):
         raise RegionError(
             f"Image sides must be multiples of {patch} pixels, from {patch} to {MAX_GRID * patch}, "
-            f"but the size is {image_size}."
+            f"but the size is {image_size!r}."
         )
-    return sides
+    return sides[0], sides[1]
 
 
 def _check_box(box: Box, image_width: int, image_height: int) -> tuple[int, int, int, int]:
-    problem = RegionError(
+    sides = _whole_numbers(box, 4)
+    if sides is not None:
+        left, top, width, height = sides
+        inside = left >= 0 and top >= 0 and left + width <= image_width and top + height <= image_height
+        if inside and width > 0 and height > 0:
+            return left, top, width, height
+    raise RegionError(
         f"A box must be four whole numbers (left, top, width, height) with width and height above 0, inside the "
-        f"{image_width} × {image_height} image, but is {box}."
+        f"{image_width} × {image_height} image, but is {box!r}."
     )
-    try:
-        left, top, width, height = (operator.index(side) for side in box)
-    except (TypeError, ValueError) as error:
-        raise problem from error
-    inside = left >= 0 and top >= 0 and left + width <= image_width and top + height <= image_height
-    if not inside or width <= 0 or height <= 0:
-        raise problem
-    return left, top, width, height
 
 
 def _check_composite(image: Tensor, generated: Tensor, token_mask: Tensor, patch: int) -> tuple[int, int]:

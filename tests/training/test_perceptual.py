@@ -93,6 +93,13 @@ def test_equal_images_have_no_loss_and_a_finite_gradient(losses, name):
             assert torch.isfinite(reconstruction.grad).all()
 
 
+def test_making_a_loss_leaves_the_global_generator_alone(resnet_file):
+    before = torch.random.get_rng_state()
+    make_perceptual("resnet50", weights=resnet_file)
+    make_perceptual("effnet-lite0")
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
 @pytest.mark.parametrize("name", WITH_NET)
 def test_the_network_stays_in_eval_mode_and_unchanged(losses, name):
     loss = losses[name]

