@@ -18,7 +18,8 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory):
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
-    torch.set_num_threads(2)
+    # The tests' tensors are small: a second thread would mostly wait for the first.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def _check_url(url: str) -> None:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to URLs that could have been asked for."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
         _check_url(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

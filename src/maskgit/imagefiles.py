@@ -112,7 +112,8 @@ def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.Ima
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(
-                f"{name} has {width} × {height} pixels, but {max_pixels:,} are the limit; make it smaller first."
+                f"{name} has {width} × {height} pixels, but {max_pixels:,} are the limit; "
+                "make it smaller first."
             )
         yield name, image
 
@@ -124,7 +125,7 @@ def _binary(source: Source) -> Any:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, of a picture that has been decoded; 1 if it is missing or broken."""
+    """Return the EXIF orientation, 1 to 8, of a decoded picture; 1 if it is missing or broken."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
     except _DECODE_ERRORS:

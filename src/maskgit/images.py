@@ -35,7 +35,8 @@ def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     are scaled to 8. Nothing is decoded before the size that the file claims has been checked.
 
     Args:
-        source: a path, a file's bytes, or a binary file that can seek; PNG, JPEG, WebP, GIF, BMP, TIFF or PPM.
+        source: a path, a file's bytes, or a binary file that can seek; PNG, JPEG, WebP, GIF, BMP, TIFF or
+            PPM.
         max_pixels: the largest width × height that is read.
 
     Returns:
@@ -74,14 +75,14 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
         values = _from_array(image)
     else:
         raise ImageError(f"An image must be a PIL image or a numpy array, but is a {type(image).__name__}.")
-    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))[None]
+    return torch.from_numpy(np.array(values.transpose(2, 0, 1), order="C"))[None]
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
         raise ImageError(f"An array must be of shape (H, W) or (H, W, 1, 3 or 4), but is {array.shape}.")
-    if array.dtype in (np.uint8, np.uint16):
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
         values = array.astype(np.float32) / np.iinfo(array.dtype).max
     elif np.issubdtype(array.dtype, np.floating):
         values = array.astype(np.float32)
@@ -113,7 +114,8 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ImageError(
-            f"Images must be floats of shape (B, 3, H, W), but are {images.dtype} of shape {tuple(images.shape)}."
+            "Images must be floats of shape (B, 3, H, W), "
+            f"but are {images.dtype} of shape {tuple(images.shape)}."
         )
     images = images.detach().float()
     if not images.isfinite().all():
@@ -316,7 +318,8 @@ def contact_sheet(
     size = (columns * step_x + padding, math.ceil(len(pictures) / columns) * step_y + padding)
     if size[0] * size[1] > MAX_PIXELS:
         raise ImageError(
-            f"The sheet would have {size[0]} × {size[1]} pixels, more than {MAX_PIXELS:,}; lay out fewer images."
+            f"The sheet would have {size[0]} × {size[1]} pixels, more than {MAX_PIXELS:,}; "
+            "lay out fewer images."
         )
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)

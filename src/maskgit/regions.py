@@ -16,8 +16,8 @@ from maskgit.config import MAX_GRID, check_range
 from maskgit.errors import RegionError, unknown_name
 
 Box = Sequence[int]
-# A rule works on one axis: (first pixel, pixels, patch) → (first token, the one after the last), which may lie
-# outside the grid.
+# A rule works on one axis: (first pixel, pixels, patch) → (first token, the one after the last), which may
+# lie outside the grid.
 Rule = Callable[[int, int, int], tuple[int, int]]
 
 
@@ -27,9 +27,9 @@ def cover(start: int, length: int, patch: int) -> tuple[int, int]:
 
 
 def official(start: int, length: int, patch: int) -> tuple[int, int]:
-    """Return the tokens that the official code masks: one more before the box, and as many after it as fit.
+    """Return the tokens that the official code masks: of an aligned box, one more on each side.
 
-    Where start or length is no multiple of the patch, up to two patches at the box's far end stay unmasked.
+    Where the remainders of start and length add up to more than a patch, the box's end stays unmasked.
 
     Source: official `create_latent_mask_and_input_tokens_for_image_editing`.
     """
@@ -50,7 +50,7 @@ def box_to_token_mask(
         image_size: pixels a side, or (width, height); multiples of `patch`.
         patch: pixels a token covers, in each direction.
         rule: `cover` masks every token that the box touches; `official` is the released code's choice, which
-            adds a token before the box and may leave out some at its end.
+            adds tokens around an aligned box and may leave the end of another one unmasked.
 
     Returns:
         bool (h, w), True = to be predicted.
@@ -208,8 +208,8 @@ def _check_box(box: Box, image_width: int, image_height: int) -> tuple[int, int,
         if inside and width > 0 and height > 0:
             return left, top, width, height
     raise RegionError(
-        f"A box must be four whole numbers (left, top, width, height) with width and height above 0, inside the "
-        f"{image_width} × {image_height} image, but is {box!r}."
+        f"A box must be four whole numbers (left, top, width, height) with width and height above 0, "
+        f"inside the {image_width} × {image_height} image, but is {box!r}."
     )
 
 

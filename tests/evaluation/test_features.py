@@ -151,7 +151,7 @@ def damaged(tmp_path, content):
     [
         b"",
         b"not weights",
-        pickle.dumps(Attack()),
+        pickle.dumps(Attack(), protocol=2),
         Attack(),
         {"weight": Attack()},
         [torch.zeros(2)],

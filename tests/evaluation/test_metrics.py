@@ -250,7 +250,7 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift():
     settings = {"subsets": 60, "subset_size": 100}
     same, shifted = kernel_distance(a, b, **settings), kernel_distance(a, b + 0.5, **settings)
     assert abs(same.mean) < 4 * same.std / 60**0.5
-    # The expectation of the cubic kernel's discrepancy for N(0, I) and N(0.5, I) in 8 dimensions, by its definition.
+    # The expectation for N(0, I) and N(0.5, I) in 8 dimensions, from many independent pairs.
     x, y = np.random.default_rng(1).normal(size=(2, 20_000, 8))
     mu, shift = y @ x.T[:, :500] / 8, (y + 0.5) @ (x.T[:, :500] + 0.5) / 8
     cross = (y + 0.5) @ x.T[:, :500] / 8

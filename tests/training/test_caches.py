@@ -130,7 +130,11 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, images):
     assert np.array_equal(np.concatenate(tokens.shards), expected)
     assert [shard.dtype for shard in tokens.shards] == [np.uint16] * 3
     assert (len(tokens), tokens.grid_size, tokens.num_views, tokens.num_classes) == (10, 2, 2, 2)
-    assert (tokens.image_size, tokens.views, tokens.images_fingerprint) == (8, "centre+flip", images.fingerprint)
+    assert (tokens.image_size, tokens.views, tokens.images_fingerprint) == (
+        8,
+        "centre+flip",
+        images.fingerprint,
+    )
     tokens.verify()
     indices, views = np.array([9, 0, 4, 3, 9]), np.array([0, 1, 1, 0, 1])
     assert np.array_equal(tokens.take(indices, views), expected[indices, views])
@@ -266,7 +270,9 @@ def test_token_batches_are_those_of_the_cache_whatever_the_processes(tmp_path, i
             assert value.dtype == torch.int64
             assert torch.equal(torch.cat([part[i] for part in parts]), value)
         for tokens, label in zip(batch.tokens.numpy(), batch.labels, strict=True):
-            index, view = next((i, v) for i in range(10) for v in range(2) if np.array_equal(stored[i, v], tokens))
+            index, view = next(
+                (i, v) for i in range(10) for v in range(2) if np.array_equal(stored[i, v], tokens)
+            )
             assert label == index % 2
             views.append(view)
     assert 40 < sum(views) < 80

@@ -9,9 +9,18 @@ from torch import nn
 
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError
 from maskgit.evaluation.features import load_effnet_lite0
-from maskgit.training.perceptual import PERCEPTUAL, LPIPSLoss, ResNet50Loss, make_perceptual
+from maskgit.training.perceptual import PERCEPTUAL, EffNetLoss, LPIPSLoss, ResNet50Loss, make_perceptual
 
 pytest.importorskip("efficientnet_lite_pytorch")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # The images are too small for two threads to gain anything.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pair(size=32, batch=2, seed=0):
@@ -152,20 +161,28 @@ def test_effnet_compares_the_last_block_of_each_stride(losses):
     for depth in range(1, 6):
         # 1 − cosine is half the squared distance of unit vectors.
         shares = [2 - 2 * F.cosine_similarity(*m.chunk(2), dim=1).mean() for m in maps[:depth]]
-        loss = make_perceptual("effnet-lite0", depth=depth)
+        loss = EffNetLoss(net, min_size=64, depth=depth)
         assert loss(*pair()) == pytest.approx(torch.stack(shares).mean().item(), rel=1e-4)
     assert losses["effnet-lite0"](*pair()) == loss(*pair())
+    shallow = make_perceptual("effnet-lite0", depth=2)
+    assert shallow(*pair()) == EffNetLoss(net, min_size=64, depth=2)(*pair())
 
 
 @pytest.mark.parametrize("name", WITH_NET)
-def test_small_images_are_enlarged(losses, name, vgg_files, resnet_file):
-    weights = {"lpips-vgg": vgg_files, "resnet50": resnet_file}.get(name)
-    loss = make_perceptual(name, weights=weights, min_size=48)
+def test_small_images_are_enlarged(losses, name, monkeypatch):
     a, b = pair(size=24)
+    before = losses[name](a, b).item()
+    monkeypatch.setattr(losses[name], "min_size", 48)
     large = [F.interpolate(x, (48, 48), mode="bilinear") for x in (a, b)]
-    assert loss(a, b) == pytest.approx(loss(*large).item())
-    assert loss(a, b) != pytest.approx(losses[name](a, b).item(), rel=1e-3)
-    assert loss(a[..., :16], b[..., :16]) > 0
+    assert losses[name](a, b) == pytest.approx(losses[name](*large).item())
+    assert losses[name](a, b) != pytest.approx(before, rel=1e-3)
+    assert losses[name](a[..., :16], b[..., :16]) > 0
+
+
+def test_the_minimal_size_is_the_one_asked_for():
+    small, usual = make_perceptual("effnet-lite0", min_size=32), make_perceptual("effnet-lite0")
+    assert (small.min_size, usual.min_size) == (32, 64)
+    assert small(*pair()) != usual(*pair())
 
 
 def test_effnet_computes_in_float32_on_a_cpu_whatever_the_autocast(losses):

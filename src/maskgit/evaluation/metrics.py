@@ -1,8 +1,8 @@
 """How good images, reconstructions and codes are: pure functions of arrays.
 
 Shapes: B batch, N and M samples, D feature dimensions, K codebook_size, H × W pixels.
-Long sums are float64. Images are float tensors (B, 3, H, W) in [0, 1]; features, counts and statistics are NumPy
-arrays.
+Long sums are float64. Images are float tensors (B, 3, H, W) in [0, 1]; features, counts and statistics are
+NumPy arrays.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,8 @@ Floats = NDArray[np.float64]
 def _check_pair(a: Tensor, b: Tensor) -> None:
     if a.ndim != 4 or a.shape != b.shape or 0 in a.shape[1:]:
         raise ImageError(
-            f"Two batches of images must have one shape (B, 3, H, W), but are {tuple(a.shape)} and {tuple(b.shape)}."
+            "Two batches of images must have one shape (B, 3, H, W), "
+            f"but are {tuple(a.shape)} and {tuple(b.shape)}."
         )
     if not (a.is_floating_point() and b.is_floating_point()):
         raise ImageError(f"Images must be float in [0, 1], but are {a.dtype} and {b.dtype}.")
@@ -53,8 +54,8 @@ SSIM_SIGMA = 1.5
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Return the structural similarity of each pair of images.
 
-    Each channel is compared within an 11 × 11 Gaussian window (σ 1.5, K₁ 0.01, K₂ 0.03), only where the window lies
-    wholly inside the image, and averaged.
+    Each channel is compared within an 11 × 11 Gaussian window (σ 1.5, K₁ 0.01, K₂ 0.03), only where the
+    window lies wholly inside the image, and averaged.
 
     Args:
         a: float (B, 3, H, W) in [0, 1], at least 11 pixels a side.
@@ -170,15 +171,16 @@ def as_doubles(values: ArrayLike | Tensor, name: str) -> Floats:
 class FeatureStatistics:
     """Count, mean and covariance of feature vectors that come in any number of pieces, in float64.
 
-    Pieces may come in any order and any size, and be counted in several places and merged: the result is the same
-    but for float64 rounding.
+    Pieces may come in any order and any size, and be counted in several places and merged: the result is the
+    same but for float64 rounding.
 
     Attributes:
         count: vectors seen.
         mean: float64 (D,), their mean; 0 when there are none.
         scatter: float64 (D, D), the sum of outer products of their deviations from the mean.
 
-    Source: Chan, Golub, LeVeque: Algorithms for computing the sample variance, The American Statistician 1983, eq. 2.1.
+    Source: Chan, Golub, LeVeque: Algorithms for computing the sample variance, The American Statistician
+    1983: the update of a sum of squares by that of another sample, with outer products for squares.
     """
 
     def __init__(self, dim: int) -> None:

@@ -14,7 +14,12 @@ from maskgit.evaluation.metrics import Floats, as_doubles, as_vectors
 
 
 class Neighbours(NamedTuple):
-    """The nearest vectors of each query: int64 (N, k) rows of the gallery, and float64 (N, k) distances to them."""
+    """The nearest vectors of each query.
+
+    Attributes:
+        indices: int64 (N, k), rows of the gallery.
+        distances: float64 (N, k), Euclidean.
+    """
 
     indices: NDArray[np.int64]
     distances: Floats

@@ -1,4 +1,4 @@
-"""The official losses of both training stages, and the codebook's upkeep.
+"""The official losses of both training stages.
 
 Shapes: B batch, N positions, K codes, D embedding_dim, h × w the token grid.
 Source: official libml/losses.py and nets/vqgan_tokenizer.py.

@@ -68,6 +68,23 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+def make_adam(parameters: Iterable[nn.Parameter], betas: tuple[float, ...]) -> torch.optim.Adam:
+    """Return Adam with its state at zero, so that a checkpoint taken before its first step changes nothing.
+
+    Args:
+        parameters: what it moves.
+        betas: the decay rates of its two averages.
+    """
+    optimizer = torch.optim.Adam(parameters, lr=0.0, betas=(betas[0], betas[1]))
+    for parameter in optimizer.param_groups[0]["params"]:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients so that their norm over all parameters is at most `max_norm`.
 

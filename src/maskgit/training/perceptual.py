@@ -104,8 +104,8 @@ class NoPerceptualLoss(PerceptualLoss):
 class EffNetLoss(PerceptualLoss):
     """Mean squared distance of EfficientNet-Lite0's unit-length features at several depths (`effnet-lite0`).
 
-    Each tap's share is the squared distance of the two channel vectors, in [0, 4], averaged over pixels and batch;
-    the loss is the mean of the taps.
+    Each tap's share is the squared distance of the two channel vectors, in [0, 4], averaged over pixels and
+    batch; the loss is the mean of the taps.
     """
 
     # The last block at strides 2, 4, 8, 16 and 32, of 16, 24, 40, 112 and 320 channels.
@@ -147,11 +147,11 @@ class EffNetLoss(PerceptualLoss):
 class LPIPSLoss(PerceptualLoss):
     """LPIPS, version 0.1, with the VGG16 network (`lpips-vgg`).
 
-    Source: Zhang, Isola, Efros, Shechtman, Wang: The Unreasonable Effectiveness of Deep Features as a Perceptual
-    Metric, CVPR 2018, eq. 1. Parameters bear the names of the published files.
+    Source: Zhang, Isola, Efros, Shechtman, Wang: The Unreasonable Effectiveness of Deep Features as a
+    Perceptual Metric, CVPR 2018, eq. 1. Parameters bear the names of the published files.
     """
 
-    # Channels of VGG16's 3×3 convolutions, by stage; a stage ends in its last ReLU, the next begins with a max-pool.
+    # Channels of VGG16's 3×3 convolutions, by stage; a max-pool stands between two stages.
     STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
     def __init__(self, min_size: int) -> None:
@@ -225,8 +225,8 @@ class Bottleneck(nn.Module):
 class ResNet50Loss(PerceptualLoss):
     """Mean squared difference of ResNet-50's pooled features (`resnet50`).
 
-    Source: He et al., CVPR 2016, with the stride in the 3×3 convolution and parameters named as torchvision does;
-    that pooled features are compared and not logits: official configs/vqgan_config.py.
+    Source: He et al., CVPR 2016, with the stride in the 3×3 convolution and parameters named as torchvision
+    does; that pooled features are compared and not logits: official configs/vqgan_config.py.
     """
 
     def __init__(self, min_size: int) -> None:
@@ -302,7 +302,8 @@ PERCEPTUAL = {
         _make_lpips,
         urls=(
             "https://download.pytorch.org/models/vgg16-397923af.pth",
-            "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+            "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master"
+            "/lpips/weights/v0.1/vgg.pth",
         ),
     ),
     "resnet50": PerceptualEntry(
@@ -324,8 +325,8 @@ def make_perceptual(
 
     Args:
         name: a name from `PERCEPTUAL`.
-        weights: a path or https URL for each file the loss needs, in the order of its entry's `urls`: none for
-            effnet-lite0 and none; VGG16's and LPIPS's for lpips-vgg; ResNet-50's for resnet50.
+        weights: a path or https URL for each file the loss needs, in the order of its entry's `urls`: nothing
+            for effnet-lite0 and none; VGG16's and LPIPS's for lpips-vgg; ResNet-50's for resnet50.
         depth: for effnet-lite0, how many taps are compared, 1 to 5; all when None.
         min_size: images with a shorter side, in pixels, are enlarged to it, 1 to 1024; when None, 64 for
             effnet-lite0 and 32 for the others.
@@ -362,8 +363,8 @@ def _weights_paths(
         if not urls:
             raise ConfigError(f"The perceptual loss {name} takes no weights: leave them out.")
         raise ConfigError(
-            f"The perceptual loss {name} needs {len(urls)} weights file(s), but {len(places)} were given: name a path "
-            f"or URL for each; they are published at {' and '.join(urls)}."
+            f"The perceptual loss {name} needs {len(urls)} weights file(s), but {len(places)} were given: "
+            f"name a path or URL for each; they are published at {' and '.join(urls)}."
         )
     return [_local(place) for place in places]
 

@@ -28,11 +28,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from maskgit.config import Config
+from maskgit.config import Config, check_choice
 from maskgit.devices import choose_device
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
 from maskgit.files import write_bytes
 from maskgit.training.checkpoint import Checkpoints
+from maskgit.training.losses import mean_over_processes
 from maskgit.training.progress import Logger, Throughput, peak_flops
 
 __all__ = [
@@ -42,32 +43,21 @@ __all__ = [
     "StopSignal",
     "Throughput",
     "TrainingError",
+    "autocast",
     "check_finite",
+    "choose_precision",
     "parallelize",
     "peak_flops",
     "seed_step",
     "setup_run",
 ]
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class TrainingError(MaskGITError, RuntimeError):
     """A run cannot go on, for example because its loss is not a number."""
-
-
-class _Mean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        result = tensor.clone()
-        dist.all_reduce(result)
-        return result / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        result = gradient.clone()
-        dist.all_reduce(result)
-        return result / dist.get_world_size()
 
 
 @dataclass(frozen=True)
@@ -131,7 +121,7 @@ class Distributed:
         With gradients averaged over processes, as DDP and FSDP do, a loss of this mean has the same gradient
         as in one process that holds the whole batch.
         """
-        return tensor if self.world == 1 else _Mean.apply(tensor)
+        return mean_over_processes(tensor)
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is true in any process; all must call it."""
@@ -292,6 +282,23 @@ def check_finite(step: int, **quantities: Tensor | float) -> None:
             f"Stopped at step {step} before its update: {', '.join(bad)}. The last checkpoint is whole; lower the "
             "learning rate or look at the data, and start the same command again."
         )
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the type that networks compute in: "float32", "bfloat16", or "auto", bfloat16 where it is fast."""
+    if name != "auto":
+        check_choice("precision", name, PRECISIONS)
+        return PRECISIONS[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Return the context in which networks compute in `precision`; their weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:

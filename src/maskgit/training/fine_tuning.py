@@ -1,0 +1,71 @@
+"""Starting a transformer from one that is trained, also onto another list of classes."""
+
+import dataclasses
+
+import torch
+
+from maskgit.config import TransformerConfig, check_choice
+from maskgit.errors import ConfigError
+from maskgit.pipeline import MaskGIT
+from maskgit.transformer import Transformer
+
+INIT_CLASSES = ("auto", "keep", "new")
+
+
+def start_from(
+    transformer: Transformer, source: MaskGIT, class_names: tuple[str, ...], init_classes: str = "auto"
+) -> bool:
+    """Give a fresh transformer the weights of a trained one.
+
+    The rows of codes, the mask's row, positions and layers are taken over. The classes' rows are taken over if
+    the classes are the same, and otherwise stay as they were drawn.
+
+    Args:
+        transformer: what to fill.
+        source: a trained model.
+        class_names: those of the classes to train on.
+        init_classes: "keep" takes the classes' rows over, "new" does not, "auto" compares the names.
+
+    Returns:
+        Whether the classes' rows were taken over.
+
+    Raises:
+        ConfigError: the transformers are of different shapes, or there are not as many classes to keep.
+    """
+    check_choice("init_classes", init_classes, INIT_CLASSES)
+    config, theirs = transformer.config, source.transformer.config
+    _check_shapes(config, theirs)
+    keep = init_classes == "keep" or (init_classes == "auto" and class_names == source.config.class_names)
+    if keep and config.num_classes != theirs.num_classes:
+        raise ConfigError(
+            f"init_classes is 'keep', but the data have {config.num_classes} classes and the model has "
+            f"{theirs.num_classes}; choose 'new'."
+        )
+    state = {name: value.float() for name, value in source.transformer.state_dict().items()}
+    if not keep:
+        for name in ("token_embedding.weight", "head.bias"):
+            own, codes = transformer.state_dict()[name].cpu().clone(), config.num_codes
+            own[:codes], own[-1] = state[name][:codes], state[name][-1]
+            state[name] = own
+    transformer.load_state_dict(state, strict=True)
+    return keep
+
+
+def _check_shapes(config: TransformerConfig, theirs: TransformerConfig) -> None:
+    free = ("num_classes", "dropout")
+    different = [
+        f"{field.name} (model {getattr(theirs, field.name)}, here {getattr(config, field.name)})"
+        for field in dataclasses.fields(config)
+        if field.name not in free and getattr(config, field.name) != getattr(theirs, field.name)
+    ]
+    if different:
+        raise ConfigError(
+            f"init_from is a transformer of another shape: {', '.join(different)}. Give `model` its values."
+        )
+
+
+def draw_transformer(config: TransformerConfig, seed: int) -> Transformer:
+    """Return a transformer on the CPU whose first weights are drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        return Transformer(config)

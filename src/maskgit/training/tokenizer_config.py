@@ -1,0 +1,170 @@
+"""What a run that trains a tokenizer is told; the defaults are the official ones where there are any."""
+
+from dataclasses import dataclass, field
+
+from maskgit.config import Config, TokenizerConfig, check_choice, check_range
+from maskgit.errors import ConfigError
+from maskgit.evaluation.features import FEATURE_NETS
+from maskgit.training.augment import AUGMENTATIONS
+from maskgit.training.discriminator import FILTERS
+from maskgit.training.losses import ADVERSARIAL_LOSSES, ENTROPY_KINDS
+from maskgit.training.optim import LR_SCHEDULES
+from maskgit.training.perceptual import PERCEPTUAL
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TokenizerTrainingConfig(Config):
+    """A run that trains a tokenizer.
+
+    Attributes:
+        data: folder of a packed image cache to train on.
+        out: the run's folder; the same config goes on where it stopped.
+        model: the tokenizer's shape.
+        test_data: folder of a packed image cache to evaluate on; without one there is no evaluation.
+        image_size: pixels a side to train at, at most the cache's; None takes the cache's.
+        steps: updates of the tokenizer.
+        batch_size: images of a step over all processes.
+        seed: of first weights, order, augmentation and noise.
+        augment: a name in `augment.AUGMENTATIONS`.
+        num_workers: threads that make batches ahead.
+        learning_rate, discriminator_learning_rate: their peaks.
+        lr_schedule: a name in `optim.LR_SCHEDULES`.
+        warmup_steps: of both learning rates.
+        betas: Adam's.
+        max_gradient_norm: gradients are scaled down to it; None leaves them.
+        ema_decay: of the averaged weights, which are those evaluated and saved.
+        l2_weight, l1_weight: of the mean squared and absolute difference of pixels.
+        perceptual: a name in `perceptual.PERCEPTUAL`.
+        perceptual_weight: of the perceptual loss; 0 switches it off.
+        perceptual_files: paths or URLs of its weights, where it needs them.
+        perceptual_depth, perceptual_min_size: as `make_perceptual` takes them.
+        commitment_weight, entropy_weight, entropy_kind, entropy_temperature: as `quantizer_loss` takes them.
+        adversarial_loss: a name in `losses.ADVERSARIAL_LOSSES`.
+        adversarial_weight: of the adversarial loss; 0 switches it off.
+        adversarial_start: the step from which on the discriminator is trained and heard.
+        adaptive_weight: whether `adversarial_weight` is multiplied by VQGAN's adaptive weight.
+        r1_cost: of the R1 penalty.
+        r1_every: steps from one R1 penalty to the next; each is multiplied by their number.
+        discriminator_multiplier, blur_resample, discriminator_filters: as `Discriminator` takes them.
+        tau_max, tau_min, tau_warmup_steps, tau_decay_steps: the `gumbel` quantizer's temperature stays at its
+            maximum for the first steps, then falls to its minimum by a cosine.
+        usage_window: steps over which the use of codes is counted.
+        revive_codes: whether codes unused over a window become features of the present batch.
+        device: "auto", "cpu", "cuda" or the like.
+        precision: what networks compute in: "auto", "float32" or "bfloat16".
+        log_every, evaluate_every, checkpoint_every: in steps.
+        num_test_images: how many are evaluated; None takes all.
+        feature_net: a name in `features.FEATURE_NETS` for the Fréchet distance of reconstructions, or None.
+        keep_last, keep_best: checkpoints that stay; the best are those of the highest PSNR.
+        async_checkpoints: whether checkpoints are written while training goes on.
+
+    Source: official configs/vqgan_config.py and base_config.py.
+    """
+
+    data: str
+    out: str
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    test_data: str | None = None
+    image_size: int | None = None
+    steps: int = 1_000_000
+    batch_size: int = 256
+    seed: int = 42
+    augment: str = "flip"
+    num_workers: int = 2
+    learning_rate: float = 1e-4
+    discriminator_learning_rate: float = 1e-4
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    betas: tuple[float, ...] = (0.0, 0.99)
+    max_gradient_norm: float | None = None
+    ema_decay: float = 0.999
+    l2_weight: float = 1.0
+    l1_weight: float = 0.0
+    perceptual: str = "effnet-lite0"
+    perceptual_weight: float = 0.1
+    perceptual_files: tuple[str, ...] = ()
+    perceptual_depth: int | None = None
+    perceptual_min_size: int | None = None
+    commitment_weight: float = 0.25
+    entropy_weight: float = 0.1
+    entropy_kind: str = "softmax"
+    entropy_temperature: float = 0.01
+    adversarial_loss: str = "non-saturating"
+    adversarial_weight: float = 0.1
+    adversarial_start: int = 0
+    adaptive_weight: bool = False
+    r1_cost: float = 10.0
+    r1_every: int = 16
+    discriminator_multiplier: int = 1
+    blur_resample: bool = True
+    discriminator_filters: int = 512
+    tau_max: float = 1.0
+    tau_min: float = 0.6
+    tau_warmup_steps: int = 0
+    tau_decay_steps: int = 100_000
+    usage_window: int = 500
+    revive_codes: bool = True
+    device: str = "auto"
+    precision: str = "auto"
+    log_every: int = 50
+    evaluate_every: int = 10_000
+    num_test_images: int | None = None
+    feature_net: str | None = None
+    checkpoint_every: int = 10_000
+    keep_last: int = 2
+    keep_best: int = 0
+    async_checkpoints: bool = False
+
+    def validate(self) -> None:
+        for name in ("steps", "log_every", "evaluate_every", "checkpoint_every", "usage_window", "r1_every"):
+            check_range(name, getattr(self, name), 1, 2**40)
+        for name in ("warmup_steps", "adversarial_start", "tau_warmup_steps", "tau_decay_steps"):
+            check_range(name, getattr(self, name), 0, 2**40)
+        for name in (
+            "l2_weight", "l1_weight", "perceptual_weight", "commitment_weight", "entropy_weight",
+            "adversarial_weight", "r1_cost",
+        ):  # fmt: skip
+            check_range(name, getattr(self, name), 0, 1e6)
+        check_range("batch_size", self.batch_size, 1, 2**24)
+        check_range("seed", self.seed, 0, 2**64 - 1)
+        check_range("num_workers", self.num_workers, 0, 256)
+        check_range("learning_rate", self.learning_rate, 0, 10)
+        check_range("discriminator_learning_rate", self.discriminator_learning_rate, 0, 10)
+        check_range("len(betas)", len(self.betas), 2, 2)
+        for beta in (*self.betas, self.ema_decay):
+            check_range("betas and ema_decay", beta, 0, 1 - 1e-9)
+        if self.max_gradient_norm is not None:
+            check_range("max_gradient_norm", self.max_gradient_norm, 1e-12, 1e12)
+        check_range("entropy_temperature", self.entropy_temperature, 1e-6, 1e6)
+        check_range("tau_min", self.tau_min, 1e-6, 1e6)
+        check_range("tau_max", self.tau_max, self.tau_min, 1e6)
+        check_range("keep_last", self.keep_last, 1, 10_000)
+        check_range("keep_best", self.keep_best, 0, 10_000)
+        self._validate_names()
+        self._validate_image_size()
+
+    def _validate_names(self) -> None:
+        check_choice("augment", self.augment, AUGMENTATIONS)
+        check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        check_choice("perceptual", self.perceptual, PERCEPTUAL)
+        check_choice("entropy_kind", self.entropy_kind, ENTROPY_KINDS)
+        check_choice("adversarial_loss", self.adversarial_loss, ADVERSARIAL_LOSSES)
+        check_choice("precision", self.precision, PRECISIONS)
+        if self.feature_net is not None:
+            check_choice("feature_net", self.feature_net, FEATURE_NETS)
+
+    def _validate_image_size(self) -> None:
+        if self.image_size is None:
+            return
+        if self.image_size % self.model.patch_size or self.image_size < 1:
+            raise ConfigError(
+                f"image_size must be a multiple of the {self.model.patch_size} pixels of a token, "
+                f"but is {self.image_size}."
+            )
+        if self.adversarial_weight and self.image_size not in FILTERS:
+            raise ConfigError(
+                f"The discriminator reads images of 8, 16, 32, … or 1024 pixels a side, but image_size is "
+                f"{self.image_size}. Choose one of these, or set adversarial_weight to 0."
+            )
