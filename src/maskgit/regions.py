@@ -150,25 +150,6 @@ def composite(
     return weights * generated.float() + (1 - weights) * image.to(generated.device).float()
 
 
-def show_mask(
-    image: Tensor, token_mask: Tensor, colour: tuple[float, float, float] = (1.0, 0.0, 0.5)
-) -> Tensor:
-    """Return an image with its masked tokens tinted, to be looked at.
-
-    Args:
-        image: float (…, 3, H, W) in [0, 1].
-        token_mask: bool (h, w), True = masked.
-        colour: RGB in [0, 1].
-
-    Returns:
-        float32 of the image's shape.
-    """
-    scale = image.shape[-1] // token_mask.shape[-1]
-    tinted = token_mask.repeat_interleave(scale, 0).repeat_interleave(scale, 1).to(image.device)
-    tint = torch.tensor(colour, device=image.device)[:, None, None]
-    return torch.where(tinted, 0.4 * image.float() + 0.6 * tint, image.float())
-
-
 def _weights(mask: np.ndarray, size: tuple[int, int], radius: float) -> np.ndarray:
     """Return float32 (H, W) in [0, 1], the weight of the generated image, from bool (h, w)."""
     soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)

@@ -150,9 +150,7 @@ def edit(
         rule: Which tokens the box masks: all that it touches, or as in the official notebook.
         start_step: The step to begin decoding at.
     """
-    import torch
-
-    from maskgit import images, regions
+    from maskgit import images
 
     pipe = model.load()
     config = pipe.sampler_config(**sampler.given())
@@ -182,8 +180,7 @@ def edit(
     _save(made, paths, making, [settings] * len(paths))
     assert made.token_mask is not None, "an edit returns its mask"
     before = pipe.prepare(photo)
-    masked = regions.show_mask(before, made.token_mask)
-    row = [*images.to_pil(torch.cat([before, masked])), *made.to_pil()]
+    row = [*images.to_pil(before), images.overlay_mask(before, made.token_mask), *made.to_pil()]
     _save_sheet(row, making, columns=len(row), captions=["before", "mask", *["after"] * len(paths)])
 
 
