@@ -14,7 +14,7 @@ from maskgit.config import check_range
 from maskgit.errors import ConfigError
 
 NUM_DRAWS = 4
-# A random crop's side as a share of the image's. Its shape is never changed: a model would learn the distortion.
+# A random crop's side as a share of the image's. Crops are square: a model would learn any distortion.
 CROP_SIDE = (0.8, 1.0)
 
 
@@ -162,8 +162,8 @@ class Views:
         least = size + self.needs_margin
         if cached < least:
             raise ConfigError(
-                f"Crops of {size} pixels with these views need images of {least} or more, but the cached ones have "
-                f"{cached}: choose smaller crops or other views, or pack the images again."
+                f"Crops of {size} pixels with these views need images of {least} or more, but the cached "
+                f"ones have {cached}: choose smaller crops or other views, or pack the images again."
             )
         number = self.num_views or num_views
         assert number is not None

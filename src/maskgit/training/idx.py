@@ -1,6 +1,6 @@
 """IDX files, the format of MNIST and Fashion-MNIST, gzipped or not.
 
-    four bytes: 0, 0, the type (8: uint8), the number of axes; each axis' length as a big-endian uint32; the data
+    four bytes: 0, 0, the type (8: uint8), the number of axes; each axis' length, big-endian uint32; the data
 
 Source: LeCun, Cortes, Burges: The MNIST database of handwritten digits, "the IDX file format".
 """
@@ -10,6 +10,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from maskgit.errors import DataError
 # What the files of each split are called.
 SPLITS = {"train": "train", "test": "t10k"}
 MAX_ITEM_BYTES = 1 << 26
+
+Stream = gzip.GzipFile | BufferedReader
 
 
 def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:
@@ -39,47 +42,43 @@ def read_idx(images: Path, labels: Path) -> Iterator[tuple[np.ndarray, int]]:
     """Give each image, uint8 (H, W), with its label.
 
     Raises:
-        DataError: a file is not of this format, is cut short or goes on too long, or the two differ in number.
+        DataError: a file is not of this format, is cut short or too long, or the two differ in number.
     """
+    counts = []
+    for file, num_axes in ((images, 3), (labels, 1)):
+        with _opened(file) as stream:
+            counts.append(_shape(file, stream, num_axes)[0])
+    if counts[0] != counts[1]:
+        raise DataError(f"{images} holds {counts[0]:,} images, but {labels} holds {counts[1]:,} labels.")
     for image, label in zip(_items(images, 3), _items(labels, 1), strict=True):
         yield image, int(label)
 
 
-def idx_length(file: Path) -> int:
-    """Return how many items a file announces.
-
-    Raises:
-        DataError: it is not of this format.
-    """
-    with _open(file) as stream:
-        return _shape(file, stream)[0]
-
-
 def _items(file: Path, num_axes: int) -> Iterator[np.ndarray]:
+    with _opened(file) as stream:
+        count, *shape = _shape(file, stream, num_axes)
+        size = math.prod(shape)
+        for i in range(count):
+            data = stream.read(size)
+            if len(data) < size:
+                raise DataError(f"{file} is cut short: it holds {i:,} of {count:,} items. Get it again.")
+            yield np.frombuffer(data, np.uint8).reshape(shape)
+        if stream.read(1):
+            raise DataError(f"{file} goes on after its {count:,} items: it is damaged. Get it again.")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Stream]:
     try:
-        with _open(file) as stream:
-            count, *shape = _shape(file, stream, num_axes)
-            size = math.prod(shape)
-            for i in range(count):
-                data = stream.read(size)
-                if len(data) < size:
-                    raise DataError(f"{file} is cut short: it holds {i:,} of {count:,} items. Get it again.")
-                yield np.frombuffer(data, np.uint8).reshape(shape)
-            if stream.read(1):
-                raise DataError(f"{file} goes on after its {count:,} items: it is damaged. Get it again.")
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
+            yield stream
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {error}. Get it again.") from error
 
 
-def _open(file: Path) -> gzip.GzipFile | BufferedReader:
-    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
-
-
-def _shape(
-    file: Path, stream: gzip.GzipFile | BufferedReader, num_axes: int | None = None
-) -> tuple[int, ...]:
+def _shape(file: Path, stream: Stream, num_axes: int) -> tuple[int, ...]:
     head = stream.read(4)
-    if len(head) < 4 or head[:3] != b"\0\0\x08" or (num_axes is not None and head[3] != num_axes):
+    if len(head) < 4 or head[:3] != b"\0\0\x08" or head[3] != num_axes:
         raise DataError(f"{file} is not an IDX file of bytes with {num_axes} axes.")
     data = stream.read(4 * head[3])
     if len(data) < 4 * head[3]:

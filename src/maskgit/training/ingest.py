@@ -44,7 +44,8 @@ def pack_images(
     """Write every image of a data set, cropped to a square, into a folder.
 
     An image's shorter side is scaled to `size` and its middle is kept; one of `size` × `size` pixels is kept
-    exactly. Images that cannot be read, or have no usable label, are left out, counted and listed.
+    exactly. Pack larger than the training size if it is to draw random crops. What cannot be
+    read, or has no usable label, is left out, counted and listed.
 
     Args:
         source: a folder, file, pattern of files, or name on the hub.
@@ -128,7 +129,7 @@ def _decode(row: Row, size: int, class_names: tuple[str, ...] | None) -> _Found 
         label = class_number(row, class_names)
         pixels, enlarged = decode_square(row.picture(), size)
     except (ImageError, OSError) as error:
-        return f"{row.name}: {error}"
+        return row.complaint(error)
     return _Found(pixels, label, enlarged)
 
 
@@ -179,6 +180,6 @@ def _check_share(
     if num_skipped > max_bad_share * total or count == 0:
         listed = "; ".join(skipped[:5]) + ("; …" if num_skipped > 5 else "")
         raise DataError(
-            f"{num_skipped:,} of the {total:,} images of {source.name} cannot be used, more than the allowed share "
-            f"of {max_bad_share:g}: {listed}. Mend or remove them, or allow a larger share."
+            f"{num_skipped:,} of the {total:,} images of {source.name} cannot be used, more than the allowed "
+            f"share of {max_bad_share:g}: {listed}. Mend or remove them, or allow a larger share."
         )

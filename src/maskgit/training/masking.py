@@ -41,7 +41,8 @@ def draw_masks(
     """Draw the masks of some samples: r ~ U[0, 1), then ⌈γ(r) · N⌉ tokens, all choices equally likely.
 
     The paper's ⌈ ⌉ masks at least one token, and masks all of them in a share of the samples, as decoding
-    begins; with the ⌊ ⌋ of decoding the model would never see a wholly masked image.
+    begins; with the ⌊ ⌋ of decoding the model would never see a wholly masked image. Differs: the official config
+    holds a min_masking_rate of 0.5, which nothing in the released code reads; like the paper we have none.
 
     Args:
         seed: in [0, 2⁶⁴).

@@ -18,6 +18,7 @@ import math
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,10 @@ def parallelize(
         mesh = init_device_mesh(distributed.device.type, (distributed.world,))
         for block in blocks:
             fully_shard(block, mesh=mesh)
-        fully_shard(module, mesh=mesh)
+        # The outermost too, so that between steps its parameters are shards, as the optimizer and the EMA hold them.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        # What the loops do with an output, which may be a view, is never in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         return module
     if distributed.world == 1:
         return module

@@ -43,6 +43,9 @@ IMAGE_SUFFIXES = frozenset(
 )
 # What `datasets` calls the readers of each kind of file.
 READERS = {".parquet": "parquet", ".tar": "webdataset"}
+# A Parquet file is otherwise read a row group at a time, which may be all of it.
+OPTIONS = {"parquet": {"batch_size": 256}}
+REMOTE = frozenset(("hf", "zip", "tar", "gzip"))
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 MAX_CLASSES = 1_000_000
@@ -78,18 +81,18 @@ class Row:
         value = self.value
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-        if isinstance(value, str):
-            if "://" not in value:
-                return Path(value)
-            import fsspec  # type: ignore[import-untyped]
-
-            with fsspec.open(value, "rb") as file:
-                return file.read()
+            if isinstance(value, str):
+                return _fetch(value)
         if isinstance(value, list | np.ndarray):
             return _pixels(value)
         if isinstance(value, bytes):
             return value
         raise ImageError("there is no image")
+
+    def complaint(self, error: Exception) -> str:
+        """Return why this row cannot be used, with its name."""
+        text = str(error).rstrip(".")
+        return text if self.name in text else f"{self.name}: {text}"
 
 
 @dataclass(frozen=True)
@@ -235,10 +238,12 @@ def _reader(source: str | Path, folder_labels: bool) -> tuple[str, dict[str, Any
     files = [text] if path.is_file() else sorted(glob.glob(text, recursive=True))
     suffixes = {Path(file).suffix.lower() for file in files}
     if files and len(suffixes) == 1 and suffixes <= READERS.keys():
-        return READERS[suffixes.pop()], {"data_files": files}
+        reader = READERS[suffixes.pop()]
+        return reader, {"data_files": files, **OPTIONS.get(reader, {})}
     if files:
         raise DataError(
-            f"{source} is of a kind that is not read here: give a folder of images, or {', '.join(READERS)} files."
+            f"{source} is of a kind that is not read here: give a folder of images, "
+            f"or {', '.join(READERS)} files."
         )
     if _HUB_NAME.fullmatch(text) is None or text.count("/") > 1:
         raise DataError(f"{source} does not exist.")
@@ -255,7 +260,7 @@ def _folder_reader(folder: Path, folder_labels: bool) -> tuple[str, dict[str, An
             homes.add(Path(home).relative_to(folder))
     for suffix, reader in READERS.items():
         if suffixes[suffix]:
-            return reader, {"data_dir": str(folder)}
+            return reader, {"data_dir": str(folder), **OPTIONS.get(reader, {})}
     if not homes:
         kinds = ", ".join(READERS)
         raise DataError(f"{folder} is empty: it holds no images, and no {kinds} or IDX files.")
@@ -266,6 +271,20 @@ def _folder_reader(folder: Path, folder_labels: bool) -> tuple[str, dict[str, An
     elif len({home.name for home in homes}) == 1 and Path() not in homes:
         options["drop_labels"] = False
     return "imagefolder", options
+
+
+def _fetch(path: str) -> Picture:
+    """Return a file that `datasets` names: a path here, or a place on the hub or in an archive there."""
+    kinds = {part.split("://")[0] for part in path.split("::") if "://" in part}
+    if not kinds:
+        return Path(path)
+    # A row may name any address, and must not make this machine fetch it.
+    if not kinds <= REMOTE:
+        raise ImageError(f"it lies at {path}, which is not fetched")
+    import fsspec  # type: ignore[import-untyped]
+
+    with fsspec.open(path, "rb") as file:
+        return file.read()
 
 
 def _pixels(value: list | np.ndarray) -> np.ndarray:
@@ -316,17 +335,23 @@ def read_rows(dataset: "IterableDataset", columns: Columns, name: str) -> Iterat
 
 def schema_names(source: str | Path, columns: Columns) -> tuple[str, ...] | None:
     """Return the class names that a Parquet file's schema holds as `label_names`: JSON, or between commas."""
-    files = [Path(source)] if Path(source).is_file() else sorted(Path(source).rglob("*.parquet"))
-    if columns.label is None or not files or files[0].suffix.lower() != ".parquet":
+    path = Path(source)
+    found = path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(str(source), recursive=True))
+    file = next(iter(sorted(found)), None)
+    if columns.label is None or file is None or file.suffix.lower() != ".parquet":
         return None
+    names = _guard(str(file), lambda: _read_names(file))
+    return tuple(str(name).strip() for name in names) or None
+
+
+def _read_names(file: Path) -> list[Any]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    metadata = _guard(str(files[0]), lambda: pyarrow.parquet.read_schema(files[0]).metadata) or {}
-    text = metadata.get(b"label_names", b"").decode("utf-8", "replace")
-    if not text:
-        return None
-    names = json.loads(text) if text.startswith("[") else text.split(",")
-    return tuple(str(name).strip() for name in names)
+    metadata = pyarrow.parquet.read_schema(file).metadata or {}
+    text = metadata.get(b"label_names", b"").decode()
+    if text.startswith("["):
+        return list(json.loads(text))
+    return text.split(",") if text else []
 
 
 def _guard(name: str, read: Callable[[], T]) -> T:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,12 +21,9 @@ from maskgit.config import check_choice, check_range
 from maskgit.errors import ConfigError, DataError, ImageError
 from maskgit.noise import uniform
 from maskgit.training.augment import AUGMENTATIONS, NUM_DRAWS
-from maskgit.training.data import AUGMENT, ImageBatch, ahead, image_batch, sample_numbers
+from maskgit.training.data import AUGMENT, ImageBatch, Shuffler, ahead, image_batch, sample_numbers
 from maskgit.training.ingest import decode_square
 from maskgit.training.sources import AUTO, Columns, Row, class_number, load_stream, read_rows, schema_names
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
 # Below this many images the share of bad ones says little.
 _FEW = 1000
@@ -72,7 +68,7 @@ class StreamedImages:
             decoded_size: pixels a side of the square that is augmented; `size` when None.
             augment: a name in `augment.AUGMENTATIONS`.
             shuffle_buffer: images, not decoded, among which the next is drawn; 0 keeps the source's order.
-            max_bad_share: largest share of images that may be unusable; each is replaced by the next in its lane.
+            max_bad_share: largest share of images that may be unusable; the next in its lane replaces each.
             num_workers: threads that decode.
             start_step: the first step to give.
 
@@ -127,16 +123,14 @@ class StreamedImages:
 
     def _lane_rows(self, lane: int, start: int) -> Iterator[Row]:
         """Give the rows of a lane for ever, epoch after epoch, from the row numbered `start` on."""
-        dataset: IterableDataset = self._dataset
-        if self.lanes > 1:
-            dataset = dataset.shard(num_shards=self.lanes, index=lane)
-        if self.shuffle_buffer:
-            dataset = dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        shards = range(lane, self._dataset.num_shards, self.lanes)
+        shuffler = Shuffler(len(shards), self.seed, shuffle=self.shuffle_buffer > 0)
         epoch = position = 0
         while True:
-            dataset.set_epoch(epoch)
             begin = position
-            for row in read_rows(dataset, self._columns, self.name):
+            order = [shards[i] for i in shuffler.order(epoch)]
+            words = np.random.Philox(key=np.array([self.seed, epoch], np.uint64), counter=[0, 0, 0, lane + 1])
+            for row in _shuffled(self._shard_rows(order), self.shuffle_buffer, words):
                 if position >= start:
                     yield row
                 position += 1
@@ -147,6 +141,11 @@ class StreamedImages:
             passed = max(0, start - position) // length
             position += passed * length
             epoch += 1 + passed
+
+    def _shard_rows(self, shards: Sequence[int]) -> Iterator[Row]:
+        for shard in shards:
+            part = self._dataset.shard(num_shards=self._dataset.num_shards, index=shard)
+            yield from read_rows(part, self._columns, self.name)
 
     def _batch(self, step: int, lanes: list["_Lane"], pool: ThreadPoolExecutor) -> ImageBatch:
         share = self.global_batch // self.lanes
@@ -173,7 +172,7 @@ class StreamedImages:
             assert isinstance(label, int)
             return decode_square(row.picture(), self.decoded_size)[0], label
         except (ImageError, OSError) as error:
-            return f"{row.name}: {error}"
+            return row.complaint(error)
 
     def _replace(
         self, lane: "_Lane", place: int, found: tuple[np.ndarray, int] | str
@@ -184,13 +183,30 @@ class StreamedImages:
             self.num_bad += 1
             if self.num_bad > self.max_bad_share * max(self.num_read, _FEW):
                 raise DataError(
-                    f"{self.num_bad:,} of the {self.num_read:,} images read from {self.name} cannot be used, more "
-                    f"than the allowed share of {self.max_bad_share:g}; the last is {found}. Mend or remove them, or "
-                    "allow a larger share."
+                    f"{self.num_bad:,} of the {self.num_read:,} images read from {self.name} cannot be used, "
+                    f"more than the allowed share of {self.max_bad_share:g}; the last is {found}. "
+                    "Mend or remove them, or allow a larger share."
                 )
             place += 1
             found = self._decode(lane.peek(place))
         return found
+
+
+def _shuffled(rows: Iterator[Row], size: int, words: np.random.Philox) -> Iterator[Row]:
+    """Give all rows, each drawn from among the `size` that wait; 0 keeps their order."""
+    waiting: list[Row] = []
+    for row in rows:
+        if len(waiting) < size:
+            waiting.append(row)
+            continue
+        if size:
+            place = int(words.random_raw()) % size
+            waiting[place], row = row, waiting[place]
+        yield row
+    while waiting:
+        place = int(words.random_raw()) % len(waiting)
+        waiting[place], waiting[-1] = waiting[-1], waiting[place]
+        yield waiting.pop()
 
 
 class _Lane:
@@ -216,6 +232,6 @@ def _check_lanes(lanes: int, global_batch: int, world: int, num_shards: int) -> 
     check_range("lanes", lanes, 1, 65_536)
     if lanes > 1 and (lanes % world or global_batch % lanes or lanes > num_shards):
         raise ConfigError(
-            f"lanes must be 1, or a multiple of the {world} processes that divides the batch of {global_batch} and is "
-            f"at most the source's {num_shards} shards, but is {lanes}."
+            f"lanes must be 1, or a multiple of the {world} processes dividing the batch of {global_batch} "
+            f"and is at most the source's {num_shards} shards, but is {lanes}."
         )

@@ -10,8 +10,7 @@ from maskgit.training.discriminator import FILTERS
 from maskgit.training.losses import ADVERSARIAL_LOSSES, ENTROPY_KINDS
 from maskgit.training.optim import LR_SCHEDULES
 from maskgit.training.perceptual import PERCEPTUAL
-
-PRECISIONS = ("auto", "float32", "bfloat16")
+from maskgit.training.run import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,9 @@ class TokenizerTrainingConfig(Config):
         check_choice("perceptual", self.perceptual, PERCEPTUAL)
         check_choice("entropy_kind", self.entropy_kind, ENTROPY_KINDS)
         check_choice("adversarial_loss", self.adversarial_loss, ADVERSARIAL_LOSSES)
-        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("precision", self.precision, ("auto", *PRECISIONS))
+        if self.keep_best and self.test_data is None:
+            raise ConfigError("keep_best needs test_data, whose PSNR decides which checkpoints are best.")
         if self.feature_net is not None:
             check_choice("feature_net", self.feature_net, FEATURE_NETS)
 

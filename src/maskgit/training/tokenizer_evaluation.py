@@ -21,7 +21,7 @@ from maskgit.evaluation.metrics import (
 from maskgit.tokenizer import Tokenizer
 from maskgit.training.augment import centre_crop
 from maskgit.training.caches import ImageCache
-from maskgit.training.run import Distributed
+from maskgit.training.run import Distributed, autocast
 
 NUM_SHOWN = 32
 
@@ -69,10 +69,10 @@ def evaluate_tokenizer(
         pixels = centre_crop(cache.images[own[start : start + batch_size]], size)
         images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(device).float() / 255
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        with autocast(device, precision):
             features = tokenizer.encoder(images)
         tokens = tokenizer.quantizer.tokens(features)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        with autocast(device, precision):
             reconstructions = tokenizer.decode(tokens).float().clamp(0, 1)
         counts += torch.bincount(tokens.flatten(), minlength=len(counts))
         sums[0] += psnr(images, reconstructions).clamp(max=100).sum().cpu()

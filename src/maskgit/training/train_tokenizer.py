@@ -12,22 +12,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit.hub import save_tokenizer
-from maskgit.noise import gumbel, uniform
-from maskgit.quantizer import GumbelQuantizer, Quantized
 from maskgit.tokenizer import Tokenizer
 from maskgit.training.caches import ImageCache
 from maskgit.training.checkpoint import Checkpoints, ModelAndOptimizer
-from maskgit.training.codebook import GUMBEL, CodeUsage, revive_codes
-from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.data import ImageBatches
-from maskgit.training.discriminator import Discriminator
 from maskgit.training.losses import (
     QUANTIZER_LOSSES,
     adaptive_weight,
@@ -37,73 +31,37 @@ from maskgit.training.losses import (
     l2_loss,
     r1_penalty,
 )
-from maskgit.training.optim import (
-    EMA,
-    LR_SCHEDULES,
-    clip_gradients,
-    learning_rate,
-    make_adam,
-    set_learning_rate,
-)
-from maskgit.training.perceptual import PerceptualLoss, make_perceptual
+from maskgit.training.optim import EMA, clip_gradients, make_adam, set_learning_rate
+from maskgit.training.perceptual import PerceptualLoss
 from maskgit.training.run import (
     EXIT_INTERRUPTED,
     Distributed,
     Logger,
     StopSignal,
     Throughput,
+    autocast,
     check_finite,
+    choose_precision,
     parallelize,
     peak_flops,
     setup_run,
 )
+from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_evaluation import evaluate_tokenizer
+from maskgit.training.tokenizer_parts import (
+    Reconstructed,
+    Reconstructor,
+    flops_per_image,
+    gumbel_noise,
+    make_networks,
+    step_rates,
+)
 
 # What may differ when a run goes on, for it does not change what is computed.
 MAY_CHANGE = (
-    "out", "device", "num_workers", "log_every", "evaluate_every", "checkpoint_every", "keep_last", "keep_best",
-    "async_checkpoints", "feature_net", "num_test_images",
+    "out", "data", "test_data", "device", "num_workers", "log_every", "evaluate_every", "checkpoint_every",
+    "keep_last", "keep_best", "async_checkpoints", "feature_net", "num_test_images",
 )  # fmt: skip
-
-
-class Reconstructed(NamedTuple):
-    """What a forward pass of the tokenizer in training returns, all float32.
-
-    Attributes:
-        images: (b, 3, S, S), the reconstruction.
-        features: (b, D, h, w), the encoder's.
-        quantized: what the quantizer made of them.
-    """
-
-    images: Tensor
-    features: Tensor
-    quantized: Quantized
-
-
-class Reconstructor(nn.Module):
-    """A tokenizer with the gradients that training needs, as one module that DDP can wrap."""
-
-    def __init__(self, tokenizer: Tokenizer, precision: torch.dtype) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.precision = precision
-
-    def forward(self, images: Tensor, noise: Tensor | None = None, tau: float = 1.0) -> Reconstructed:
-        """Encode, quantize and decode: float (b, 3, S, S) in [0, 1] → `Reconstructed`."""
-        tokenizer, quantizer = self.tokenizer, self.tokenizer.quantizer
-        with autocast(images.device, self.precision):
-            features = tokenizer.encoder(images)
-        # Distances decide which code is nearest, so they stay float32.
-        features = features.float()
-        if isinstance(quantizer, GumbelQuantizer):
-            if noise is not None:
-                noise = noise.view(len(features), *features.shape[2:], -1)
-            quantized = quantizer(features, noise, tau)
-        else:
-            quantized = quantizer(features)
-        with autocast(images.device, self.precision):
-            reconstruction = tokenizer.decoder(quantized.features)
-        return Reconstructed(reconstruction.float(), features, quantized)
 
 
 def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
@@ -191,66 +149,30 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
             set_learning_rate(discriminator_optimizer, rates["discriminator_learning_rate"])
 
             # The tokenizer's loss
-            made = reconstructor(images, *gumbel_noise(config, step, batch.sample_numbers.to(device), num_tokens))
-            losses = QUANTIZER_LOSSES[config.model.quantizer](
-                made.features,
-                made.quantized,
-                commitment_weight=config.commitment_weight,
-                entropy_weight=config.entropy_weight,
-                entropy_kind=config.entropy_kind,
-                entropy_temperature=config.entropy_temperature,
-            )
-            logs = {f"{name}_loss": value for name, value in losses._asdict().items() if name != "total"}
-            logs["l2_loss"], logs["l1_loss"] = l2_loss(images, made.images), l1_loss(images, made.images)
-            with autocast(device, precision):
-                logs["perceptual_loss"] = perceptual(made.images, images)
-            reconstruction = (
-                config.l2_weight * logs["l2_loss"]
-                + config.l1_weight * logs["l1_loss"]
-                + config.perceptual_weight * logs["perceptual_loss"]
-            )
-            loss = reconstruction + losses.total
+            noise, tau = gumbel_noise(config, step, batch.sample_numbers.to(device), num_tokens)
+            made = reconstructor(images, noise, tau)
+            logs = reconstruction_losses(config, images, made, perceptual, precision)
             if adversarial:
                 with frozen(discriminator), autocast(device, precision):
-                    logs["generator_loss"] = generator_loss(
-                        discriminator(made.images), config.adversarial_loss
-                    )
-                weight: float | Tensor = config.adversarial_weight
-                if config.adaptive_weight:
-                    last_layer = tokenizer.decoder.conv_out.weight
-                    weight = weight * adaptive_weight(reconstruction, logs["generator_loss"], last_layer)
-                    logs["adaptive_weight"] = weight
-                loss = loss + weight * logs["generator_loss"]
+                    fake_logits = discriminator(made.images)
+                logs |= adversarial_losses(config, logs["reconstruction_loss"], fake_logits, tokenizer)
+            logs["loss"] = logs["reconstruction_loss"] + logs["quantizer_loss"]
+            if adversarial:
+                logs["loss"] = logs["loss"] + logs["adversarial_weight"] * logs["generator_loss"]
             optimizer.zero_grad()
-            loss.backward()
-            logs["loss"] = loss
+            logs["loss"].backward()
 
             # The discriminator's loss, on the same reconstructions and before either network moves
             if adversarial:
-                penalty_due = config.r1_cost > 0 and step % config.r1_every == 0
                 discriminator_optimizer.zero_grad()
-                if penalty_due:
-                    # In float32: second derivatives lose too much in bfloat16.
-                    penalty, real_logits = r1_penalty(parallel_discriminator, images, config.r1_cost)
-                    logs["r1_penalty"] = penalty
-                else:
-                    with autocast(device, precision):
-                        real_logits = parallel_discriminator(images)
-                with autocast(device, precision):
-                    fake_logits = parallel_discriminator(made.images.detach())
-                logs["discriminator_loss"] = discriminator_loss(
-                    real_logits, fake_logits, config.adversarial_loss
-                )
-                total = logs["discriminator_loss"] + (penalty * config.r1_every if penalty_due else 0)
-                total.backward()
-                logs["real_logit"], logs["fake_logit"] = real_logits.float().mean(), fake_logits.float().mean()
+                judged = judge(config, parallel_discriminator, images, made.images.detach(), step, precision)
+                judged["discriminator_total_loss"].backward()
+                logs |= judged
 
             # The update
             logs["gradient_norm"] = clip_gradients(tokenizer.parameters(), max_norm)
             if adversarial:
-                logs["discriminator_gradient_norm"] = clip_gradients(
-                    discriminator.parameters(), max_norm
-                )
+                logs["discriminator_gradient_norm"] = clip_gradients(discriminator.parameters(), max_norm)
             logs = average(logs, distributed)
             check_finite(step, **logs)
             optimizer.step()
@@ -262,12 +184,13 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
 
             # The codebook
             done = step + 1
+            codes: dict[str, float] = {}
             if done % config.usage_window == 0:
-                logs |= usage.read()
-                warn_of_codes(logger, done, logs["code_usage"])
+                codes = usage.read()
+                warn_of_codes(logger, done, codes["code_usage"])
                 if config.revive_codes and done < config.steps:
                     codebooks = [tokenizer.quantizer.codebook.data, ema.average["quantizer.codebook"]]
-                    logs["revived_codes"] = revive_codes(
+                    codes["revived_codes"] = revive_codes(
                         codebooks,
                         usage.totals() == 0,
                         made.features,
@@ -280,9 +203,12 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
             # What people watch, and checkpoints
             stopping = stop.agreed()
             last = done == config.steps
-            if done % config.log_every == 0 or "code_usage" in logs or last:
+            if codes:
+                logger.scalars(done, codes)
+            if done % config.log_every == 0 or last:
                 throughput.read()
-                logger.scalars(done, {**logs, **rates, "images_per_second": throughput.images_per_second})
+                speed = {"images_per_second": throughput.images_per_second, "mfu": throughput.mfu}
+                logger.scalars(done, {**logs, **rates, **speed})
                 logger.progress(done, config.steps, throughput, logs["loss"])
                 warn_of_images(logger, done, made.images)
             if test_cache and (done % config.evaluate_every == 0 or last):
@@ -310,6 +236,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
                 checkpoints.close()
                 logger.say(f"Stopped after step {done}; the same command goes on.")
                 logger.close()
+                distributed.close()
                 raise SystemExit(EXIT_INTERRUPTED)
 
     # The result
@@ -319,94 +246,106 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
     if distributed.is_main:
         save_tokenizer(tokenizer, run_dir / "model")
     distributed.barrier()
+    distributed.close()
     return run_dir / "model"
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the type that networks compute in: bfloat16 for "auto" where the hardware has it."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Return the context in which networks compute in `precision`; their weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
-
-
-def make_networks(
-    config: TokenizerTrainingConfig, size: int, device: torch.device
-) -> tuple[Tokenizer, Discriminator, PerceptualLoss]:
-    """Return a run's three networks on a device, with first weights drawn from the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed % 2**63)
-        tokenizer = Tokenizer(config.model)
-        discriminator = Discriminator(
-            size if config.adversarial_weight else 8,
-            config.discriminator_multiplier,
-            config.blur_resample,
-            config.discriminator_filters,
-        )
-    perceptual = make_perceptual(
-        config.perceptual if config.perceptual_weight else "none",
-        weights=config.perceptual_files or None,
-        depth=config.perceptual_depth,
-        min_size=config.perceptual_min_size,
-        device=device,
-    )
-    for network in (tokenizer, discriminator):
-        network.to(device, memory_format=torch.channels_last)
-    return tokenizer, discriminator, perceptual
-
-
-def step_rates(config: TokenizerTrainingConfig, step: int) -> dict[str, float]:
-    """Return both learning rates of a step by name; the discriminator's clock starts when it does."""
-    delay = config.adversarial_start
-    shape = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
-    return {
-        "learning_rate": learning_rate(step, peak=config.learning_rate, total_steps=config.steps, **shape),
-        "discriminator_learning_rate": learning_rate(
-            max(0, step - delay),
-            peak=config.discriminator_learning_rate,
-            total_steps=config.steps - delay,
-            **shape,
-        ),
-    }
-
-
-def gumbel_noise(
-    config: TokenizerTrainingConfig, step: int, sample_numbers: Tensor, num_tokens: int
-) -> tuple[Tensor | None, float]:
-    """Return the noise that the `gumbel` quantizer adds to distances, and its temperature.
+def reconstruction_losses(
+    config: TokenizerTrainingConfig,
+    images: Tensor,
+    made: Reconstructed,
+    perceptual: PerceptualLoss,
+    precision: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return the losses that need no discriminator, by name, weights included only in the sums.
 
     Args:
         config: the run.
-        step: the present one.
-        sample_numbers: int64 (b,), which the noise is a function of.
-        num_tokens: h · w.
+        images: float32 (b, 3, S, S) in [0, 1].
+        made: what the tokenizer made of them.
+        perceptual: the frozen network's loss.
+        precision: what that network computes in.
 
     Returns:
-        noise: float32 (b, h · w · K), or None for the `vq` quantizer, which draws none.
-        tau: the temperature; of no effect for `vq`.
+        float32 () each: the parts, and two sums: `reconstruction_loss` and `quantizer_loss`.
     """
-    if config.model.quantizer != "gumbel":
-        return None, 1.0
-    count = num_tokens * config.model.codebook_size
-    return gumbel(uniform(config.seed, sample_numbers, 0, GUMBEL, count)), gumbel_tau(config, step)
+    quantizer = QUANTIZER_LOSSES[config.model.quantizer](
+        made.features,
+        made.quantized,
+        commitment_weight=config.commitment_weight,
+        entropy_weight=config.entropy_weight,
+        entropy_kind=config.entropy_kind,
+        entropy_temperature=config.entropy_temperature,
+    )
+    logs = {
+        "l2_loss": l2_loss(images, made.images),
+        "l1_loss": l1_loss(images, made.images),
+        "commitment_loss": quantizer.commitment,
+        "codebook_loss": quantizer.codebook,
+        "entropy_loss": quantizer.entropy,
+        "quantizer_loss": quantizer.total,
+    }
+    with autocast(images.device, precision):
+        logs["perceptual_loss"] = perceptual(made.images, images)
+    logs["reconstruction_loss"] = (
+        config.l2_weight * logs["l2_loss"]
+        + config.l1_weight * logs["l1_loss"]
+        + config.perceptual_weight * logs["perceptual_loss"]
+    )
+    return logs
 
 
-def gumbel_tau(config: TokenizerTrainingConfig, step: int) -> float:
-    """Return the temperature of the `gumbel` quantizer: its maximum first, then a cosine to its minimum.
+def adversarial_losses(
+    config: TokenizerTrainingConfig, reconstruction_loss: Tensor, fake_logits: Tensor, tokenizer: Tokenizer
+) -> dict[str, Tensor]:
+    """Return the tokenizer's adversarial loss and its weight, by name, float32 () each."""
+    loss = generator_loss(fake_logits, config.adversarial_loss)
+    weight = torch.full_like(loss, config.adversarial_weight, requires_grad=False)
+    if config.adaptive_weight:
+        weight = weight * adaptive_weight(reconstruction_loss, loss, tokenizer.decoder.conv_out.weight)
+    return {"generator_loss": loss, "adversarial_weight": weight}
 
-    Source: official configs/vqgan_config.py, tau_anneal, whose curve was not released.
+
+def judge(
+    config: TokenizerTrainingConfig,
+    discriminator: nn.Module,
+    images: Tensor,
+    reconstructions: Tensor,
+    step: int,
+    precision: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return what the discriminator minimizes, and its parts, by name.
+
+    Args:
+        config: the run.
+        discriminator: the network, as DDP wrapped it.
+        images: float32 (b, 3, S, S) in [0, 1].
+        reconstructions: the same, without gradient.
+        step: the present one; every `r1_every`-th has the R1 penalty, that many times.
+        precision: what the network computes in.
+
+    Returns:
+        float32 () each; `discriminator_total_loss` is the one to minimize.
     """
-    progress = (step - config.tau_warmup_steps) / max(1, config.tau_decay_steps)
-    share = LR_SCHEDULES["cosine"](min(max(progress, 0.0), 1.0))
-    return config.tau_min + (config.tau_max - config.tau_min) * share
+    logs: dict[str, Tensor] = {}
+    penalty: float | Tensor = 0.0
+    if config.r1_cost > 0 and step % config.r1_every == 0:
+        # In float32: second derivatives lose too much in bfloat16.
+        penalty, real_logits = r1_penalty(discriminator, images, config.r1_cost)
+        logs["r1_penalty"] = penalty
+    else:
+        with autocast(images.device, precision):
+            real_logits = discriminator(images)
+    with autocast(images.device, precision):
+        fake_logits = discriminator(reconstructions)
+    loss = discriminator_loss(real_logits, fake_logits, config.adversarial_loss)
+    return {
+        **logs,
+        "discriminator_loss": loss,
+        "discriminator_total_loss": loss + penalty * config.r1_every,
+        "real_logit": real_logits.float().mean(),
+        "fake_logit": fake_logits.float().mean(),
+    }
 
 
 @contextmanager
@@ -423,31 +362,6 @@ def average(values: dict[str, Tensor], distributed: Distributed) -> dict[str, Te
     """Return the means of scalars over all processes, in one exchange."""
     stacked = distributed.mean(torch.stack([value.detach().float() for value in values.values()]))
     return dict(zip(values, stacked.unbind(), strict=True))
-
-
-def flops_per_image(
-    config: TokenizerTrainingConfig,
-    tokenizer: Tokenizer,
-    discriminator: Discriminator,
-    perceptual: PerceptualLoss,
-    size: int,
-) -> float:
-    """Return the FLOPs that training spends on one image, without R1: a backward pass counts as two forward."""
-    device = tokenizer.decoder.conv_in.weight.device
-    image = torch.zeros(1, 3, size, size, device=device)
-
-    def forward(module: nn.Module, *inputs: Tensor) -> int:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(*inputs)
-        return counter.get_total_flops()
-
-    total = 3 * forward(Reconstructor(tokenizer, torch.float32), image)
-    # Both images forwards, and one of them backwards to its pixels alone.
-    total += 1.5 * forward(perceptual, image, image)
-    if config.adversarial_weight:
-        # Once for the tokenizer, backwards to pixels alone, and on two images for the discriminator.
-        total += (2 + 6) * forward(discriminator, image)
-    return float(total)
 
 
 def warn_of_codes(logger: Logger, step: int, code_usage: float | Tensor) -> None:

@@ -51,7 +51,7 @@ class ImageCacheWriter:
         self.size = size
         self.count = 0
         self._digest = image_digest(size)
-        # Appended rather than mapped: a full disk is then an error, where a mapped file would crash the process.
+        # Appended rather than mapped: a full disk is then an error, where a mapped file kills the process.
         self._file = open(folder / IMAGES, "wb")  # noqa: SIM115, closed by `close`
         self._write_header()
 
@@ -72,7 +72,7 @@ class ImageCacheWriter:
         self.count += len(images)
 
     def finish(self, labels: np.ndarray, class_names: Sequence[str], **facts: Any) -> None:
-        """Write the labels, int (N,), and the description; `facts` are the other attributes of `ImageCache`."""
+        """Write labels, int (N,), and the description; `facts` are the other attributes of `ImageCache`."""
         labels = labels.astype("<i4")
         assert labels.shape == (self.count,)
         self._file.seek(0)
@@ -289,7 +289,8 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
                 "Remove it, or choose another folder."
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # Another process may be writing the plan this moment, under a hidden name.
+    if out.exists() and (not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir())):
         raise OutputError(f"{out} already exists and is no token cache. Remove it, or choose another folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -331,8 +332,8 @@ def _encode_shard(
                 or codes.max() >= shard.num_codes
             ):
                 raise ConfigError(
-                    f"The tokenizer gives tokens {codes.min()} to {codes.max()} of shape {codes.shape[1:]}, but "
-                    f"{shard.num_codes} codes on a grid of {shard.shape[2:]} were announced."
+                    f"The tokenizer gives tokens {codes.min()} to {codes.max()} of shape {codes.shape[1:]}, "
+                    f"but {shard.num_codes} codes on a grid of {shard.shape[2:]} were announced."
                 )
             tokens[first - shard.start : last - shard.start, view] = codes
     return tokens

@@ -1,0 +1,68 @@
+"""What a run that trains a tokenizer would be, told before it starts."""
+
+import torch
+
+from maskgit.config import TokenizerConfig
+from maskgit.devices import choose_device
+from maskgit.training.caches import ImageCache
+from maskgit.training.data import ImageBatches
+from maskgit.training.run import choose_precision, peak_flops
+from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+from maskgit.training.tokenizer_parts import flops_per_image, make_networks
+
+
+def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
+    """Return what a run would be, in lines for people, after checking all that it reads.
+
+    Args:
+        config: the run.
+        world: number of processes.
+
+    Raises:
+        ConfigError, DataError: as the run would.
+    """
+    cache = ImageCache.open(config.data)
+    if config.test_data:
+        ImageCache.open(config.test_data)
+    size = config.image_size or cache.size
+    ImageBatches(cache, seed=config.seed, global_batch=config.batch_size, world=world, size=size)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    networks = make_networks(config, size, torch.device("cpu"))
+    tokenizer, discriminator, _ = networks
+    counts = [sum(p.numel() for p in network.parameters()) for network in (tokenizer, discriminator)]
+    if not config.adversarial_weight:
+        counts[1] = 0
+    # Weights, gradients and Adam's two averages of both networks, and the tokenizer's EMA, float32.
+    fixed = 4 * (4 * sum(counts) + counts[0])
+    share = config.batch_size // world
+    activations = share * activation_bytes(config.model, size, precision)
+    images = config.steps * config.batch_size
+    flops = flops_per_image(config, *networks, size)
+    hours = images * flops / peak_flops(device, precision) / world / 3600
+    side = size // config.model.patch_size
+    return "\n".join(
+        (
+            f"parameters     {counts[0]:,} of the tokenizer, {counts[1]:,} of the discriminator",
+            f"data           {len(cache):,} images of {size} × {size} pixels, {side} × {side} tokens of "
+            f"{config.model.codebook_size:,} codes",
+            f"batch          {config.batch_size} = {world} processes × {share}",
+            f"steps          {config.steps:,}, {images / len(cache):.1f} times through the data",
+            f"precision      {str(precision).removeprefix('torch.')} on {device}",
+            f"memory         about {(fixed + activations) / 2**30:.2f} GiB a process: {fixed / 2**30:.2f} for "
+            f"weights and optimizers, {activations / 2**30:.2f} for the tokenizer's activations and distances",
+            f"compute        {flops / 1e9:.2f} GFLOP an image; {hours:.2g} h if the hardware reached its peak",
+        )
+    )
+
+
+def activation_bytes(config: TokenizerConfig, size: int, precision: torch.dtype) -> float:
+    """Return an estimate of the memory that one image's activations take in the tokenizer's training."""
+    pixels, values = size * size, 0.0
+    for level, multiplier in enumerate(config.channel_multipliers):
+        # Norm, activation and convolution twice and a sum, in every block of the encoder and of the decoder.
+        blocks = 2 * config.num_res_blocks + 1
+        values += 7 * blocks * pixels / 4**level * config.filters * multiplier
+    tokens = (size // config.patch_size) ** 2
+    # The entropy loss holds about eight float32 matrices of (tokens, codes).
+    return values * precision.itemsize + 8 * 4 * tokens * config.codebook_size

@@ -1,0 +1,161 @@
+"""What the loop of the first stage is made of: the networks, the gumbel quantizer's noise, the cost.
+
+Shapes: b images of one process, K codes, D embedding_dim, h × w the token grid, S pixels a side.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskgit.noise import gumbel, uniform
+from maskgit.quantizer import GumbelQuantizer, Quantized
+from maskgit.tokenizer import Tokenizer
+from maskgit.training.codebook import GUMBEL
+from maskgit.training.discriminator import Discriminator
+from maskgit.training.optim import LR_SCHEDULES, learning_rate
+from maskgit.training.perceptual import PerceptualLoss, make_perceptual
+from maskgit.training.run import autocast
+from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+
+
+class Reconstructed(NamedTuple):
+    """What a forward pass of the tokenizer in training returns, all float32.
+
+    Attributes:
+        images: (b, 3, S, S), the reconstruction.
+        features: (b, D, h, w), the encoder's.
+        quantized: what the quantizer made of them.
+    """
+
+    images: Tensor
+    features: Tensor
+    quantized: Quantized
+
+
+class Reconstructor(nn.Module):
+    """A tokenizer with the gradients that training needs, as one module that DDP can wrap."""
+
+    def __init__(self, tokenizer: Tokenizer, precision: torch.dtype) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.precision = precision
+
+    def forward(self, images: Tensor, noise: Tensor | None = None, tau: float = 1.0) -> Reconstructed:
+        """Encode, quantize and decode: float (b, 3, S, S) in [0, 1] → `Reconstructed`."""
+        tokenizer, quantizer = self.tokenizer, self.tokenizer.quantizer
+        with autocast(images.device, self.precision):
+            features = tokenizer.encoder(images)
+        # Distances decide which code is nearest, so they stay float32.
+        features = features.float()
+        if isinstance(quantizer, GumbelQuantizer):
+            if noise is not None:
+                noise = noise.view(len(features), *features.shape[2:], -1)
+            quantized = quantizer(features, noise, tau)
+        else:
+            quantized = quantizer(features)
+        with autocast(images.device, self.precision):
+            reconstruction = tokenizer.decoder(quantized.features)
+        return Reconstructed(reconstruction.float(), features, quantized)
+
+
+def make_networks(
+    config: TokenizerTrainingConfig, size: int, device: torch.device
+) -> tuple[Tokenizer, Discriminator, PerceptualLoss]:
+    """Return a run's three networks on a device, with first weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed % 2**63)
+        tokenizer = Tokenizer(config.model)
+        discriminator = Discriminator(
+            size if config.adversarial_weight else 8,
+            config.discriminator_multiplier,
+            config.blur_resample,
+            config.discriminator_filters,
+        )
+    perceptual = make_perceptual(
+        config.perceptual if config.perceptual_weight else "none",
+        weights=config.perceptual_files or None,
+        depth=config.perceptual_depth,
+        min_size=config.perceptual_min_size,
+        device=device,
+    )
+    # Typed as a tensor's `to`, because Module's stub lacks memory_format.
+    networks: list[Any] = [tokenizer, discriminator]
+    for network in networks:
+        network.to(device, memory_format=torch.channels_last)
+    return tokenizer, discriminator, perceptual
+
+
+def step_rates(config: TokenizerTrainingConfig, step: int) -> dict[str, float]:
+    """Return both learning rates of a step by name; the discriminator's clock starts when it does."""
+
+    def rate(peak: float, delay: int) -> float:
+        return learning_rate(
+            max(0, step - delay),
+            peak=peak,
+            schedule=config.lr_schedule,
+            warmup_steps=config.warmup_steps,
+            total_steps=config.steps - delay,
+        )
+
+    return {
+        "learning_rate": rate(config.learning_rate, 0),
+        "discriminator_learning_rate": rate(config.discriminator_learning_rate, config.adversarial_start),
+    }
+
+
+def gumbel_noise(
+    config: TokenizerTrainingConfig, step: int, sample_numbers: Tensor, num_tokens: int
+) -> tuple[Tensor | None, float]:
+    """Return the noise that the `gumbel` quantizer adds to distances, and its temperature.
+
+    Args:
+        config: the run.
+        step: the present one.
+        sample_numbers: int64 (b,), which the noise is a function of.
+        num_tokens: h · w.
+
+    Returns:
+        noise: float32 (b, h · w · K), or None for the `vq` quantizer, which draws none.
+        tau: the temperature; of no effect for `vq`.
+    """
+    if config.model.quantizer != "gumbel":
+        return None, 1.0
+    count = num_tokens * config.model.codebook_size
+    return gumbel(uniform(config.seed, sample_numbers, 0, GUMBEL, count)), gumbel_tau(config, step)
+
+
+def gumbel_tau(config: TokenizerTrainingConfig, step: int) -> float:
+    """Return the temperature of the `gumbel` quantizer: its maximum first, then a cosine to its minimum.
+
+    Source: official configs/vqgan_config.py, tau_anneal, whose curve was not released.
+    """
+    progress = (step - config.tau_warmup_steps) / max(1, config.tau_decay_steps)
+    share = LR_SCHEDULES["cosine"](min(max(progress, 0.0), 1.0))
+    return config.tau_min + (config.tau_max - config.tau_min) * share
+
+
+def flops_per_image(
+    config: TokenizerTrainingConfig,
+    tokenizer: Tokenizer,
+    discriminator: Discriminator,
+    perceptual: PerceptualLoss,
+    size: int,
+) -> float:
+    """Return the FLOPs that training spends on one image, without R1: a backward pass counts as two forward."""
+    device = tokenizer.decoder.conv_in.weight.device
+    image = torch.zeros(1, 3, size, size, device=device)
+
+    def forward(module: nn.Module, *inputs: Tensor) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(*inputs)
+        return counter.get_total_flops()
+
+    total = 3.0 * forward(Reconstructor(tokenizer, torch.float32), image)
+    # Both images forwards, and one of them backwards to its pixels alone.
+    total += 1.5 * forward(perceptual, image, image)
+    if config.adversarial_weight:
+        # Once for the tokenizer, backwards to pixels alone, and on two images for the discriminator.
+        total += (2 + 6) * forward(discriminator, image)
+    return total

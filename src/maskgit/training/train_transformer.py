@@ -1,0 +1,367 @@
+"""Training of the second stage: a transformer that predicts masked tokens.
+
+The loop in `train_transformer` reads from top to bottom, in the same order of sections as the first stage's.
+
+Shapes: B images of a step over all processes, b those of one process, m those of one part of an accumulated
+batch, N image tokens, K codes, h × w the token grid.
+Source: paper §3.1 and §4; official configs/maskgit_class_cond_config.py. The official training loop was not
+released.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from maskgit import hub
+from maskgit.config import ModelConfig, TransformerConfig
+from maskgit.errors import ConfigError
+from maskgit.pipeline import MaskGIT
+from maskgit.tokenizer import Tokenizer
+from maskgit.training.caches import TokenCache
+from maskgit.training.checkpoint import Checkpoints, ModelAndOptimizer, weights_fingerprint
+from maskgit.training.data import TokenBatches
+from maskgit.training.fine_tuning import draw_transformer, start_from
+from maskgit.training.masking import draw_masks, hide_labels
+from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
+from maskgit.training.run import (
+    EXIT_INTERRUPTED,
+    Distributed,
+    Logger,
+    StopSignal,
+    Throughput,
+    autocast,
+    check_finite,
+    choose_precision,
+    parallelize,
+    peak_flops,
+    seed_step,
+    setup_run,
+)
+from maskgit.training.transformer_config import TransformerTrainingConfig
+from maskgit.training.transformer_evaluation import (
+    RatioLosses,
+    evaluate_loss,
+    sample,
+    sequence_losses,
+    warn_of_samples,
+)
+from maskgit.transformer import Transformer
+from maskgit.vocabulary import Vocabulary
+
+# What may differ when a run goes on, for it does not change what is computed.
+MAY_CHANGE = (
+    "out", "data", "test_data", "tokenizer", "device", "num_workers", "log_every", "evaluate_every", "sample_every",
+    "num_samples", "sampler", "checkpoint_every", "keep_last", "keep_best", "async_checkpoints",
+)  # fmt: skip
+
+# A loss this near to ln K is that of a model which has learned nothing.
+STUCK = 0.02
+STUCK_STEPS = 1000
+
+
+def train_transformer(config: TransformerTrainingConfig) -> Path:
+    """Train a transformer, or go on with a run that was stopped.
+
+    Args:
+        config: the run; the same config goes on where its folder `out` stopped.
+
+    Returns:
+        The folder of the trained model: the tokenizer, and the transformer with the averaged weights.
+
+    Raises:
+        ConfigError: a setting does not fit the data or the run in `out`.
+        CheckpointError: the tokenizer or the model to start from cannot be read.
+        DataError: the data are missing, made by another tokenizer, or changed since the run's checkpoint.
+        TrainingError: the loss or the gradient is not finite.
+        OutputError: the folder cannot be written.
+        SystemExit: with code 75, after SIGTERM or SIGINT and a checkpoint; the same command goes on.
+    """
+    # Data
+    distributed = Distributed.init(config.device, group=config.fsdp)
+    device = distributed.device
+    inputs = open_inputs(config, distributed.world)
+    cache, test_cache = inputs.cache, inputs.test_cache
+    data = {"train": cache.fingerprint} | ({"test": test_cache.fingerprint} if test_cache else {})
+    # A run whose learning rate does not look at the end may be made longer.
+    may_change = (*MAY_CHANGE, "steps") if config.lr_schedule == "constant" else MAY_CHANGE
+    run_dir = setup_run(config.out, config, data, distributed, may_change=may_change)
+
+    # Network
+    precision = choose_precision(config.precision, device)
+    vocabulary = Vocabulary(config.model.num_codes, config.model.num_classes, config.model.grid_size)
+    tokenizer = inputs.tokenizer.to(device)
+    transformer = draw_transformer(config.model, config.seed)
+    if inputs.source is not None:
+        start_from(transformer, inputs.source, cache.class_names, config.init_classes)
+    transformer.to(device)
+    if config.compile:
+        transformer.compile()
+    network = parallelize(transformer, distributed, fsdp=config.fsdp, blocks=transformer.layers)
+    ema = EMA(transformer, config.ema_decay)
+
+    # Optimizer
+    betas = (config.betas[0], config.betas[1])
+    groups = parameter_groups(transformer, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=device.type in ("cpu", "cuda"))
+    max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
+
+    # Checkpoints
+    checkpoints = Checkpoints(
+        run_dir,
+        keep_last=config.keep_last,
+        keep_best=config.keep_best,
+        asynchronous=config.async_checkpoints,
+    )
+    state = {"transformer": ModelAndOptimizer(transformer, optimizer), "ema": ema, "step": 0}
+    latest = checkpoints.latest()
+    start = int(checkpoints.load(latest, state)["step"]) if latest else 0
+
+    # Loop
+    batches = iter(
+        TokenBatches(
+            cache,
+            seed=config.seed,
+            global_batch=config.batch_size,
+            rank=distributed.rank,
+            world=distributed.world,
+            num_workers=config.num_workers,
+            start_step=start,
+        )
+    )
+    logger = Logger(run_dir, distributed, start_step=start)
+    peak = peak_flops(device, precision) * distributed.world
+    throughput = Throughput(config.batch_size, flops_per_image(config.model), peak)
+    ratio_losses = RatioLosses(device)
+    score: float | None = None
+    transformer.train()
+    with StopSignal(distributed) as stop:
+        for step in range(start, config.steps):
+            batch = next(batches)
+            rate = learning_rate(
+                step,
+                peak=config.learning_rate,
+                schedule=config.lr_schedule,
+                warmup_steps=config.warmup_steps,
+                total_steps=config.steps,
+            )
+            set_learning_rate(optimizer, rate)
+            seed_step(config.seed, step, distributed.rank)
+
+            # The loss
+            optimizer.zero_grad()
+            loss = torch.zeros((), device=device)
+            parts = list(zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True))
+            for i, part in enumerate(parts):
+                tokens, labels, numbers = (tensor.to(device, non_blocking=True) for tensor in part)
+                masks = draw_masks(
+                    config.seed,
+                    numbers,
+                    vocabulary.grid_size,
+                    mask_schedule=config.mask_schedule,
+                    label_dropout=config.label_dropout,
+                )
+                sequence = vocabulary.sequence(hide_labels(labels, masks.drop_label), tokens, masks.mask)
+                with gradient_sync(network, i == len(parts) - 1):
+                    with autocast(device, precision), attention(device):
+                        logits = network(sequence, codes=vocabulary.num_codes)
+                    losses = sequence_losses(
+                        logits, tokens, masks, config.label_smoothing, config.compute_loss_for_all
+                    )
+                    part_loss = losses.sum() / len(batch.labels)
+                    part_loss.backward()
+                loss += part_loss.detach()
+                ratio_losses.update(losses, masks.ratio)
+
+            # The update
+            norm = clip_gradients(transformer.parameters(), max_norm)
+            logs = {"loss": distributed.mean(loss), "gradient_norm": norm}
+            check_finite(step, **logs)
+            optimizer.step()
+            ema.update(transformer)
+            throughput.step()
+
+            # What people watch, and checkpoints
+            done = step + 1
+            stopping = stop.agreed()
+            last = done == config.steps
+            if done % config.log_every == 0 or last:
+                throughput.read()
+                by_ratio = ratio_losses.read(distributed)
+                speed = {"images_per_second": throughput.images_per_second, "mfu": throughput.mfu}
+                logger.scalars(done, {**logs, **by_ratio, "learning_rate": rate, **speed})
+                logger.progress(done, config.steps, throughput, logs["loss"])
+                warn_if_stuck(logger, config, done, float(logs["loss"]))
+            if test_cache and (done % config.evaluate_every == 0 or last):
+                with throughput.paused(), ema.applied(transformer):
+                    test_loss = evaluate_loss(
+                        network,
+                        test_cache,
+                        vocabulary,
+                        seed=config.seed,
+                        batch_size=config.batch_size,
+                        mask_schedule=config.mask_schedule,
+                        precision=precision,
+                        distributed=distributed,
+                    )
+                score = -test_loss
+                logger.scalars(done, {"test_loss": test_loss})
+            if done % config.sample_every == 0 or last:
+                with throughput.paused(), ema.applied(transformer):
+                    samples = sample(
+                        network,
+                        tokenizer,
+                        vocabulary,
+                        num_images=config.num_samples,
+                        seed=config.seed,
+                        sampler=config.sampler,
+                        precision=precision,
+                    )
+                logger.images(done, "samples", samples.images)
+                warn_of_samples(logger, done, samples.tokens)
+            if done % config.checkpoint_every == 0 or stopping or last:
+                with throughput.paused():
+                    checkpoints.save(done, {**state, "step": done}, score)
+            if stopping and not last:
+                checkpoints.close()
+                logger.say(f"Stopped after step {done}; the same command goes on.")
+                logger.close()
+                raise SystemExit(EXIT_INTERRUPTED)
+
+    # The result
+    checkpoints.close()
+    logger.close()
+    weights = {name: whole(value) for name, value in ema.average.items()}
+    if distributed.is_main:
+        save_result(config, inputs, weights, run_dir / "model")
+    distributed.barrier()
+    return run_dir / "model"
+
+
+class Inputs(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+        cache: the tokens to train on.
+        test_cache: those to evaluate on.
+        tokenizer: what made them.
+        source: the model whose transformer training starts from.
+    """
+
+    cache: TokenCache
+    test_cache: TokenCache | None
+    tokenizer: Tokenizer
+    source: MaskGIT | None
+
+
+def open_inputs(config: TransformerTrainingConfig, world: int = 1) -> Inputs:
+    """Open what a run reads, and check that all of it fits together.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: something does not fit, or cannot be read.
+    """
+    if config.batch_size % (world * config.accumulate):
+        raise ConfigError(
+            f"batch_size must be a multiple of the {world} processes times accumulate ({config.accumulate}), "
+            f"but is {config.batch_size}."
+        )
+    source = hub.load_model(hub.locate(config.init_from)) if config.init_from else None
+    if config.tokenizer is not None:
+        tokenizer = hub.load_tokenizer(config.tokenizer)
+    else:
+        assert source is not None
+        tokenizer = source.tokenizer
+    fingerprint = weights_fingerprint(tokenizer)
+    caches = [TokenCache.open(path) for path in (config.data, config.test_data) if path is not None]
+    for cache in caches:
+        cache.check_tokenizer(fingerprint)
+        found = {"num_codes": cache.num_codes, "num_classes": cache.num_classes, "grid_size": cache.grid_size}
+        for name, value in found.items():
+            if getattr(config.model, name) != value:
+                raise ConfigError(
+                    f"model.{name} is {getattr(config.model, name)}, but the tokens in {cache.path} have {value}."
+                )
+    return Inputs(caches[0], caches[1] if len(caches) > 1 else None, tokenizer.requires_grad_(False), source)
+
+
+@contextmanager
+def gradient_sync(network: nn.Module, wanted: bool) -> Iterator[None]:
+    """Average gradients over processes only where they are wanted: in the last part of a batch."""
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        with nullcontext() if wanted else network.no_sync():
+            yield
+    else:
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(wanted)
+        yield
+
+
+@contextmanager
+def attention(device: torch.device) -> Iterator[None]:
+    """Choose the attention that trains fastest: on a CPU the plain one, in bfloat16 where autocast says so.
+
+    The backward pass of torch's fused attention for CPUs takes five times as long as the plain one's.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    # Despite its module, this governs the plain attention of every device.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+def warn_if_stuck(logger: Logger, config: TransformerTrainingConfig, step: int, loss: float) -> None:
+    """Say in words if the loss is still that of guessing all codes alike."""
+    guess = math.log(config.model.num_codes)
+    if step >= config.warmup_steps + STUCK_STEPS and loss > guess - STUCK:
+        logger.warn(
+            "stuck",
+            step,
+            f"The loss is {loss:.2f}, no better than guessing (ln {config.model.num_codes} = {guess:.2f}). Try a "
+            "lower learning rate or a longer warm-up, and look at the tokenizer's reconstructions.",
+        )
+
+
+def flops_per_image(config: TransformerConfig) -> float:
+    """Return the floating-point operations of a forward and a backward pass for one image.
+
+    Matrix products alone; the backward pass counts twice the forward one.
+    """
+    length, width = config.num_tokens + 1, config.hidden_size
+    layer = 2 * length * (4 * width**2 + 2 * width * config.intermediate_size) + 4 * length**2 * width
+    head = 2 * length * (width**2 + width * config.num_codes)
+    return 3.0 * (config.num_layers * layer + head)
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a tensor with all its shards, on the CPU; all processes must call it."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+
+
+def save_result(
+    config: TransformerTrainingConfig, inputs: Inputs, weights: dict[str, Tensor], path: Path
+) -> None:
+    """Write the model folder of a run that is done."""
+    transformer = Transformer(config.model)
+    transformer.load_state_dict(weights, strict=True)
+    model_config = ModelConfig(
+        tokenizer=inputs.tokenizer.config,
+        transformer=config.model,
+        image_size=inputs.tokenizer.patch_size * config.model.grid_size,
+        class_names=inputs.cache.class_names,
+        label_dropout=config.label_dropout,
+        sampler=config.sampler,
+    )
+    hub.save_model(MaskGIT(model_config, inputs.tokenizer.cpu(), transformer.eval()), path)

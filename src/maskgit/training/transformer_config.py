@@ -1,0 +1,120 @@
+"""What a run that trains a transformer is told; the defaults are the paper's for ImageNet 256×256."""
+
+from dataclasses import dataclass, field
+
+from maskgit.config import Config, SamplerConfig, TransformerConfig, check_choice, check_range
+from maskgit.errors import ConfigError
+from maskgit.schedules import check_mask_schedule
+from maskgit.training.fine_tuning import INIT_CLASSES
+from maskgit.training.optim import LR_SCHEDULES
+from maskgit.training.run import PRECISIONS
+
+
+@dataclass(frozen=True)
+class TransformerTrainingConfig(Config):
+    """A run that trains a transformer on the tokens of images.
+
+    Attributes:
+        data: folder of a token cache to train on.
+        out: the run's folder; the same config goes on where it stopped.
+        tokenizer: folder of the tokenizer that made the tokens, or a model that has it; None takes that of
+            `init_from`.
+        model: the transformer's shape; its codes, classes and grid must be those of the data.
+        test_data: folder of a token cache to evaluate on; without one there is no evaluation.
+        init_from: a model (a name or a folder) whose transformer training starts from.
+        init_classes: whether its classes' rows are taken over: "keep", "new", or "auto", if the names are equal.
+        steps: updates.
+        batch_size: images of a step over all processes.
+        accumulate: parts that a process's share of a batch is cut into, one after the other, to save memory.
+        seed: of first weights, order, masks, dropout and samples.
+        num_workers: threads that make batches ahead.
+        mask_schedule: the curve γ that masks are drawn by, a name in `schedules`.
+        label_smoothing: the share of the target that is spread over all codes.
+        label_dropout: the share of samples whose class is masked; above 0 the model can be guided.
+        compute_loss_for_all: whether tokens that were not masked count in the loss too.
+        learning_rate: its peak.
+        lr_schedule: a name in `optim.LR_SCHEDULES`.
+        warmup_steps: of the learning rate.
+        betas: AdamW's.
+        weight_decay: of matrices.
+        max_gradient_norm: gradients are scaled down to it; None leaves them.
+        ema_decay: of the averaged weights, which are those evaluated, sampled and saved.
+        device: "auto", "cpu", "cuda" or the like.
+        precision: what the network computes in: "auto", "float32" or "bfloat16".
+        compile: whether `torch.compile` is used.
+        fsdp: whether weights, gradients and optimizer state are sharded over the processes (FSDP2).
+        log_every, evaluate_every, sample_every, checkpoint_every: in steps.
+        num_samples: images that are sampled to look at.
+        sampler: how; also the finished model's own settings.
+        keep_last, keep_best: checkpoints that stay; the best are those of the lowest loss on `test_data`.
+        async_checkpoints: whether checkpoints are written while training goes on.
+
+    Source: paper §4 (Adam with β 0.9 and 0.96, label smoothing 0.1, dropout 0.1, batch 256, 300 epochs);
+    official configs/maskgit_class_cond_config.py (learning rate 1e-4, weight decay 4.5e-2).
+    """
+
+    data: str
+    out: str
+    tokenizer: str | None = None
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    test_data: str | None = None
+    init_from: str | None = None
+    init_classes: str = "auto"
+    steps: int = 1_500_000
+    batch_size: int = 256
+    accumulate: int = 1
+    seed: int = 42
+    num_workers: int = 2
+    mask_schedule: str = "cosine"
+    label_smoothing: float = 0.1
+    label_dropout: float = 0.1
+    compute_loss_for_all: bool = False
+    learning_rate: float = 1e-4
+    lr_schedule: str = "constant"
+    warmup_steps: int = 5000
+    betas: tuple[float, ...] = (0.9, 0.96)
+    weight_decay: float = 4.5e-2
+    max_gradient_norm: float | None = 1.0
+    ema_decay: float = 0.999
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
+    fsdp: bool = False
+    log_every: int = 50
+    evaluate_every: int = 5000
+    sample_every: int = 5000
+    num_samples: int = 16
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    checkpoint_every: int = 5000
+    keep_last: int = 2
+    keep_best: int = 0
+    async_checkpoints: bool = False
+
+    def validate(self) -> None:
+        for name in ("steps", "log_every", "evaluate_every", "sample_every", "checkpoint_every"):
+            check_range(name, getattr(self, name), 1, 2**40)
+        check_range("batch_size", self.batch_size, 1, 2**24)
+        check_range("accumulate", self.accumulate, 1, self.batch_size)
+        check_range("seed", self.seed, 0, 2**64 - 1)
+        check_range("num_workers", self.num_workers, 0, 256)
+        check_range("label_smoothing", self.label_smoothing, 0, 0.99)
+        check_range("label_dropout", self.label_dropout, 0, 1)
+        check_range("learning_rate", self.learning_rate, 0, 10)
+        check_range("warmup_steps", self.warmup_steps, 0, 2**40)
+        check_range("weight_decay", self.weight_decay, 0, 1e3)
+        check_range("len(betas)", len(self.betas), 2, 2)
+        for beta in (*self.betas, self.ema_decay):
+            check_range("betas and ema_decay", beta, 0, 1 - 1e-9)
+        if self.max_gradient_norm is not None:
+            check_range("max_gradient_norm", self.max_gradient_norm, 1e-12, 1e12)
+        check_range("num_samples", self.num_samples, 1, 4096)
+        check_range("keep_last", self.keep_last, 1, 10_000)
+        check_range("keep_best", self.keep_best, 0, 10_000)
+        check_mask_schedule(self.mask_schedule)
+        check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        check_choice("precision", self.precision, ("auto", *PRECISIONS))
+        check_choice("init_classes", self.init_classes, INIT_CLASSES)
+        if self.tokenizer is None and self.init_from is None:
+            raise ConfigError("tokenizer is missing: give the folder of the tokenizer that made the tokens.")
+        if self.keep_best and self.test_data is None:
+            raise ConfigError("keep_best needs test_data, whose loss decides which checkpoints are best.")

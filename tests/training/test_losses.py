@@ -1,0 +1,224 @@
+"""Losses, discriminator and R1 against the records of the official code, and against closed forms."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_weights import arrays
+from torch import Tensor
+
+from maskgit.errors import ConfigError
+from maskgit.quantizer import GumbelQuantizer, VectorQuantizer
+from maskgit.training.discriminator import Discriminator, blur_downsample, num_filters
+from maskgit.training.losses import (
+    adaptive_weight,
+    discriminator_loss,
+    entropy_loss,
+    generator_loss,
+    l1_loss,
+    l2_loss,
+    no_quantizer_loss,
+    quantizer_loss,
+    r1_penalty,
+    sequence_cross_entropies,
+    sequence_cross_entropy,
+)
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+TIGHT = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def official() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "official_losses.npz") as file:
+        return dict(file)
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "argmax"])
+@pytest.mark.parametrize("temperature", [0.01, 1.0])
+def test_entropy_loss_is_official(official, kind, temperature):
+    found = entropy_loss(tensor(official["entropy_affinity"]), kind, temperature)
+    torch.testing.assert_close(found, tensor(official[f"entropy_{kind}_{temperature}"]), **TIGHT)
+
+
+def test_entropy_loss_of_known_choices():
+    even = torch.eye(8) * 100
+    assert entropy_loss(even, temperature=1.0).item() == pytest.approx(-np.log(8), abs=1e-3)
+    collapsed = torch.tensor([[100.0, 0, 0]]).expand(6, 3)
+    assert entropy_loss(collapsed, temperature=1.0).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_argmax_entropy_has_the_gradient_of_softmax():
+    affinity = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    entropy_loss(affinity, "argmax", 1.0).backward()
+    assert affinity.grad is not None
+    assert affinity.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["hinge", "non-saturating"])
+def test_adversarial_losses_are_official(official, kind):
+    real, fake = tensor(official["real_logit"]), tensor(official["fake_logit"])
+    found = discriminator_loss(real, fake, kind), generator_loss(fake, kind)
+    torch.testing.assert_close(found[0], tensor(official[f"discriminator_{kind}"]), **TIGHT)
+    torch.testing.assert_close(found[1], tensor(official[f"generator_{kind}"]), **TIGHT)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: generator_loss(torch.zeros(1), "wgan"),
+    lambda: discriminator_loss(torch.zeros(1), torch.zeros(1), "hing"),
+    lambda: entropy_loss(torch.zeros(2, 2), "mean"),
+])  # fmt: skip
+def test_unknown_names_are_refused(call):
+    with pytest.raises(ConfigError, match="Choose from"):
+        call()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_sequence_cross_entropy_is_official(official, smoothing):
+    logits, labels = tensor(official["mlm_logits"]), tensor(official["mlm_labels"])
+    found = sequence_cross_entropy(logits, labels, tensor(official["mlm_weights"]), smoothing)
+    torch.testing.assert_close(found, tensor(official[f"mlm_loss_smoothing_{smoothing}"]), **TIGHT)
+
+
+def test_sequence_cross_entropies_are_those_of_the_definition():
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[0, 1, 4], [2, 2, 3]])
+    target = F.one_hot(labels, 5) * 0.8 + 0.2 / 5
+    expected = -(target * logits.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(sequence_cross_entropies(logits, labels, 0.2), expected)
+
+
+def test_pixel_losses():
+    a, b = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([2.0, 5.0], dtype=torch.float64)
+    assert l1_loss(a, b).item() == 2
+    assert l2_loss(a, b).item() == 5
+
+
+def test_quantizer_losses_are_official(tiny):
+    with np.load(GOLDEN / "tiny_forward.npz") as file:
+        image = tensor(file["image_BHWC"]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        features = tiny.tokenizer.encoder(image)
+        found = quantizer_loss(features, tiny.tokenizer.quantizer(features))
+    with np.load(GOLDEN / "tiny_quantizer_losses.npz") as file:
+        expected = {name: tensor(file[name]) for name in file}
+    torch.testing.assert_close(found.total, expected["quantizer_loss"], **TIGHT)
+    torch.testing.assert_close(found.commitment, expected["e_latent_loss"], **TIGHT)
+    torch.testing.assert_close(found.codebook, expected["q_latent_loss"], **TIGHT)
+    torch.testing.assert_close(found.entropy, expected["entropy_loss"], **TIGHT)
+
+
+def test_quantizer_losses_move_the_right_side():
+    quantizer = VectorQuantizer(4, 3)
+    features = torch.randn(1, 3, 2, 2, requires_grad=True)
+    losses = quantizer_loss(features, quantizer(features), entropy_weight=0.0)
+    assert losses.entropy == 0
+    (to_codes,) = torch.autograd.grad(
+        losses.commitment, quantizer.codebook, retain_graph=True, allow_unused=True
+    )
+    (to_features,) = torch.autograd.grad(losses.codebook, features, allow_unused=True)
+    assert to_codes is None or not to_codes.any()
+    assert to_features is None or not to_features.any()
+
+
+def test_gumbel_has_no_quantizer_loss():
+    features = torch.randn(1, 3, 2, 2)
+    assert no_quantizer_loss(features, GumbelQuantizer(4, 3)(features), commitment_weight=1.0).total == 0
+
+
+def official_discriminator(blur: bool) -> Discriminator:
+    """Make the official 32-pixel network with the golden weights."""
+    shapes = json.loads((GOLDEN / "discriminator32_shapes.json").read_text())
+    weights = arrays(shapes, 1)
+    network = Discriminator(32, blur_resample=blur)
+
+    def kernel(array: np.ndarray) -> Tensor:
+        return tensor(array).permute(3, 2, 0, 1) if array.ndim == 4 else tensor(array).T
+
+    names = {"conv_in": "Conv_0", "conv_out": "Conv_1", "dense2": "Dense_1"}
+    for i in range(3):
+        for ours, theirs in (("conv1", "Conv_0"), ("shortcut", "Conv_1"), ("conv2", "Conv_2")):
+            names[f"blocks.{i}.{ours}"] = f"ResBlock_{i}/{theirs}"
+    state = {}
+    for ours, theirs in names.items():
+        state[f"{ours}.weight"] = kernel(weights[f"params/{theirs}/kernel"])
+        if "shortcut" not in ours:
+            state[f"{ours}.bias"] = tensor(weights[f"params/{theirs}/bias"])
+    # The official network flattens (height, width, channels), ours (channels, height, width).
+    dense = tensor(weights["params/Dense_0/kernel"]).view(4, 4, 512, 512)
+    state["dense1.weight"] = dense.permute(3, 2, 0, 1).flatten(1)
+    state["dense1.bias"] = tensor(weights["params/Dense_0/bias"])
+    network.load_state_dict(state)
+    return network
+
+
+@pytest.mark.parametrize("blur", [True, False])
+def test_discriminator_and_r1_are_official(official, blur):
+    network = official_discriminator(blur)
+    images = tensor(official["discriminator_image_BHWC"]).permute(0, 3, 1, 2)
+    penalty, logits = r1_penalty(network, images)
+    torch.testing.assert_close(logits, tensor(official[f"discriminator_logits_blur{int(blur)}"]), **TIGHT)
+    expected = float(official[f"r1_blur{int(blur)}_cost10"])
+    assert penalty.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("blur", [True, False])
+def test_r1_has_second_order_gradients(blur):
+    torch.manual_seed(0)
+    network = Discriminator(8, blur_resample=blur, max_filters=4).double()
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    r1_penalty(network, images)[0].backward()
+    weight, place, step = network.conv_in.weight, (1, 2, 0, 1), 1e-4
+    values = []
+    for shift in (step, -2 * step):
+        with torch.no_grad():
+            weight[place] += shift
+        values.append(r1_penalty(network, images)[0].item())
+    assert weight.grad is not None
+    expected = (values[0] - values[1]) / (2 * step)
+    assert weight.grad[place].item() == pytest.approx(expected, rel=0.05, abs=1e-3)
+
+
+def test_blur_is_binomial():
+    x = torch.zeros(1, 1, 8, 8)
+    x[0, 0, 3, 3] = 64
+    # Output i reads pixels 2i − 1 to 2i + 2: pixel 3 stands third in output 1's window, and first in output 2's.
+    line = torch.tensor([0.0, 3, 1, 0])
+    torch.testing.assert_close(blur_downsample(x)[0, 0], line[:, None] * line)
+
+
+@pytest.mark.parametrize("size", [8, 64, 1024])
+def test_discriminator_sizes(size):
+    network = Discriminator(size, max_filters=4)
+    assert network(torch.rand(2, 3, size, size)).shape == (2, 1)
+
+
+def test_discriminator_does_not_see_memory_order():
+    network = Discriminator(16, max_filters=8)
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = network(images)
+        found = network.to(memory_format=torch.channels_last)(
+            images.contiguous(memory_format=torch.channels_last)
+        )
+    torch.testing.assert_close(found, expected)
+
+
+def test_discriminator_widths():
+    assert num_filters(32, 2) == 512
+    assert num_filters(256, 2) == 128
+    assert num_filters(256, 2, 100) == 100
+    with pytest.raises(ConfigError, match="8, 16, 32"):
+        Discriminator(48)
+
+
+def test_adaptive_weight_balances_gradients():
+    weight = torch.randn(3, 3, requires_grad=True)
+    a, b = (weight * 6).sum(), (weight * 2).sum()
+    assert adaptive_weight(a, b, weight).item() == pytest.approx(3, rel=1e-3)

@@ -1,0 +1,99 @@
+"""Learning rates, clipping and averaged weights against closed forms."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from maskgit.errors import CheckpointError, ConfigError
+from maskgit.training.optim import EMA, clip_gradients, learning_rate, make_adam, parameter_groups
+
+
+def test_warm_up_then_constant():
+    rates = [learning_rate(step, peak=2.0, warmup_steps=4, total_steps=10) for step in range(10)]
+    assert rates == [0.5, 1.0, 1.5, 2.0, *[2.0] * 6]
+
+
+def test_cosine_falls_to_nothing():
+    settings = {"peak": 3.0, "schedule": "cosine", "warmup_steps": 2, "total_steps": 10}
+    assert learning_rate(2, **settings) == 3.0
+    assert learning_rate(6, **settings) == pytest.approx(1.5)
+    assert learning_rate(10, **settings) == pytest.approx(0)
+    assert learning_rate(99, **settings) == pytest.approx(0)
+
+
+@given(st.integers(0, 100), st.integers(0, 60), st.sampled_from(["constant", "cosine"]))
+def test_rate_stays_between_nothing_and_the_peak(step, warmup, schedule):
+    rate = learning_rate(step, peak=1.0, schedule=schedule, warmup_steps=warmup, total_steps=100)
+    assert 0 <= rate <= 1
+
+
+def test_unknown_schedule():
+    with pytest.raises(ConfigError, match="cosine"):
+        learning_rate(0, peak=1.0, schedule="cosin")
+
+
+def test_weight_decay_is_on_matrices_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm(4), nn.Embedding(5, 4))
+    decayed, others = parameter_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1
+    assert others["weight_decay"] == 0
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert {p.ndim for p in others["params"]} == {1}
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_clipping():
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = torch.full((4,), 3.0)
+    assert clip_gradients([weight], math.inf).item() == pytest.approx(6)
+    assert weight.grad.norm().item() == pytest.approx(6)
+    assert clip_gradients([weight], 1.5).item() == pytest.approx(6)
+    assert weight.grad.norm().item() == pytest.approx(1.5, rel=1e-5)
+
+
+def test_adam_with_made_state_moves_as_torch_does():
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    ours, theirs = make_adam([weights[0]], (0.0, 0.99)), torch.optim.Adam([weights[1]], 0.1, (0.0, 0.99))
+    ours.param_groups[0]["lr"] = 0.1
+    for step in range(3):
+        for weight, optimizer in zip(weights, (ours, theirs), strict=True):
+            weight.grad = torch.tensor([1.0, -2.0, 0.5]) * (step + 1)
+            optimizer.step()
+    assert torch.equal(*weights)
+
+
+def test_ema_is_the_average_of_its_definition():
+    model = nn.BatchNorm1d(2)
+    ema = EMA(model, 0.9)
+    expected = model.weight.detach().clone()
+    for step in range(5):
+        with torch.no_grad():
+            model.weight += step + 1
+            model.running_mean += 1
+        ema.update(model)
+        expected = 0.9 * expected + 0.1 * model.weight.detach()
+    torch.testing.assert_close(ema.average["weight"], expected)
+    assert torch.equal(ema.average["running_mean"], model.running_mean)
+
+
+def test_ema_lends_itself_and_gives_back():
+    model = nn.Linear(2, 2)
+    ema, own = EMA(model, 0.5), model.weight.detach().clone()
+    ema.average["weight"].fill_(7)
+    with ema.applied(model):
+        assert (model.weight == 7).all()
+    assert torch.equal(model.weight, own)
+
+
+def test_ema_state_goes_round_and_refuses_others():
+    model = nn.Linear(2, 2)
+    first, second = EMA(model, 0.5), EMA(model, 0.5)
+    first.average["weight"].fill_(3)
+    second.load_state_dict(first.state_dict())
+    assert (second.average["weight"] == 3).all()
+    with pytest.raises(CheckpointError, match="not those of this network"):
+        second.load_state_dict(EMA(nn.Linear(3, 2), 0.5).state_dict())

@@ -1,0 +1,202 @@
+"""What both loops share: run directories, stopping, precision, seeds, the log."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit.config import Config, SamplerConfig
+from maskgit.errors import ConfigError, DataError
+from maskgit.training import progress
+from maskgit.training.checkpoint import Checkpoints
+from maskgit.training.run import (
+    Distributed,
+    Logger,
+    StopSignal,
+    Throughput,
+    TrainingError,
+    check_finite,
+    choose_precision,
+    parallelize,
+    seed_step,
+    setup_run,
+)
+
+ALONE = Distributed(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Run(Config):
+    rate: float = 0.1
+    steps: int = 5
+    num_workers: int = 0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+def begin(folder, config=None, data="a", may_change=("num_workers",)):
+    return setup_run(folder, config or Run(), {"train": data}, ALONE, may_change=may_change)
+
+
+def test_a_run_directory_is_of_one_config(tmp_path):
+    begin(tmp_path)
+    Checkpoints(tmp_path).save(1, {"step": 1})
+    begin(tmp_path)
+    begin(tmp_path, Run(num_workers=2))
+    changed = Run(rate=0.2, num_workers=3, sampler=replace(SamplerConfig(), steps=99))
+    with pytest.raises(
+        ConfigError, match=r"rate \(was 0\.1, is 0\.2\).*sampler\.steps \(was 8, is 99\)"
+    ) as raised:
+        begin(tmp_path, changed)
+    assert "num_workers" not in str(raised.value)
+    begin(tmp_path, changed, may_change=("num_workers", "rate", "sampler"))
+
+
+def test_data_that_changed_are_an_error(tmp_path):
+    begin(tmp_path)
+    Checkpoints(tmp_path).save(1, {"step": 1})
+    with pytest.raises(DataError, match=r"\(train\) changed since the checkpoint"):
+        begin(tmp_path, data="b")
+    begin(tmp_path, data="a")
+
+
+def test_without_a_checkpoint_a_run_may_begin_anew(tmp_path):
+    begin(tmp_path)
+    begin(tmp_path, Run(rate=0.5), data="b")
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored == {"config": Run(rate=0.5).to_dict(), "data": {"train": "b"}}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_request(number):
+    before = signal.getsignal(number)
+    with StopSignal(ALONE) as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), number)
+        assert stop.agreed()
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_stops_at_once():
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with StopSignal(ALONE), pytest.raises(KeyboardInterrupt):
+        twice()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stops_the_run_by_name(bad):
+    check_finite(3, loss=torch.tensor(1.0), gradient_norm=2.0)
+    with pytest.raises(TrainingError, match=r"step 3 before its update: gradient_norm is -?(nan|inf)\."):
+        check_finite(3, loss=1.0, gradient_norm=torch.tensor(bad))
+
+
+def test_seeds_depend_on_seed_step_and_rank():
+    draws = []
+    for seed, step, rank in ((1, 2, 0), (1, 2, 0), (1, 3, 0), (2, 2, 0), (1, 2, 1)):
+        seed_step(seed, step, rank)
+        draws.append(float(torch.rand(())))
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 4
+
+
+def test_precision_by_name():
+    cpu = torch.device("cpu")
+    assert choose_precision("float32", cpu) == torch.float32
+    assert choose_precision("bfloat16", cpu) == torch.bfloat16
+    assert choose_precision("auto", cpu) in (torch.float32, torch.bfloat16)
+    with pytest.raises(ConfigError, match="bfloat16"):
+        choose_precision("bfloat61", cpu)
+
+
+def test_a_process_alone_needs_no_group():
+    distributed = Distributed.init("cpu")
+    assert distributed == ALONE
+    value = torch.tensor(3.0, requires_grad=True)
+    assert distributed.mean(value) is value
+    assert distributed.any(True)
+    module = torch.nn.Linear(1, 1)
+    assert parallelize(module, distributed) is module
+    distributed.close()
+
+
+def test_scalars_go_to_a_file_and_what_is_done_again_is_logged_once(tmp_path):
+    logger = Logger(tmp_path, ALONE)
+    for step in range(1, 6):
+        logger.scalars(step, {"loss": torch.tensor(step / 2)})
+    logger.close()
+    with (tmp_path / "scalars.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    logger = Logger(tmp_path, ALONE, start_step=3)
+    logger.scalars(4, {"loss": 9})
+    logger.close()
+    lines = [json.loads(line) for line in (tmp_path / "scalars.jsonl").read_text().splitlines()]
+    assert lines == [{"step": s, "loss": loss} for s, loss in ((1, 0.5), (2, 1.0), (3, 1.5), (4, 9.0))]
+
+
+def test_without_tensorboard_there_is_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    Logger(tmp_path, ALONE).close()
+    assert "pip install tensorboard" in capsys.readouterr().err
+
+
+def test_images_are_laid_out_as_a_grid(tmp_path):
+    images = torch.arange(5).view(5, 1, 1, 1).expand(5, 3, 2, 4) / 10
+    logger = Logger(tmp_path, ALONE)
+    logger.images(7, "samples", images)
+    logger.close()
+    picture = np.asarray(Image.open(tmp_path / "samples" / "samples-00000007.png"))
+    assert picture.shape == (2 * 2, 3 * 4, 3)
+    grey = np.round(np.array([[0, 0.1, 0.2], [0.3, 0.4, 0]]) * 255)
+    assert np.abs(picture[::2, ::4, 0] - grey).max() <= 1
+
+
+def test_only_the_main_process_writes(tmp_path, capsys):
+    logger = Logger(tmp_path, Distributed(1, 2, torch.device("cpu")))
+    logger.scalars(1, {"loss": 1})
+    logger.images(1, "samples", torch.zeros(1, 3, 2, 2))
+    logger.warn("name", 1, "Something.")
+    logger.progress(1, 2, Throughput(1), 0.5)
+    logger.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_warning_is_said_once(tmp_path, capsys):
+    logger = Logger(tmp_path, ALONE)
+    for step in (4, 5):
+        logger.warn("collapse", step, "The codebook has collapsed.")
+    logger.close()
+    assert capsys.readouterr().err.count("Warning at step 4: The codebook has collapsed.") == 1
+
+
+def test_throughput_counts_images_and_leaves_out_pauses(tmp_path, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    throughput = Throughput(32, flops_per_image=1e9, peak=1e11)
+    for _ in range(10):
+        now[0] += 0.5
+        throughput.step()
+    with throughput.paused():
+        now[0] += 1000
+    assert throughput.read() == (pytest.approx(64.0), pytest.approx(0.64))
+    assert throughput.time_left(20) == pytest.approx(10.0)
+    logger = Logger(tmp_path, ALONE)
+    logger.progress(10, 30, throughput, torch.tensor(2.5))
+    logger.close()
+    assert "step 10/30: 64 images/s, MFU 64.0%, 10 s left, loss 2.5000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(5.2, "5 s"), (125, "2 min 05 s"), (3 * 3600 + 300, "3 h 05 min"), (float("nan"), "unknown time")],
+)
+def test_durations_as_people_read_them(seconds, text):
+    assert progress.duration(seconds) == text

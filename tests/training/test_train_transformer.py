@@ -1,0 +1,523 @@
+"""Training of the second stage: what it learns, resuming, processes, fine-tuning, and bad input."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit import hub
+from maskgit.config import SamplerConfig, TokenizerConfig, TransformerConfig
+from maskgit.errors import CheckpointError, ConfigError, DataError
+from maskgit.tokenizer import Tokenizer
+from maskgit.training import train_transformer as module
+from maskgit.training.caches import TokenCache
+from maskgit.training.checkpoint import Checkpoints, weights_fingerprint
+from maskgit.training.fine_tuning import draw_transformer, start_from
+from maskgit.training.losses import sequence_cross_entropy
+from maskgit.training.masking import draw_masks
+from maskgit.training.run import EXIT_INTERRUPTED, Distributed, TrainingError
+from maskgit.training.train_transformer import flops_per_image, train_transformer
+from maskgit.training.transformer_config import TransformerTrainingConfig
+from maskgit.training.transformer_dry_run import dry_run
+from maskgit.training.transformer_evaluation import RatioLosses, sequence_losses, warn_of_samples
+from maskgit.training.writers import write_image_cache, write_token_cache
+from maskgit.transformer import Transformer
+
+CODES, CLASSES, GRID = 16, 3, 4
+MODEL = TransformerConfig(
+    CODES, CLASSES, GRID, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32
+)
+
+
+class ClassAsTokens:
+    """Stands in for a tokenizer: an image's tokens are all the number in its first pixel."""
+
+    patch_size = 2
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        number = (images[:, 0, 0, 0] * 255).round().long()
+        return number[:, None, None].expand(-1, GRID, GRID)
+
+
+def write_tokens(folder: Path, numbers: np.ndarray, fingerprint: str, names=("a", "b", "c")) -> None:
+    images = np.zeros((len(numbers), 8, 8, 3), np.uint8) + numbers[:, None, None, None].astype(np.uint8)
+    labels = np.arange(len(numbers)) % len(names)
+    cache = write_image_cache(folder / "images", images, labels, names)
+    write_token_cache(
+        cache,
+        ClassAsTokens(),
+        folder / "tokens",
+        tokenizer_fingerprint=fingerprint,
+        num_codes=CODES,
+        views="centre",
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tokenizer; tokens that are the label plus 4, and others."""
+    folder = tmp_path_factory.mktemp("data")
+    torch.manual_seed(0)
+    shape = TokenizerConfig(
+        filters=32, num_res_blocks=1, channel_multipliers=(1, 1), embedding_dim=4, codebook_size=CODES
+    )
+    tokenizer = Tokenizer(shape).eval()
+    hub.save_tokenizer(tokenizer, folder / "tokenizer")
+    fingerprint = weights_fingerprint(tokenizer)
+    write_tokens(folder, np.arange(30) % CLASSES + 4, fingerprint)
+    write_tokens(folder / "other", np.arange(30) % CLASSES + 7, fingerprint)
+    write_tokens(folder / "foreign", np.arange(30) % CLASSES + 4, "0" * 64)
+    write_tokens(folder / "five", np.arange(30) % 5 + 4, fingerprint, names=("v", "w", "x", "y", "z"))
+    return folder
+
+
+@pytest.fixture
+def config(folder, tmp_path) -> TransformerTrainingConfig:
+    return TransformerTrainingConfig(
+        data=str(folder / "tokens"),
+        out=str(tmp_path / "run"),
+        tokenizer=str(folder / "tokenizer"),
+        model=MODEL,
+        steps=6,
+        batch_size=8,
+        num_workers=0,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        device="cpu",
+        precision="float32",
+        log_every=1,
+        sample_every=100,
+        num_samples=3,
+        sampler=SamplerConfig(steps=2),
+    )
+
+
+def scalars(out: str, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (Path(out) / "scalars.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def final_state(config: TransformerTrainingConfig) -> dict[str, torch.Tensor]:
+    """Return all tensors of a run's last checkpoint by name."""
+    import torch.distributed.checkpoint as dcp
+
+    path = Checkpoints(config.out).latest()
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size) for name, entry in metadata.items() if hasattr(entry, "size")}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+    return state
+
+
+def assert_same_run(one: TransformerTrainingConfig, other: TransformerTrainingConfig) -> None:
+    a, b = final_state(one), final_state(other)
+    assert a.keys() == b.keys()
+    assert any("exp_avg_sq" in name for name in a)
+    assert any(name.startswith("ema") for name in a)
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+    assert scalars(one.out, "loss") == scalars(other.out, "loss")
+    models = [hub.load_model(Path(run.out) / "model").transformer.state_dict() for run in (one, other)]
+    for name, value in models[0].items():
+        assert torch.equal(value, models[1][name]), name
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Let a SIGTERM arrive during a step."""
+    check = module.check_finite
+
+    def interrupting(now: int, **quantities: object) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        check(now, **quantities)
+
+    monkeypatch.setattr(module, "check_finite", interrupting)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, num_workers):
+    config = replace(config, num_workers=num_workers)
+    straight = replace(config, out=str(tmp_path / "straight"))
+    train_transformer(straight)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(SystemExit) as stopped:
+            train_transformer(config)
+    assert stopped.value.code == EXIT_INTERRUPTED == 75
+    assert Checkpoints(config.out).committed()[-1].step == 4
+    train_transformer(config)
+    assert_same_run(straight, config)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(
+    config, tmp_path, monkeypatch, asynchronous
+):
+    config = replace(config, checkpoint_every=2, async_checkpoints=asynchronous)
+    straight = replace(config, out=str(tmp_path / "straight"))
+    train_transformer(straight)
+    check = module.check_finite
+
+    class KilledError(BaseException):
+        pass
+
+    def dying(step: int, **quantities: object) -> None:
+        if step == 5:
+            raise KilledError
+        check(step, **quantities)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "check_finite", dying)
+        with pytest.raises(KilledError):
+            train_transformer(config)
+    train_transformer(config)
+    assert_same_run(straight, config)
+
+
+def test_a_loss_that_is_none_stops_before_it_spoils_a_weight(config, tmp_path, monkeypatch):
+    straight = replace(config, out=str(tmp_path / "straight"))
+    train_transformer(straight)
+    config = replace(config, checkpoint_every=1)
+    losses, calls = module.sequence_losses, []
+
+    def spoiled(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        return losses(*arguments) * (float("nan") if len(calls) == 3 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sequence_losses", spoiled)
+        with pytest.raises(
+            TrainingError, match="step 2 before its update: loss is nan, gradient_norm is nan"
+        ):
+            train_transformer(config)
+    assert Checkpoints(config.out).committed()[-1].step == 2
+    train_transformer(config)
+    assert_same_run(straight, config)
+
+
+def test_a_cut_up_batch_gives_the_same_run_to_rounding(config, tmp_path):
+    config = replace(config, model=replace(MODEL, dropout=0.0))
+    pieces = replace(config, accumulate=4, out=str(tmp_path / "pieces"))
+    train_transformer(config)
+    train_transformer(pieces)
+    assert scalars(pieces.out, "loss") == pytest.approx(scalars(config.out, "loss"), rel=1e-5)
+
+
+SCRIPT = """
+import json, sys
+from maskgit.training.train_transformer import train_transformer
+from maskgit.training.transformer_config import TransformerTrainingConfig
+for values in json.loads(sys.argv[1]):
+    train_transformer(TransformerTrainingConfig.from_dict(values))
+"""
+
+
+def test_two_processes_and_shards_give_the_same_losses_as_one(config, tmp_path):
+    config = replace(config, model=replace(MODEL, dropout=0.0), accumulate=2, test_data=config.data, steps=4)
+    train_transformer(config)
+    runs = {"ddp": replace(config, out=str(tmp_path / "ddp"))}
+    runs["fsdp"] = replace(config, fsdp=True, out=str(tmp_path / "fsdp"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = []
+    for rank in range(2):
+        environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {key: str(value) for key, value in environment.items()}
+        arguments = json.dumps([run.to_dict() for run in runs.values()])
+        command = [sys.executable, "-c", SCRIPT, arguments]
+        environment["OMP_NUM_THREADS"] = "1"
+        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for worker in workers:
+        _, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors
+    one = hub.load_model(Path(config.out) / "model").transformer.state_dict()
+    for run in runs.values():
+        assert scalars(run.out, "loss") == pytest.approx(scalars(config.out, "loss"), rel=1e-5)
+        assert scalars(run.out, "test_loss") == pytest.approx(scalars(config.out, "test_loss"), rel=1e-5)
+        assert scalars(run.out, "gradient_norm") == pytest.approx(
+            scalars(config.out, "gradient_norm"), rel=1e-4
+        )
+        two = hub.load_model(Path(run.out) / "model").transformer.state_dict()
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_it_learns_and_generates_with_and_without_a_class(config):
+    config = replace(config, steps=250, label_smoothing=0.0, label_dropout=0.2, ema_decay=0.95)
+    config = replace(config, test_data=config.data, evaluate_every=250, keep_best=1)
+    model = hub.load_model(train_transformer(config))
+    assert scalars(config.out, "loss")[0] > 2.0
+    # Only a sample that hides all tokens and its class leaves anything to guess.
+    assert np.mean(scalars(config.out, "loss")[-20:]) < 0.3
+    assert scalars(config.out, "test_loss")[-1] < 0.05
+    assert model.config.class_names == ("a", "b", "c")
+    assert model.config.label_dropout == 0.2
+    for label in range(CLASSES):
+        tokens = model.generate(label, num_images=2, seed=1).tokens
+        assert float((tokens == label + 4).float().mean()) > 0.95
+    assert set(model.generate(None, num_images=4, seed=1).tokens.unique().tolist()) <= {4, 5, 6}
+    assert len(list((Path(config.out) / "samples").glob("samples-*.png"))) == 3
+    assert {"learning_rate", "gradient_norm"} <= json.loads(
+        (Path(config.out) / "scalars.jsonl").read_text().splitlines()[0]
+    ).keys()
+
+
+def test_the_learning_rate_warms_up_and_falls(config):
+    train_transformer(replace(config, lr_schedule="cosine"))
+    rates = scalars(config.out, "learning_rate")
+    expected = [0.005, 0.01, *(0.005 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_loss_counts_masked_tokens_alone_and_each_sequence_alike():
+    torch.manual_seed(0)
+    logits = torch.randn(5, GRID**2 + 1, CODES)
+    tokens = torch.randint(0, CODES, (5, GRID, GRID))
+    masks = draw_masks(1, torch.arange(5), GRID)
+    losses = sequence_losses(logits, tokens, masks, 0.1)
+    official = sequence_cross_entropy(logits[:, 1:], tokens.flatten(1), masks.mask.flatten(1), 0.1)
+    assert float(losses.mean()) == pytest.approx(float(official), rel=1e-6)
+    by_hand = -logits[:, 1:].log_softmax(-1).gather(-1, tokens.flatten(1)[..., None])[..., 0]
+    for i in range(5):
+        expected = by_hand[i][masks.mask[i].flatten()].mean()
+        assert float(sequence_losses(logits, tokens, masks)[i]) == pytest.approx(float(expected), rel=1e-5)
+        everywhere = sequence_losses(logits, tokens, masks, for_all=True)[i]
+        assert float(everywhere) == pytest.approx(float(by_hand[i].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mask_schedule": "square"},
+        {"label_smoothing": 0.0},
+        {"label_dropout": 0.9},
+        {"compute_loss_for_all": True},
+        {"learning_rate": 1e-3},
+        {"lr_schedule": "cosine"},
+        {"warmup_steps": 0},
+        {"betas": (0.5, 0.9)},
+        {"weight_decay": 5.0},
+        {"max_gradient_norm": 1e-6},
+        {"seed": 1},
+        {"precision": "bfloat16"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_setting_changes_the_run(config, tmp_path, change):
+    # Weight decay and clipping show after an update.
+    config = replace(config, steps=4)
+    other = replace(config, out=str(tmp_path / "other"), **change)
+    train_transformer(config)
+    train_transformer(other)
+    one, two = final_state(config), final_state(other)
+    assert any(not torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_losses_are_told_by_tenths_of_the_mask_ratio():
+    losses = RatioLosses(torch.device("cpu"))
+    losses.update(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.1, 0.1001, 0.95, 1.0]))
+    alone = Distributed(0, 1, torch.device("cpu"))
+    prefix = "loss_by_mask_ratio/"
+    assert losses.read(alone) == {f"{prefix}0.0-0.1": 1.0, f"{prefix}0.1-0.2": 2.0, f"{prefix}0.9-1.0": 6.0}
+    assert losses.read(alone) == {}
+
+
+def test_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Transformer(replace(MODEL, dropout=0.0))
+    with module.attention(torch.device("cpu")), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, GRID**2 + 1, dtype=torch.int64), codes=CODES)
+    assert flops_per_image(model.config) == pytest.approx(3 * counter.get_total_flops() / 2)
+
+
+def test_dry_run_tells_the_arithmetic_and_writes_nothing(config):
+    text = dry_run(replace(config, steps=15, batch_size=24, accumulate=3), world=2)
+    assert f"{sum(p.numel() for p in Transformer(MODEL).parameters()):,}" in text
+    assert "24 = 2 processes × 3 parts × 4" in text
+    assert "15, 12.0 times through the data" in text
+    assert "30 images, 3 classes, 4 × 4 tokens of 16 codes" in text
+    assert not Path(config.out).exists()
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory) -> Path:
+    """A model folder."""
+    config = TransformerTrainingConfig(
+        data=str(folder / "tokens"),
+        out=str(tmp_path_factory.mktemp("trained")),
+        tokenizer=str(folder / "tokenizer"),
+        model=MODEL,
+        steps=3,
+        batch_size=8,
+        num_workers=0,
+        warmup_steps=0,
+        device="cpu",
+        precision="float32",
+    )
+    return train_transformer(config)
+
+
+def test_fine_tuning_keeps_codes_mask_and_layers_and_draws_new_classes(trained):
+    source = hub.load_model(trained)
+    theirs = source.transformer.state_dict()
+    fresh = draw_transformer(replace(MODEL, num_classes=5), seed=9)
+    drawn = fresh.token_embedding.weight.detach().clone()
+    assert not start_from(fresh, source, ("v", "w", "x", "y", "z"))
+    rows, bias = fresh.token_embedding.weight, fresh.head.bias
+    assert torch.equal(rows[:CODES], theirs["token_embedding.weight"][:CODES])
+    assert torch.equal(rows[CODES:-1], drawn[CODES:-1])
+    assert torch.equal(rows[-1], theirs["token_embedding.weight"][-1])
+    assert torch.equal(bias[:CODES], theirs["head.bias"][:CODES])
+    assert torch.equal(bias[-1], theirs["head.bias"][-1])
+    for name, value in fresh.state_dict().items():
+        if name not in ("token_embedding.weight", "head.bias"):
+            assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("names", "init_classes", "kept"),
+    [
+        (("a", "b", "c"), "auto", True),
+        (("a", "b", "d"), "auto", False),
+        (("a", "b", "d"), "keep", True),
+        (("a", "b", "c"), "new", False),
+    ],
+)
+def test_classes_rows_are_kept_where_the_names_are_the_same(trained, names, init_classes, kept):
+    source = hub.load_model(trained)
+    fresh = draw_transformer(MODEL, seed=9)
+    assert start_from(fresh, source, names, init_classes) is kept
+    same = torch.equal(fresh.token_embedding.weight, source.transformer.token_embedding.weight)
+    assert same is kept
+
+
+def test_fine_tuning_runs_from_a_model_onto_other_classes(config, folder, trained):
+    config = replace(
+        config,
+        data=str(folder / "five" / "tokens"),
+        tokenizer=None,
+        init_from=str(trained),
+        model=replace(MODEL, num_classes=5),
+    )
+    model = hub.load_model(train_transformer(config))
+    assert model.config.class_names == ("v", "w", "x", "y", "z")
+    assert model.generate("z", seed=1).images.shape == (1, 3, 8, 8)
+
+
+def test_fine_tuning_refuses_another_shape_and_classes_it_cannot_keep(trained):
+    source = hub.load_model(trained)
+    with pytest.raises(ConfigError, match=r"num_layers \(model 2, here 3\)"):
+        start_from(draw_transformer(replace(MODEL, num_layers=3), 0), source, ("a", "b", "c"))
+    with pytest.raises(ConfigError, match="choose 'new'"):
+        start_from(draw_transformer(replace(MODEL, num_classes=5), 0), source, ("a",) * 5, "keep")
+
+
+def test_data_and_config_that_changed_are_errors_that_lose_nothing(config, folder):
+    train_transformer(config)
+    before = final_state(config)
+    with pytest.raises(DataError, match="changed since the checkpoint"):
+        train_transformer(replace(config, data=str(folder / "other" / "tokens")))
+    with pytest.raises(ConfigError, match=r"learning_rate \(was 0\.01, is 0\.1\).*model\.num_layers"):
+        train_transformer(replace(config, learning_rate=0.1, model=replace(MODEL, num_layers=1)))
+    after = final_state(config)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_run_with_a_constant_rate_may_be_made_longer(config):
+    train_transformer(config)
+    train_transformer(replace(config, steps=8))
+    assert len(scalars(config.out, "loss")) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"data": "foreign/tokens"}, DataError, "made by another tokenizer"),
+        ({"data": "nothing"}, DataError, "not a finished token cache"),
+        ({"tokenizer": "nothing"}, CheckpointError, "cannot be read"),
+        ({"model": replace(MODEL, num_codes=32)}, ConfigError, r"model\.num_codes is 32, but .* have 16"),
+        ({"model": replace(MODEL, num_classes=4)}, ConfigError, r"model\.num_classes is 4, but .* have 3"),
+        ({"model": replace(MODEL, grid_size=8)}, ConfigError, r"model\.grid_size is 8, but .* have 4"),
+        ({"accumulate": 3}, ConfigError, "multiple of"),
+    ],
+)
+def test_what_does_not_fit_is_a_sentence(config, folder, change, error, sentence):
+    change = {key: str(folder / value) if isinstance(value, str) else value for key, value in change.items()}
+    with pytest.raises(error, match=sentence):
+        train_transformer(replace(config, **change))
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"tokenizer": None}, "tokenizer is missing"),
+        ({"mask_schedule": "cosin"}, "Unknown mask schedule"),
+        ({"lr_schedule": "linear"}, "constant, cosine"),
+        ({"label_dropout": 1.5}, "label_dropout must be between 0 and 1"),
+        ({"keep_best": 1}, "needs test_data"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+    ],
+)
+def test_settings_out_of_range_are_refused_when_given(config, change, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        replace(config, **change)
+
+
+def test_an_unknown_key_of_a_recipe_is_an_error_with_a_suggestion(config):
+    with pytest.raises(ConfigError, match="label_dropout"):
+        TransformerTrainingConfig.from_dict({**config.to_dict(), "label_drop": 0.1})
+    assert TransformerTrainingConfig.from_dict(config.to_dict()) == config
+
+
+class Warnings:
+    """Stands in for a logger."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, name: str, step: int, sentence: str) -> None:
+        self.said.append(name)
+
+
+def test_what_looks_wrong_is_said_in_words(config):
+    logger = Warnings()
+    varied = torch.arange(32).reshape(2, 4, 4)
+    warn_of_samples(logger, 1, varied)
+    module.warn_if_stuck(logger, config, 5000, math.log(CODES) - 0.5)
+    module.warn_if_stuck(logger, config, 10, math.log(CODES))
+    assert logger.said == []
+    warn_of_samples(logger, 1, varied[:1].expand(2, -1, -1))
+    warn_of_samples(logger, 1, varied % 2)
+    module.warn_if_stuck(logger, config, 5000, math.log(CODES))
+    assert logger.said == ["constant output", "constant output", "stuck"]
+
+
+def test_the_cache_that_the_tests_read_is_what_they_say(folder):
+    cache = TokenCache.open(folder / "tokens")
+    assert cache.take(np.arange(3), np.zeros(3, np.int64))[:, 0, 0].tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["smoke", "cifar10", "imagenet256", "imagenet512"])
+def test_recipes_are_configs_that_say_what_they_cost_and_reach(name):
+    path = Path(__file__).parents[2] / "recipes" / name / "transformer.toml"
+    text = path.read_text("utf-8")
+    for word in ("command:", "data:", "hardware:", "time:", "result:"):
+        assert f"# {word}" in text
+    recipe = TransformerTrainingConfig.from_dict(tomllib.loads(text))
+    assert path.relative_to(path.parents[2]).as_posix() in text
+    if name.startswith("imagenet"):
+        assert recipe.model == TransformerConfig(grid_size=int(name.removeprefix("imagenet")) // 16)
+        # 300 epochs.
+        assert recipe.steps * recipe.batch_size == pytest.approx(300 * 1_281_167, rel=1e-3)
