@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
-        generate = [sys.executable, "-m", "maskgit.apps.cli", "generate", "--class", "1", "--steps", str(STEPS)]
+        generate = [sys.executable, "-m", "maskgit", "generate", "--class", "1", "--steps", str(STEPS)]
         generate += ["--model", str(folder / "model"), "--device", options.device, "--overwrite"]
         generate += ["--out", str(folder / "out")]
         row = {

@@ -182,7 +182,7 @@ def test_unknown_flags_and_the_module_itself():
     assert run("generate", "--class", "1", "--nonsense") == 2
     assert run("generate") == 2
     done = subprocess.run(
-        [sys.executable, "-m", "maskgit.apps.cli", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "maskgit", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
     assert "generate" in done.stdout

@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from maskgit import __version__
+from maskgit.apps.training_commands import pack, tokenize, train
 from maskgit.errors import MaskGITError, OutputError
 
 if TYPE_CHECKING:
@@ -272,6 +273,10 @@ def info(model: Positional[str] = "", classes: bool = False) -> None:
             print(f"{number:5} {config.class_names[number] if config.class_names else ''}")
 
 
+for command in (pack, tokenize, train):
+    app.command(command)
+
+
 class _Progress:
     """A progress bar over decoding steps, on the terminal alone; used as a callback."""
 
@@ -342,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         app.cli(
             prog="maskgit",
-            description="Masked generative image transformers: generate and edit images. Try `maskgit generate --class frog`.",
+            description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",
             args=arguments,
             sort_subcommands=False,
             config=(tyro.conf.OmitArgPrefixes,),
@@ -354,7 +359,3 @@ def main(argv: list[str] | None = None) -> int:
         print("maskgit: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,112 @@
+"""From a folder of pictures to a generated sheet with the commands of docs/training.md and the smoke recipes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskgit import MaskGIT
+from maskgit.apps import cli
+from maskgit.apps.training_commands import read_recipe
+from maskgit.errors import ConfigError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of two classes: red squares and green stripes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name in ("square", "stripes"):
+        (folder / name).mkdir()
+        for i in range(24):
+            array = np.full((40, 48, 3), rng.integers(0, 60, 3), np.uint8)
+            if name == "square":
+                top, left = rng.integers(0, 20, 2)
+                array[top : top + 16, left : left + 16, 0] = 230
+            else:
+                array[rng.integers(0, 4) :: 4, :, 1] = 220
+            Image.fromarray(array).save(folder / name / f"{i}.png")
+    return folder
+
+
+def run(*arguments) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def test_the_smoke_recipes_go_from_a_folder_to_a_sheet(pictures, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    assert run("pack", pictures, "data/images", "--size", 32) == 0
+    assert "48 images of 32 × 32 pixels in 2 classes" in capsys.readouterr().out
+    shorter = ("steps=12", "adversarial_start=8", "evaluate_every=12", "checkpoint_every=6", "usage_window=6")
+    data = ("data=data/images", "test_data=data/images")
+    first = ("train", "tokenizer", RECIPES / "smoke" / "tokenizer.toml", "--set", *data, *shorter)
+    assert run(*first, "--dry-run") == 0
+    assert "parameters" in capsys.readouterr().out
+    assert not Path("runs").exists()
+    assert run(*first) == 0
+    assert run("tokenize", "data/images", "data/tokens", "--tokenizer", "runs/smoke-tokenizer/model") == 0
+    second = ("train", "transformer", RECIPES / "smoke" / "transformer.toml", "--set", "data=data/tokens")
+    second = (*second, "model.num_classes=2", "steps=12", "sample_every=12", "checkpoint_every=6")
+    assert run(*second, "--dry-run") == 0
+    assert run(*second) == 0
+    capsys.readouterr()
+
+    model = MaskGIT.from_pretrained("runs/smoke-transformer/model")
+    assert model.class_names == ("square", "stripes")
+    assert model.config.label_dropout == 0.1
+    command = ("generate", "--model", "runs/smoke-transformer/model", "--class", "stripes", "none", "-n", 2)
+    assert run(*command, "--guidance-scale", 2) == 0
+    assert Image.open("out/sheet.png").size[0] > 256
+    # A finished run has nothing left to do.
+    assert run(*second) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pack", "EMPTY", "OUT", "--size", "32"], "EMPTY"),
+        (["train", "tokenizer", "gone.toml"], "cannot be read"),
+        (["train", "tokenizer", "BAD"], "is not TOML"),
+        (["train", "tokenizer", "SMOKE", "--set", "stepz=3"], "Did you mean 'steps'"),
+        (["train", "tokenizer", "SMOKE", "--set", "steps"], "takes KEY=VALUE"),
+        (["train", "tokenizer", "SMOKE", "--set", "steps=many"], "steps must be of type int"),
+        (["train", "tokenizer", "SMOKE", "--set", "data=gone"], "gone"),
+        (["tokenize", "EMPTY", "OUT", "--tokenizer", "cifar"], "Did you mean 'cifar10'"),
+    ],
+)
+def test_wrong_input_is_told(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("EMPTY").mkdir()
+    Path("BAD").write_text("steps = = 3")
+    names = {"SMOKE": str(RECIPES / "smoke" / "tokenizer.toml")}
+    assert run(*(names.get(a, a) for a in arguments)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("OUT").exists()
+
+
+def test_recipes_are_changed_in_toml(tmp_path):
+    (tmp_path / "r.toml").write_text('a = 1\n[model]\nb = "x"\n')
+    changed = read_recipe(tmp_path / "r.toml", ("a=[1, 2]", "model.b=y", "model.c.d=1e-3", "e=runs/a b", "f=true"))
+    assert changed == {"a": [1, 2], "model": {"b": "y", "c": {"d": 1e-3}}, "e": "runs/a b", "f": True}
+    with pytest.raises(ConfigError, match="not a table"):
+        read_recipe(tmp_path / "r.toml", ("a.b=1",))
+    # A value that smuggles further keys in is text.
+    assert read_recipe(tmp_path / "r.toml", ("g=1\nh=2",))["g"] == "1\nh=2"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_recipe_is_a_valid_config(path):
+    from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+    from maskgit.training.transformer_config import TransformerTrainingConfig
+
+    kind = TokenizerTrainingConfig if path.stem == "tokenizer" else TransformerTrainingConfig
+    config = kind.from_dict(read_recipe(path))
+    assert json.dumps(config.to_dict())
+    head = path.read_text().split("\n\n")[0]
+    for word in ("command:", "data:", "hardware:", "time:", "result:"):
+        assert word in head
