@@ -55,7 +55,9 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="cifar10")
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
@@ -78,7 +80,9 @@ def main() -> None:
     classifier = trained(options, train)
     scores["classifier_accuracy"] = float((classify(classifier, real).argmax(1) == labels).float().mean())
     if scores["classifier_accuracy"] < MIN_ACCURACY:
-        raise SystemExit(f"The classifier passes {scores['classifier_accuracy']:.1%}, below {MIN_ACCURACY:.0%}.")
+        raise SystemExit(
+            f"The classifier passes {scores['classifier_accuracy']:.1%}, below {MIN_ACCURACY:.0%}."
+        )
 
     num_classes = model.config.transformer.num_classes
     asked = torch.arange(options.num_images) % num_classes
@@ -88,14 +92,18 @@ def main() -> None:
     agreed = (classify(classifier, made).argmax(1) == asked).float()
     scores["agreement"] = float(agreed.mean())
     names = model.class_names or [str(i) for i in range(num_classes)]
-    scores["agreement_by_class"] = {names[c].split(",")[0]: float(agreed[asked == c].mean()) for c in range(num_classes)}
+    scores["agreement_by_class"] = {
+        names[c].split(",")[0]: float(agreed[asked == c].mean()) for c in range(num_classes)
+    }
     print(json.dumps(scores, indent=2))
 
     tokens = torch.cat([model.tokenizer.encode(batch) for batch in real.split(250)])
     rebuilt = torch.cat([model.tokenizer.decode(batch).clamp(0, 1) for batch in tokens.split(250)])
     scores["reconstruction_psnr"] = float(psnr(rebuilt, real).mean())
     scores["reconstruction_ssim"] = float(ssim(rebuilt, real).mean())
-    scores["code_usage"] = codebook_usage(tokens.flatten().bincount(minlength=model.vocabulary.num_codes).numpy())
+    scores["code_usage"] = codebook_usage(
+        tokens.flatten().bincount(minlength=model.vocabulary.num_codes).numpy()
+    )
     net = load_feature_net("effnet-lite0")
     chosen = np.sort(np.random.default_rng(0).permutation(len(train))[: options.num_images])
     expected = features_of(net, real, "test images")
@@ -103,17 +111,24 @@ def main() -> None:
     seen = features_of(net, made, "samples")
     scores["effnet_fd"] = {
         "samples": distance(seen, expected),
-        "reconstructions": distance(features_of(net, rebuilt[: options.num_images], "reconstructions"), expected),
+        "reconstructions": distance(
+            features_of(net, rebuilt[: options.num_images], "reconstructions"), expected
+        ),
         "real": distance(known, expected),
     }
     (options.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     print(json.dumps(scores, indent=2))
 
-    images.save_png(options.out / "samples.png", images.contact_sheet(made[: 10 * num_classes], columns=num_classes, scale=3))
+    images.save_png(
+        options.out / "samples.png",
+        images.contact_sheet(made[: 10 * num_classes], columns=num_classes, scale=3),
+    )
     pairs = torch.stack([real[:20], rebuilt[:20]], dim=1).flatten(0, 1)
     images.save_png(options.out / "reconstructions.png", images.contact_sheet(pairs, columns=10, scale=3))
     near = nearest_neighbours(seen[:16], known, k=3).indices
-    rows = [torch.cat([made[i : i + 1], as_images(train.images[chosen[np.asarray(near[i])]])]) for i in range(16)]
+    rows = [
+        torch.cat([made[i : i + 1], as_images(train.images[chosen[np.asarray(near[i])]])]) for i in range(16)
+    ]
     images.save_png(options.out / "neighbours.png", images.contact_sheet(torch.cat(rows), columns=8, scale=3))
 
 

@@ -181,8 +181,6 @@ def test_the_flags_of_the_sampler_are_its_config():
 def test_unknown_flags_and_the_module_itself():
     assert run("generate", "--class", "1", "--nonsense") == 2
     assert run("generate") == 2
-    done = subprocess.run(
-        [sys.executable, "-m", "maskgit", "--help"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "maskgit", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "generate" in done.stdout

@@ -91,7 +91,9 @@ def test_wrong_input_is_told(arguments, message, tmp_path, monkeypatch, capsys):
 
 def test_recipes_are_changed_in_toml(tmp_path):
     (tmp_path / "r.toml").write_text('a = 1\n[model]\nb = "x"\n')
-    changed = read_recipe(tmp_path / "r.toml", ("a=[1, 2]", "model.b=y", "model.c.d=1e-3", "e=runs/a b", "f=true"))
+    changed = read_recipe(
+        tmp_path / "r.toml", ("a=[1, 2]", "model.b=y", "model.c.d=1e-3", "e=runs/a b", "f=true")
+    )
     assert changed == {"a": [1, 2], "model": {"b": "y", "c": {"d": 1e-3}}, "e": "runs/a b", "f": True}
     with pytest.raises(ConfigError, match="not a table"):
         read_recipe(tmp_path / "r.toml", ("a.b=1",))

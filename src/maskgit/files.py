@@ -55,4 +55,8 @@ def output_error(path: str | Path, error: OSError) -> OutputError:
         return OutputError(
             f"{path} cannot be written: the disk is full. Free some space or choose another folder."
         )
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return OutputError(
+            f"{path} cannot be written: a file stands where a folder should be. Choose another folder."
+        )
     return OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another folder.")

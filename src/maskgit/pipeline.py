@@ -243,9 +243,7 @@ class MaskGIT:
             return_steps=return_steps,
             callback=callback,
         )
-        blended = composite(
-            pixels.expand_as(made.images), made.images, mask, self.tokenizer.patch_size
-        )
+        blended = composite(pixels.expand_as(made.images), made.images, mask, self.tokenizer.patch_size)
         return replace(made, images=blended, token_mask=mask)
 
     def reconstruct(self, image: Picture) -> Output:

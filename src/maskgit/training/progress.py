@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from maskgit.errors import ConfigError
 from maskgit.files import output_error, replacing
+from maskgit.training.trackers import Tracker, make_tracker
 
 if TYPE_CHECKING:
     from maskgit.training.run import Distributed
@@ -110,16 +112,26 @@ def grid(images: Tensor) -> Tensor:
 class Logger:
     """Writes what the main process is told; in the others it does nothing."""
 
-    def __init__(self, run_dir: str | Path, distributed: "Distributed", *, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        distributed: "Distributed",
+        *,
+        start_step: int = 0,
+        tracker: str = "tensorboard",
+    ) -> None:
         """Open the log of a run.
 
         Args:
             run_dir: the run's folder.
             distributed: the processes; the main one writes.
+            tracker: where it is shown besides, a name in `trackers.TRACKERS`; without the package TensorBoard,
+                which is the default, is done without.
             start_step: the step that the run goes on from; what was logged beyond it is removed, for it is
                 logged again.
 
         Raises:
+            ConfigError: the tracker's package is not installed.
             OutputError: the folder cannot be written.
         """
         self.run_dir = Path(run_dir)
@@ -127,7 +139,7 @@ class Logger:
         self._said: set[str] = set()
         self._bar: tqdm | None = None
         self._file: Any = None
-        self._board: Any = None
+        self._board: Tracker | None = None
         if not self._is_main:
             return
         path = self.run_dir / "scalars.jsonl"
@@ -139,10 +151,10 @@ class Logger:
         except OSError as error:
             raise output_error(path, error) from error
         try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=start_step + 1)
-        except ImportError:
+            self._board = make_tracker(tracker, self.run_dir, start_step)
+        except ConfigError:
+            if tracker != "tensorboard":
+                raise
             self.say(f"TensorBoard is not installed (pip install tensorboard); scalars go to {path} alone.")
 
     def scalars(self, step: int, values: Mapping[str, float | Tensor]) -> None:

@@ -11,6 +11,7 @@ from maskgit.training.losses import ADVERSARIAL_LOSSES, ENTROPY_KINDS
 from maskgit.training.optim import LR_SCHEDULES
 from maskgit.training.perceptual import PERCEPTUAL
 from maskgit.training.run import PRECISIONS
+from maskgit.training.trackers import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class TokenizerTrainingConfig(Config):
         log_every, evaluate_every, checkpoint_every: in steps.
         num_test_images: how many are evaluated; None takes all.
         feature_net: a name in `features.FEATURE_NETS` for the Fréchet distance of reconstructions, or None.
+        tracker: where scalars and pictures are shown: "tensorboard", "wandb" or "none".
         keep_last, keep_best: checkpoints that stay; the best are those of the highest PSNR.
         async_checkpoints: whether checkpoints are written while training goes on.
 
@@ -112,6 +114,7 @@ class TokenizerTrainingConfig(Config):
     num_test_images: int | None = None
     feature_net: str | None = None
     checkpoint_every: int = 10_000
+    tracker: str = "tensorboard"
     keep_last: int = 2
     keep_best: int = 0
     async_checkpoints: bool = False
@@ -147,6 +150,7 @@ class TokenizerTrainingConfig(Config):
     def _validate_names(self) -> None:
         check_choice("augment", self.augment, AUGMENTATIONS)
         check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        check_choice("tracker", self.tracker, TRACKERS)
         check_choice("perceptual", self.perceptual, PERCEPTUAL)
         check_choice("entropy_kind", self.entropy_kind, ENTROPY_KINDS)
         check_choice("adversarial_loss", self.adversarial_loss, ADVERSARIAL_LOSSES)

@@ -59,7 +59,7 @@ from maskgit.training.tokenizer_parts import (
 
 # What may differ when a run goes on, for it does not change what is computed.
 MAY_CHANGE = (
-    "out", "data", "test_data", "device", "num_workers", "log_every", "evaluate_every", "checkpoint_every",
+    "out", "tracker", "data", "test_data", "device", "num_workers", "log_every", "evaluate_every", "checkpoint_every",
     "keep_last", "keep_best", "async_checkpoints", "feature_net", "num_test_images",
 )  # fmt: skip
 
@@ -134,7 +134,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
             start_step=start,
         )
     )
-    logger = Logger(run_dir, distributed, start_step=start)
+    logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
     flops = flops_per_image(config, tokenizer, discriminator, perceptual, size)
     throughput = Throughput(config.batch_size, flops, peak_flops(device, precision) * distributed.world)
     score: float | None = None

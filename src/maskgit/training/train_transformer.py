@@ -58,7 +58,7 @@ from maskgit.vocabulary import Vocabulary
 
 # What may differ when a run goes on, for it does not change what is computed.
 MAY_CHANGE = (
-    "out", "data", "test_data", "tokenizer", "device", "num_workers", "log_every", "evaluate_every", "sample_every",
+    "out", "tracker", "data", "test_data", "tokenizer", "device", "num_workers", "log_every", "evaluate_every", "sample_every",
     "num_samples", "sampler", "checkpoint_every", "keep_last", "keep_best", "async_checkpoints",
 )  # fmt: skip
 
@@ -136,7 +136,7 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
             start_step=start,
         )
     )
-    logger = Logger(run_dir, distributed, start_step=start)
+    logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
     peak = peak_flops(device, precision) * distributed.world
     throughput = Throughput(config.batch_size, flops_per_image(config.model), peak)
     ratio_losses = RatioLosses(device)

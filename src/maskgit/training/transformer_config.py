@@ -8,6 +8,7 @@ from maskgit.schedules import check_mask_schedule
 from maskgit.training.fine_tuning import INIT_CLASSES
 from maskgit.training.optim import LR_SCHEDULES
 from maskgit.training.run import PRECISIONS
+from maskgit.training.trackers import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TransformerTrainingConfig(Config):
         log_every, evaluate_every, sample_every, checkpoint_every: in steps.
         num_samples: images that are sampled to look at.
         sampler: how; also the finished model's own settings.
+        tracker: where scalars and pictures are shown: "tensorboard", "wandb" or "none".
         keep_last, keep_best: checkpoints that stay; the best are those of the lowest loss on `test_data`.
         async_checkpoints: whether checkpoints are written while training goes on.
 
@@ -86,6 +88,7 @@ class TransformerTrainingConfig(Config):
     num_samples: int = 16
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     checkpoint_every: int = 5000
+    tracker: str = "tensorboard"
     keep_last: int = 2
     keep_best: int = 0
     async_checkpoints: bool = False
@@ -112,6 +115,7 @@ class TransformerTrainingConfig(Config):
         check_range("keep_best", self.keep_best, 0, 10_000)
         check_mask_schedule(self.mask_schedule)
         check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        check_choice("tracker", self.tracker, TRACKERS)
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
         check_choice("init_classes", self.init_classes, INIT_CLASSES)
         if self.tokenizer is None and self.init_from is None:
