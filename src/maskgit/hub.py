@@ -168,12 +168,18 @@ def load_model(
 def load_tokenizer(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Tokenizer:
-    """Return the tokenizer of a model folder, or of a folder that holds a tokenizer alone.
+    """Return a tokenizer.
+
+    Args:
+        path: a model's folder or name, or a folder that holds a tokenizer alone.
+        device: where the weights go.
+        dtype: the type that the networks compute in.
 
     Raises:
         CheckpointError: a file is missing or broken, or weights do not fit their config.
+        ConfigError, DownloadError: there is no such model.
     """
-    path = Path(path)
+    path = Path(path) if Path(path).is_dir() else locate(path)
     folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     try:
         config = TokenizerConfig.from_dict(_read_json(folder / "config.json"))

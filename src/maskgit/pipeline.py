@@ -17,6 +17,7 @@ from maskgit import images
 from maskgit.classes import find_class
 from maskgit.config import ModelConfig, SamplerConfig, check_range
 from maskgit.errors import ConfigError
+from maskgit.guidance import guided
 from maskgit.noise import ImageNoise
 from maskgit.regions import box_to_token_mask, composite
 from maskgit.sampler import decode
@@ -325,27 +326,21 @@ class MaskGIT:
 
     @torch.no_grad()
     def predict_logits(self, sequence: Tensor, guidance_scale: float = 1.0) -> Tensor:
-        """Return the logits of the image codes, guided by the class.
-
-        With a scale s other than 1 they are u + s · (c − u), where u is the prediction with the class masked
-        and c the one with it; both come from one forward pass of twice the batch.
+        """Return the logits of the image codes, guided by the class (see `maskgit.guidance`).
 
         Args:
             sequence: int64 (B, S).
-            guidance_scale: s; 1 is the plain conditional prediction.
+            guidance_scale: 1 is the plain conditional prediction.
 
         Returns:
             float (B, S, num_codes).
-
-        Source: Ho and Salimans, arXiv 2207.12598, in the form usual for logits (Muse, arXiv 2301.00704, §2.7).
         """
-        codes = self.vocabulary.num_codes
-        if guidance_scale == 1:
-            return self.transformer(sequence, codes=codes)
-        without = sequence.clone()
-        without[:, 0] = self.vocabulary.mask
-        conditional, unconditional = self.transformer(torch.cat([sequence, without]), codes=codes).chunk(2)
-        return torch.lerp(unconditional, conditional, guidance_scale)
+        predict = guided(
+            lambda given: self.transformer(given, codes=self.vocabulary.num_codes),
+            self.vocabulary.mask,
+            guidance_scale,
+        )
+        return predict(sequence)
 
     def _pixels(self, tokens: Tensor) -> Tensor:
         return self.tokenizer.decode(tokens.to(self.device)).float().clamp(0, 1).cpu()

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from maskgit.config import check_range
 from maskgit.errors import ConfigError, unknown_name
+from maskgit.guidance import PredictLogits
 from maskgit.noise import Noise
 from maskgit.schedules import mask_counts
 
-PredictLogits = Callable[[Tensor], Tensor]
 StepCallback = Callable[[int, Tensor], None]
 
 

@@ -51,7 +51,7 @@ def pack(
         num_workers=num_workers,
         progress=True,
     )
-    for note in cache.notes:
+    for note in (*cache.notes, *cache.skipped[:5]):
         print(note)
     print(f"{out}: {len(cache)} images of {cache.size} × {cache.size} pixels in {cache.num_classes} classes")
 
@@ -86,10 +86,12 @@ def tokenize(
     from maskgit.training.checkpoint import weights_fingerprint
     from maskgit.training.writers import write_token_cache
 
-    folder = Path(tokenizer) if Path(tokenizer).is_dir() else hub.locate(tokenizer)
-    network = hub.load_tokenizer(folder)
+    network = hub.load_tokenizer(tokenizer)
     fingerprint = weights_fingerprint(network)
+    world = int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device)
+    if chosen.type == "cuda" and chosen.index is None and world > 1:
+        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     cache = write_token_cache(
         ImageCache.open(images),
         network.to(chosen),
@@ -103,7 +105,7 @@ def tokenize(
         batch_size=batch_size,
         device=chosen,
         rank=int(os.environ.get("RANK", 0)),
-        world=int(os.environ.get("WORLD_SIZE", 1)),
+        world=world,
         progress=True,
     )
     if cache is not None:

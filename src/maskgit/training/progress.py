@@ -162,8 +162,11 @@ class Logger:
         if not self._is_main:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise output_error(self.run_dir / "scalars.jsonl", error) from error
         if self._board is not None:
             for name, number in numbers.items():
                 self._board.add_scalar(name, number, step)

@@ -200,9 +200,10 @@ def setup_run(
     if Checkpoints(run_dir).latest() is not None:
         try:
             stored = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            before, fingerprints = _flat(stored["config"]), dict(stored["data"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} cannot be read; choose another folder for this run.") from error
-        before, now = _flat(stored["config"]), _flat(given["config"])
+        now = _flat(given["config"])
         allowed = tuple(may_change)
         changed = [
             f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
@@ -214,7 +215,10 @@ def setup_run(
                 f"{run_dir} holds a run of another config: {'; '.join(changed)}. Set these back to go on, or "
                 "choose another folder."
             )
-        changed = sorted(name for name in given["data"] if stored["data"].get(name) != given["data"][name])
+        # A test set that the run did not have before changes nothing that was computed.
+        changed = sorted(
+            n for n in given["data"] if n in fingerprints and fingerprints[n] != given["data"][n]
+        )
         if changed:
             raise DataError(
                 f"The data ({', '.join(changed)}) changed since the checkpoint in {run_dir}. Bring them back to go "

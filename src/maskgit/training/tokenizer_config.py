@@ -144,8 +144,14 @@ class TokenizerTrainingConfig(Config):
         check_range("tau_max", self.tau_max, self.tau_min, 1e6)
         check_range("keep_last", self.keep_last, 1, 10_000)
         check_range("keep_best", self.keep_best, 0, 10_000)
+        if self.keep_best and self.checkpoint_every % self.evaluate_every:
+            raise ConfigError(
+                f"keep_best needs a score with every checkpoint: checkpoint_every ({self.checkpoint_every}) must be "
+                f"a multiple of evaluate_every ({self.evaluate_every})."
+            )
         self._validate_names()
-        self._validate_image_size()
+        if self.image_size is not None:
+            self.check_image_size(self.image_size)
 
     def _validate_names(self) -> None:
         check_choice("augment", self.augment, AUGMENTATIONS)
@@ -160,16 +166,15 @@ class TokenizerTrainingConfig(Config):
         if self.feature_net is not None:
             check_choice("feature_net", self.feature_net, FEATURE_NETS)
 
-    def _validate_image_size(self) -> None:
-        if self.image_size is None:
-            return
-        if self.image_size % self.model.patch_size or self.image_size < 1:
+    def check_image_size(self, size: int) -> None:
+        """Raise a `ConfigError` unless the networks can be trained on images of `size` pixels a side."""
+        if size % self.model.patch_size or size < 1:
             raise ConfigError(
                 f"image_size must be a multiple of the {self.model.patch_size} pixels of a token, "
-                f"but is {self.image_size}."
+                f"but is {size}."
             )
-        if self.adversarial_weight and self.image_size not in FILTERS:
+        if self.adversarial_weight and size not in FILTERS:
             raise ConfigError(
                 f"The discriminator reads images of 8, 16, 32, … or 1024 pixels a side, but image_size is "
-                f"{self.image_size}. Choose one of these, or set adversarial_weight to 0."
+                f"{size}. Choose one of these, or set adversarial_weight to 0."
             )

@@ -8,7 +8,7 @@ from maskgit.training.caches import ImageCache
 from maskgit.training.data import ImageBatches
 from maskgit.training.run import choose_precision, peak_flops
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.tokenizer_parts import flops_per_image, make_networks
+from maskgit.training.tokenizer_parts import checked_size, flops_per_image, make_networks
 
 
 def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
@@ -22,9 +22,7 @@ def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
         ConfigError, DataError: as the run would.
     """
     cache = ImageCache.open(config.data)
-    if config.test_data:
-        ImageCache.open(config.test_data)
-    size = config.image_size or cache.size
+    size = checked_size(config, cache, ImageCache.open(config.test_data) if config.test_data else None)
     ImageBatches(cache, seed=config.seed, global_batch=config.batch_size, world=world, size=size)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskgit.errors import ConfigError
 from maskgit.noise import gumbel, uniform
 from maskgit.quantizer import GumbelQuantizer, Quantized
 from maskgit.tokenizer import Tokenizer
+from maskgit.training.caches import ImageCache
 from maskgit.training.codebook import GUMBEL
 from maskgit.training.discriminator import Discriminator
 from maskgit.training.optim import LR_SCHEDULES, learning_rate
@@ -58,6 +60,22 @@ class Reconstructor(nn.Module):
         with autocast(images.device, self.precision):
             reconstruction = tokenizer.decoder(quantized.features)
         return Reconstructed(reconstruction.float(), features, quantized)
+
+
+def checked_size(config: TokenizerTrainingConfig, cache: ImageCache, test_cache: ImageCache | None) -> int:
+    """Return the pixels a side to train at.
+
+    Raises:
+        ConfigError: the networks cannot be trained at that size, or the test images are smaller.
+    """
+    size = config.image_size or cache.size
+    config.check_image_size(size)
+    if test_cache is not None and test_cache.size < size:
+        raise ConfigError(
+            f"test_data has images of {test_cache.size} pixels a side, but training is at {size}: pack them at "
+            f"{size} or more."
+        )
+    return size
 
 
 def make_networks(

@@ -51,6 +51,7 @@ from maskgit.training.tokenizer_evaluation import evaluate_tokenizer
 from maskgit.training.tokenizer_parts import (
     Reconstructed,
     Reconstructor,
+    checked_size,
     flops_per_image,
     gumbel_noise,
     make_networks,
@@ -83,7 +84,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
     # Data
     cache = ImageCache.open(config.data)
     test_cache = ImageCache.open(config.test_data) if config.test_data else None
-    size = config.image_size or cache.size
+    size = checked_size(config, cache, test_cache)
     distributed = Distributed.init(config.device)
     device = distributed.device
     num_tokens = (size // config.model.patch_size) ** 2
@@ -137,10 +138,10 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
     flops = flops_per_image(config, tokenizer, discriminator, perceptual, size)
     throughput = Throughput(config.batch_size, flops, peak_flops(device, precision) * distributed.world)
-    score: float | None = None
     with StopSignal(distributed) as stop:
         for step in range(start, config.steps):
             batch = next(batches)
+            score: float | None = None
             images = batch.images.to(device, non_blocking=True).float() / 255
             images = images.contiguous(memory_format=torch.channels_last)
             adversarial = config.adversarial_weight > 0 and step >= config.adversarial_start

@@ -140,11 +140,11 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
     peak = peak_flops(device, precision) * distributed.world
     throughput = Throughput(config.batch_size, flops_per_image(config.model), peak)
     ratio_losses = RatioLosses(device)
-    score: float | None = None
     transformer.train()
     with StopSignal(distributed) as stop:
         for step in range(start, config.steps):
             batch = next(batches)
+            score: float | None = None
             rate = learning_rate(
                 step,
                 peak=config.learning_rate,
@@ -233,6 +233,7 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
                 checkpoints.close()
                 logger.say(f"Stopped after step {done}; the same command goes on.")
                 logger.close()
+                distributed.close()
                 raise SystemExit(EXIT_INTERRUPTED)
 
     # The result
@@ -242,6 +243,7 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
     if distributed.is_main:
         save_result(config, inputs, weights, run_dir / "model")
     distributed.barrier()
+    distributed.close()
     return run_dir / "model"
 
 

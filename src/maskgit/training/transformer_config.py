@@ -113,6 +113,11 @@ class TransformerTrainingConfig(Config):
         check_range("num_samples", self.num_samples, 1, 4096)
         check_range("keep_last", self.keep_last, 1, 10_000)
         check_range("keep_best", self.keep_best, 0, 10_000)
+        if self.keep_best and self.checkpoint_every % self.evaluate_every:
+            raise ConfigError(
+                f"keep_best needs a score with every checkpoint: checkpoint_every ({self.checkpoint_every}) must be "
+                f"a multiple of evaluate_every ({self.evaluate_every})."
+            )
         check_mask_schedule(self.mask_schedule)
         check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_choice("tracker", self.tracker, TRACKERS)

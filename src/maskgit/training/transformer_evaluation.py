@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit.config import SamplerConfig
+from maskgit.guidance import guided
 from maskgit.noise import ImageNoise
 from maskgit.sampler import decode
 from maskgit.tokenizer import Tokenizer
@@ -154,7 +155,7 @@ def sample(
 
     with evaluating(transformer):
         history = decode(
-            predict_logits,
+            guided(predict_logits, vocabulary.mask, sampler.guidance_scale),
             sequence,
             mask_token=vocabulary.mask,
             steps=sampler.steps,

@@ -40,7 +40,7 @@ from maskgit.training.caches import (
 )
 
 # The stream of `noise.uniform` that the crops of a token cache are drawn from.
-CROPS = 66
+CROPS = 67
 
 
 class ImageCacheWriter:
