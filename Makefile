@@ -22,7 +22,11 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/activate
 
 # Ten classes from the bundled model, and a real photograph edited.
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py --out out/demo
+	$(BIN)/maskgit generate --class airplane automobile bird cat deer dog frog horse ship truck \
+	    --num-images 8 --seed 1 --batch-size 20 --out out/demo --overwrite
+	$(BIN)/python -c "from PIL import Image; from skimage.data import rocket; Image.fromarray(rocket()).save('out/demo/photo.png')"
+	$(BIN)/maskgit edit out/demo/photo.png --box 8 8 16 16 --class bird --num-images 4 --seed 1 \
+	    --out out/demo/edit --overwrite
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ def test_near_misses_are_suggested():
 
 
 def test_numbers_are_checked_and_nameless_models_say_so():
-    for query in (1000, -1, "1000"):
+    for query in (1000, -1, "1000", "+1000", "9" * 5000):
         with pytest.raises(ConfigError, match="classes are 0 to 999"):
             find_class(query, NAMES, 1000)
     with pytest.raises(ConfigError, match="no class names"):

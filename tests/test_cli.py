@@ -109,6 +109,19 @@ def test_edit_writes_a_before_mask_after_sheet(model, photo, tmp_path):
     assert images.read_settings(out / "photo-lorikeet-0-00000.png")["box"] == [8, 8, 12, 12]
 
 
+def test_a_sheet_of_many_shows_the_first(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "MAX_SHEET", 3)
+    out = tmp_path / "out"
+    assert (
+        run(
+            "generate", "--class", 1, "--model", model, "-n", 5, "--steps", 1, "--batch-size", 2, "--out", out
+        )
+        == 0
+    )
+    assert "the first 3 of 5" in capsys.readouterr().out
+    assert len(list(out.iterdir())) == 6
+
+
 def test_reconstruct_writes_both_sides(model, photo, tmp_path):
     assert run("reconstruct", photo, "--model", model, "--out", tmp_path / "out") == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["photo-reconstructed.png", "sheet.png"]
@@ -125,6 +138,12 @@ def test_convert_goes_both_ways(golden, tmp_path, capsys):
     assert run("convert", transformer, tmp_path / "wrong", "--transformer", tokenizer) == 2
     assert "transformer's checkpoint" in sentence(capsys)
     assert not (tmp_path / "wrong").exists()
+    assert run("convert", tmp_path / "flax", tmp_path / "model") == 2
+    assert "--overwrite" in sentence(capsys)
+    assert run("convert", tmp_path / "flax", tmp_path / "model", "--overwrite") == 0
+    capsys.readouterr()
+    assert run("convert", tmp_path / "model", tmp_path / "more", "--to-flax", "--quantizer", "gumbel") == 2
+    assert "--to-flax" in sentence(capsys)
 
 
 def test_info_describes_models(model, capsys):
@@ -149,6 +168,15 @@ def test_info_describes_models(model, capsys):
         (["generate", "--class", "1", "--model", "MODEL", "--mask-schedule", "x"], "Unknown mask schedule"),
         (["generate", "--class", "1", "--model", "MODEL", "--device", "warp"], "device 'warp'"),
         (["generate", "--class", "1", "--model", "MODEL", "--seed", "-1"], "seed"),
+        (["generate", "--class", "1", "--model", "MODEL", "--batch-size", "0"], "batch_size"),
+        (["generate", "--class=--3", "--model", "MODEL"], "Unknown class '--3'"),
+        (["generate", "--class", "1", "--model", "MODEL", "--out", "x" * 300], "x"),
+        (
+            ["edit", "PHOTO", "--box", "0", "0", "9", "9", "--class", "none", "--model", "MODEL"],
+            "name a class",
+        ),
+        (["reconstruct", "--model", "MODEL"], "at least one picture"),
+        (["reconstruct", "PHOTO", "FILE", "--model", "MODEL"], "file"),
         (["generate", "--class", "1", "--model", "MODEL", "--out", "FILE/x"], "cannot be written"),
         (["edit", "PHOTO", "--box", "0", "0", "99", "9", "--class", "1", "--model", "MODEL"], "box must be"),
         (["edit", "FILE", "--box", "0", "0", "9", "9", "--class", "1", "--model", "MODEL"], "file"),

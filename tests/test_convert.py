@@ -159,6 +159,9 @@ def test_parameters_that_do_not_fit_are_named(golden):
     with pytest.raises(CheckpointError, match=r"Conv_1/bias has the shape \(3,\) instead of \(32,\)"):
         convert.to_state_dict(wrong, table)
     wrong = arrays | {"params/encoder/Conv_1/bias": np.full(32, np.nan, np.float32)}
+    huge = arrays | {"params/encoder/Conv_1/bias": np.full(32, 1e300)}
+    with pytest.raises(CheckpointError, match="too large for float32"):
+        convert.to_state_dict(huge, table)
     with pytest.raises(CheckpointError, match="Conv_1/bias holds NaN"):
         convert.to_state_dict(wrong, table)
 

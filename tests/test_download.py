@@ -20,9 +20,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     content = CONTENT
     cut: int | None = None
+    failing = False
     ranges: list[str | None] = []  # noqa: RUF012
 
     def do_GET(self):
+        if self.failing:
+            return self.send_error(503)
         if self.path == "/missing":
             return self.send_error(404)
         if self.path == "/away":
@@ -33,7 +36,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         type(self).ranges.append(asked)
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
         body = self.content[start:]
+        if start >= len(self.content):
+            return self.send_error(416)
         self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
         self.send_header("Content-Length", str(2**40 if self.path == "/huge" else len(body)))
         self.end_headers()
         self.wfile.write(body[: self.cut])
@@ -70,6 +77,17 @@ def test_a_cut_off_download_goes_on_where_it_stopped(server, tmp_path):
     assert download.fetch(f"{server}/model", folder=tmp_path).read_bytes() == CONTENT
     assert Handler.ranges == [None, "bytes=300000-"]
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_complete_part_and_a_passing_failure_lose_nothing(server, tmp_path):
+    path = download.fetch(f"{server}/model", folder=tmp_path)
+    path.rename(f"{path}.part")
+    Handler.failing = True
+    with pytest.raises(DownloadError, match="answered 503"):
+        download.fetch(f"{server}/model", folder=tmp_path)
+    assert Path(f"{path}.part").read_bytes() == CONTENT
+    Handler.failing = False
+    assert download.fetch(f"{server}/model", folder=tmp_path).read_bytes() == CONTENT
 
 
 def test_changed_content_is_thrown_away(server, tmp_path):

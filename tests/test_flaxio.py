@@ -104,8 +104,33 @@ def test_headers_that_lie_cost_no_memory():
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("shape", [(0, 2**63), (0, 2**39, 2**39), (1,) * 40])
+def test_impossible_shapes_are_refused(shape):
+    flat = {"__msgpack_chunked_array__": True, "shape": {str(i): n for i, n in enumerate(shape)}}
+    size = 1 if len(shape) == 40 else 0
+    flat["chunks"] = {"0": packed_array((size,), "float32", b"1234" * size)}
+    for value in (flat, packed_array(shape, "float32", b"1234" * size)):
+        with pytest.raises(CheckpointError, match="shape"):
+            flaxio.decode(msgpack.packb({"params": {"a": value}}))
+
+
+SIZES = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1)), max_size=4)
+ARRAYS = st.builds(packed_array, SIZES, st.sampled_from(["float32", "bfloat16", "x"]), st.binary(max_size=16))
+CHUNKED = st.builds(
+    lambda shape, chunks: {"__msgpack_chunked_array__": True, "shape": shape, "chunks": chunks},
+    st.one_of(SIZES, st.dictionaries(st.sampled_from("012"), st.integers(0, 2**63), max_size=3)),
+    st.one_of(st.lists(ARRAYS, max_size=3), st.dictionaries(st.sampled_from("012"), ARRAYS, max_size=3)),
+)
 TREES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=8)),
+    st.one_of(
+        ARRAYS,
+        CHUNKED,
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**63), 2**64 - 1),
+        st.floats(),
+        st.text(max_size=8),
+    ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)
     ),

@@ -73,6 +73,14 @@ def edit_json(path, change):
         (lambda f: (f / "model_index.json").unlink(), "is this a model folder"),
         (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
         (lambda f: (f / "model_index.json").write_text("[]"), "not a JSON object"),
+        (lambda f: (f / "model_index.json").write_text("[" * 100_000), "is not JSON"),
+        (
+            lambda f: save_file(
+                {k: v.long() for k, v in load_file(f / "tokenizer/model.safetensors").items()},
+                f / "tokenizer/model.safetensors",
+            ),
+            "is torch.int64",
+        ),
         (
             lambda f: edit_json(f / "model_index.json", lambda v: v.update(format_version=9)),
             "format_version 9",
@@ -136,7 +144,7 @@ def test_unknown_models_are_told(tmp_path):
 def test_saving_never_destroys_what_is_no_model(tiny, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="not a model"):
+    with pytest.raises(OutputError, match=r"holds thesis\.txt, which is not part of a model"):
         tiny.save_pretrained(tmp_path / "full")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="is a file"):
@@ -170,6 +178,52 @@ def test_an_official_model_is_converted_once(tiny, golden, monkeypatch):
     assert_equal(first, hub.from_pretrained("imagenet256"))
     assert len(calls) == 2
     shutil.rmtree(hub.cache_dir() / "models")
+
+
+def test_what_was_downloaded_and_is_no_model_is_thrown_away(monkeypatch, tmp_path):
+    page = tmp_path / "page"
+    page.write_bytes(b"<html>log in</html>")
+    (tmp_path / "page.json").write_text("{}")
+    monkeypatch.setattr(hub, "fetch", lambda url: page)
+    with pytest.raises(CheckpointError, match="not imagenet512, and was thrown away"):
+        hub.from_pretrained("imagenet512")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_come_before_folders_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    assert hub.locate("cifar10") == hub.REGISTRY["cifar10"]
+    assert hub.locate("./cifar10") == (tmp_path / "cifar10").relative_to(tmp_path)
+    for odd in ("x" * 5000, "a/" + "x" * 5000, "~nobody-of-this-name/x", "/gone/for/good"):
+        with pytest.raises((CheckpointError, ConfigError, DownloadError)):
+            hub.locate(odd)
+
+
+def test_weights_can_be_read_by_others_and_a_card_stays(tiny, folder):
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*.*")}
+    assert len(modes) == 1
+    (folder / "README.md").write_text("a card")
+    tiny.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "a card"
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds notes\.txt"):
+        tiny.save_pretrained(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_an_old_model_comes_back_if_the_new_cannot_take_its_place(tiny, folder, monkeypatch):
+    replace = hub.os.replace
+
+    def refuse(source, target):
+        if str(source).endswith("new"):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(hub.os, "replace", refuse)
+    with pytest.raises(OutputError, match="Input/output error"):
+        tiny.save_pretrained(folder)
+    assert_equal(tiny, hub.load_model(folder))
 
 
 def test_push_to_hub_uploads_a_whole_folder(tiny, monkeypatch):

@@ -69,6 +69,13 @@ def test_every_setting_changes_the_image(guided, setting):
     )
 
 
+def test_labels_come_in_any_form(tiny):
+    expected = tiny.generate([3, 3], steps=2).tokens
+    for labels in (torch.tensor([3, 3]), np.array([3, 3]), (np.int64(3), 3), ["3", 3]):
+        assert torch.equal(tiny.generate(labels, steps=2).tokens, expected)
+    assert torch.equal(tiny.generate(np.int64(3), steps=2).tokens, expected[:1])
+
+
 def test_the_model_brings_its_own_settings(tiny):
     config = dataclasses.replace(tiny.config, sampler=SamplerConfig(steps=3, temperature=0.5))
     model = MaskGIT(config, tiny.tokenizer, tiny.transformer)
@@ -126,6 +133,9 @@ def test_a_model_without_label_dropout_says_so(tiny, guided):
         ({"labels": 1, "temperature": -1.0}, "temperature must be between"),
         ({"labels": 1, "mask_schedule": "cosin"}, "Unknown mask schedule"),
         ({"labels": 1, "num_images": 0}, "num_images must be between"),
+        ({"labels": 1, "num_images": 1.5}, "num_images must be a whole number"),
+        ({"labels": 1, "seed": 1.5}, "seed must be a whole number"),
+        ({"labels": 1.5}, "no class names"),
         ({"labels": 1, "batch_size": 0}, "batch_size must be between"),
         ({"labels": 1, "first_index": -1}, "first_index must be between"),
         ({"labels": 1, "seed": -1}, "seed"),
@@ -171,6 +181,7 @@ def test_pictures_come_in_any_form(tiny, photo, tmp_path):
         str(tmp_path / "photo.png"),
         torch.from_numpy(array / np.float32(255)).movedim(-1, 0),
         torch.from_numpy(array / np.float32(255)).movedim(-1, 0)[None],
+        torch.from_numpy(array / np.float32(255)).movedim(-1, 0).double(),
     ]
     expected = tiny.prepare(array)
     assert expected.shape == (1, 3, 32, 32)

@@ -1,6 +1,7 @@
 """Class names: ImageNet's, and finding the class that a user means."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib import resources
 
@@ -31,11 +32,10 @@ def find_class(query: str | int, names: Sequence[str] | None, num_classes: int) 
         ConfigError: no class, or more than one, is meant; near names are suggested.
     """
     text = str(query).strip()
-    if text.lstrip("-").isdecimal():
-        number = int(text)
-        if 0 <= number < num_classes:
-            return number
-        raise ConfigError(f"There is no class {number}: this model's classes are 0 to {num_classes - 1}.")
+    if re.fullmatch(r"[+-]?[0-9]+", text):
+        if len(text) < 12 and 0 <= int(text) < num_classes:
+            return int(text)
+        raise ConfigError(f"There is no class {text:.20}: this model's classes are 0 to {num_classes - 1}.")
     if names is None:
         raise ConfigError(f"This model has no class names; give a number from 0 to {num_classes - 1}.")
     synonyms = [

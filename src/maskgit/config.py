@@ -5,6 +5,7 @@ an unknown or missing key, a wrong type or a value out of range is a `ConfigErro
 """
 
 import dataclasses
+import operator
 import types
 import typing
 from dataclasses import dataclass, field
@@ -49,6 +50,20 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise a `ConfigError` unless low ≤ value ≤ high (which a NaN never is)."""
     if not low <= value <= high:
         raise ConfigError(f"{name} must be between {low} and {high}, but is {value}.")
+
+
+def check_count(name: str, value: Any, low: int, high: int) -> int:
+    """Return a whole number of any integer type as an int.
+
+    Raises:
+        ConfigError: it is not one, or not between low and high.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise ConfigError(f"{name} must be a whole number, but is {value!r:.80}.") from error
+    check_range(name, number, low, high)
+    return number
 
 
 def check_choice(name: str, value: str, choices: typing.Iterable[str]) -> None:

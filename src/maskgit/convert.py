@@ -58,7 +58,7 @@ def to_state_dict(arrays: Arrays, table: list[Row]) -> dict[str, Tensor]:
     _check(arrays, table)
     parts: dict[str, dict[int, Tensor]] = {}
     for row in table:
-        array = row.layout.to_torch(np.asarray(arrays[row.path], np.float32))
+        array = row.layout.to_torch(_float32(arrays[row.path]))
         parts.setdefault(row.name, {})[row.part or 0] = torch.from_numpy(np.array(array, order="C"))
     return {name: torch.cat([p[i] for i in sorted(p)]) if len(p) > 1 else p[0] for name, p in parts.items()}
 
@@ -75,11 +75,16 @@ def _check(arrays: Arrays, table: list[Row]) -> None:
             problems.append(f"{path} has the shape {array.shape} instead of {shape}")
         elif array.dtype.kind != "f":
             problems.append(f"{path} is {array.dtype} instead of a float")
-        elif not np.isfinite(array).all():
-            problems.append(f"{path} holds NaN or infinity")
+        elif not np.isfinite(_float32(array)).all():
+            problems.append(f"{path} holds NaN, infinity, or what is too large for float32")
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"The checkpoint does not fit this network: {'; '.join(problems[:5])}{more}.")
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.asarray(array, np.float32)
 
 
 def from_state_dict(state: dict[str, Tensor], table: list[Row]) -> Arrays:

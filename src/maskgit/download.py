@@ -1,8 +1,10 @@
 """Fetching files by URL into a cache: resumed when cut off, checked against what came the first time."""
 
 import hashlib
+import http.client
 import json
 import os
+import re
 import shutil
 import urllib.error
 import urllib.parse
@@ -65,10 +67,25 @@ def fetch(url: str, *, folder: Path | None = None) -> Path:
     return path
 
 
+def forget(path: Path) -> None:
+    """Delete a fetched file and its checksum, if `fetch` made them."""
+    record = path.with_name(f"{path.name}.json")
+    if record.exists():
+        record.unlink()
+        path.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the hexadecimal SHA-256 of a file.
+
+    Raises:
+        DownloadError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DownloadError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _recorded(record: Path) -> str | None:
@@ -107,11 +124,14 @@ def _download(url: str, path: Path) -> None:
             raise DownloadError(f"{url} was cut off; run the same command again to go on.")
         os.replace(partial, path)
     except urllib.error.HTTPError as error:
-        partial.unlink(missing_ok=True)
-        raise DownloadError(f"{url} answered {error.code} {error.reason}.") from error
+        if error.code == 416:
+            # Nothing is left to send, or the file has become shorter: begin anew, and let the checksum decide.
+            partial.unlink(missing_ok=True)
+            return _download(url, path)
+        raise DownloadError(f"{url} answered {error.code} {error.reason}; try again later.") from error
     except DownloadError:
         raise
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise DownloadError(
             f"{url} cannot be reached ({reason}); run the same command again to go on."
@@ -129,8 +149,10 @@ def _transfer(url: str, partial: Path, start: int) -> int | None:
     with opener.open(request, timeout=TIMEOUT_S) as answer:
         if answer.status != 206:  # the server sends it all, whatever was asked
             start = 0
-        length = answer.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
+        elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+            raise DownloadError(f"{url} answered with another part than was asked for; try again later.")
+        length = answer.headers.get("Content-Length") or ""
+        total = start + int(length) if re.fullmatch("[0-9]{1,18}", length) else None
         free = shutil.disk_usage(partial.parent).free
         if total is not None and total > MAX_BYTES:
             raise DownloadError(f"{url} has {total} bytes, more than the {MAX_BYTES} that are allowed.")
@@ -141,7 +163,13 @@ def _transfer(url: str, partial: Path, start: int) -> int | None:
         with (
             partial.open("ab" if start else "wb") as file,
             tqdm(
-                total=total, initial=start, unit="B", unit_scale=True, desc=Path(url).name, leave=False
+                total=total,
+                initial=start,
+                unit="B",
+                unit_scale=True,
+                desc=partial.stem,
+                leave=False,
+                disable=None,
             ) as bar,
         ):
             while piece := answer.read(_PIECE):

@@ -35,16 +35,43 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        # mkstemp makes files private; what we leave has the mode that the user's umask gives.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(file_mode())  # mkstemp makes files private
         os.replace(temporary, path)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def file_mode() -> int:
+    """Return the permissions that the user's umask gives a new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path with ~ replaced by the user's home, where there is one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~nobody
+        return Path(path)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, and a file in it that is gone again, so that long work is not done for nothing.
+
+    Raises:
+        OutputError: it cannot be made or written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise output_error(folder, error) from error
 
 
 def output_error(path: str | Path, error: OSError) -> OutputError:

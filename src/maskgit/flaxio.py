@@ -46,6 +46,7 @@ _MAX_LIST = 64
 _MAX_KEYS = 100_000
 _MAX_KEY_LENGTH = 1024
 _MAX_DEPTH = 32
+_MAX_DIMENSIONS = 32
 
 
 def decode(data: bytes | memoryview) -> Tree:
@@ -103,7 +104,8 @@ def _read_extension(code: int, payload: bytes) -> Any:
     if not isinstance(parts, list) or len(parts) != 3:
         raise CheckpointError("An array in the checkpoint is not [shape, dtype, bytes].")
     shape, dtype, buffer = parts
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+    sizes = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
+    if not sizes or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         raise CheckpointError(f"An array in the checkpoint has the shape {shape!r:.80}.")
     if not isinstance(buffer, bytes) or not isinstance(dtype, str):
         raise CheckpointError("An array in the checkpoint lacks its dtype or its bytes.")
@@ -122,7 +124,10 @@ def _array(shape: tuple[int, ...], dtype: str, buffer: bytes) -> np.ndarray:
     flat = np.frombuffer(buffer, item)
     if dtype == "bfloat16":
         flat = (flat.astype(np.uint32) << 16).view(np.float32)
-    return flat.reshape(shape)
+    try:
+        return flat.reshape(shape)
+    except ValueError as error:  # numpy's own bounds, such as one size of 0 beside others that overflow
+        raise CheckpointError(f"An array in the checkpoint has the impossible shape {shape}.") from error
 
 
 def _join_chunks(node: Any, depth: int) -> Any:
@@ -137,11 +142,17 @@ def _join_chunks(node: Any, depth: int) -> Any:
     shape, chunks = _listed(node.get("shape")), _listed(node.get("chunks"))
     if not chunks or not all(isinstance(c, np.ndarray) and c.ndim == 1 for c in chunks):
         raise CheckpointError("A chunked array in the checkpoint has no chunks.")
-    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) != sum(c.size for c in chunks):
+    sizes = len(shape) <= _MAX_DIMENSIONS and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+    if not sizes or math.prod(shape) != sum(c.size for c in chunks):
         raise CheckpointError(f"A chunked array in the checkpoint does not fill its shape {shape!r:.80}.")
     if len({c.dtype for c in chunks}) != 1:
         raise CheckpointError("A chunked array in the checkpoint changes its dtype.")
-    return np.concatenate(chunks).reshape(shape)
+    try:
+        return np.concatenate(chunks).reshape(shape)
+    except ValueError as error:  # numpy's own bounds, such as one size of 0 beside others that overflow
+        raise CheckpointError(
+            f"A chunked array in the checkpoint has the impossible shape {shape!r:.80}."
+        ) from error
 
 
 def _listed(node: Any) -> list[Any]:

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from maskgit.config import Config, ModelConfig, TokenizerConfig
-from maskgit.download import cache_dir, fetch
+from maskgit.devices import choose_device
+from maskgit.download import cache_dir, fetch, forget
 from maskgit.errors import (
     CheckpointError,
     ConfigError,
@@ -33,7 +34,7 @@ from maskgit.errors import (
     OutputError,
     unknown_name,
 )
-from maskgit.files import output_error
+from maskgit.files import expand, file_mode, output_error
 from maskgit.pipeline import MaskGIT
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
@@ -41,7 +42,7 @@ from maskgit.transformer import Transformer
 Module = TypeVar("Module", bound=nn.Module)
 
 FORMAT_VERSION = 1
-INDEX, WEIGHTS = "model_index.json", "model.safetensors"
+INDEX, WEIGHTS, CARD = "model_index.json", "model.safetensors", "README.md"
 MAX_JSON_BYTES = 4 * 2**20
 
 
@@ -77,13 +78,15 @@ def from_pretrained(
     Args:
         name_or_path: a folder written by `save_model`; a name in `REGISTRY` (an official one is downloaded
             and converted once, then kept in the cache); or a Hugging Face Hub id such as "user/model".
-        device: where the weights go.
+        device: where the weights go; "auto" takes what is there.
         dtype: the type that the networks compute in.
 
     Raises:
         CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
     """
-    return load_model(locate(name_or_path), device=device, dtype=dtype)
+    if not dtype.is_floating_point:
+        raise ConfigError(f"Networks compute in floating point, not in {dtype}.")
+    return load_model(locate(name_or_path), device=choose_device(str(device)), dtype=dtype)
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -92,22 +95,30 @@ def locate(name_or_path: str | Path) -> Path:
     Raises:
         CheckpointError, ConfigError, DownloadError: there is no such model, or it cannot be had.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    entry = REGISTRY.get(str(name_or_path))
+    name = str(name_or_path)
+    # Names come first, so that a folder which happens to be called so does not hide a model; ./name is the folder.
+    entry = REGISTRY.get(name)
     if isinstance(entry, Path):
         return entry
     if isinstance(entry, Official):
-        return _converted(str(name_or_path), entry)
-    if path.exists():
+        return _converted(name, entry)
+    path = expand(name_or_path)
+    try:
+        is_dir, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{name:.200} cannot be read: {error.strerror}.") from error
+    if is_dir:
+        return path
+    if exists:
         raise CheckpointError(
             f"{path} is a file, not a model folder. Convert official checkpoints with `maskgit convert` first."
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) and not str(name_or_path).startswith("."):
-        return _from_hugging_face(str(name_or_path))
-    error = unknown_name("model", str(name_or_path), REGISTRY)
-    raise ConfigError(f"{error} Or give a model folder, or a Hugging Face id such as user/model.")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return _from_hugging_face(name)
+    if "/" in name:
+        raise CheckpointError(f"{name} cannot be read: there is no such folder.")
+    unknown = unknown_name("model", name, REGISTRY)
+    raise ConfigError(f"{unknown} Or give a model folder, or a Hugging Face id such as user/model.")
 
 
 def _converted(name: str, urls: Official) -> Path:
@@ -115,7 +126,16 @@ def _converted(name: str, urls: Official) -> Path:
 
     folder = cache_dir() / "models" / name
     if not (folder / INDEX).is_file():
-        model = load_official(tokenizer=fetch(urls.tokenizer), transformer=fetch(urls.transformer))
+        paths = fetch(urls.tokenizer), fetch(urls.transformer)
+        try:
+            model = load_official(*paths)
+        except CheckpointError as error:
+            # What came may have been a proxy's page; its checksum must not stand in the way of the next try.
+            for path in paths:
+                forget(path)
+            raise CheckpointError(
+                f"What was downloaded is not {name}, and was thrown away: {error}"
+            ) from error
         save_model(model, folder)
     return folder
 
@@ -131,7 +151,7 @@ def _from_hugging_face(repo_id: str) -> Path:
     except Exception as error:
         raise DownloadError(
             f"There is no folder {repo_id!r}, and it could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__})."
+            f"({type(error).__name__}): check the name and the network, and log in with `hf auth login` if it is private."
         ) from error
 
 
@@ -194,13 +214,18 @@ def _load_stage(
     with torch.device("meta"):
         module = kind(config)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    counters = {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
     try:
+        path.open("rb").close()  # safetensors' own message for a file that may not be read misleads
         with safe_open(path, framework="pt", device=str(device)) as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             _compare(path, expected, found)
             state = {name: file.get_tensor(name) for name in expected}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+    wrong = [name for name, t in state.items() if t.is_floating_point() == (name in counters)]
+    if wrong:
+        raise CheckpointError(f"{path} does not fit its config: {wrong[0]} is {state[wrong[0]].dtype}.")
     module.load_state_dict(
         {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()},
         strict=True,
@@ -231,7 +256,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror or error}); is this a model folder?"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is not a JSON object.")
@@ -267,7 +292,7 @@ def save_model(model: MaskGIT, path: str | Path, *, dtype: torch.dtype | None = 
         for name, module in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
             _write_stage(folder / name, stages[name], module, dtype)
 
-    return _write_folder(Path(path), INDEX, write)
+    return _write_folder(expand(path), (INDEX, "tokenizer", "transformer"), write)
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
@@ -276,7 +301,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: torch.dtype
     def write(folder: Path) -> None:
         _write_stage(folder, tokenizer.config.to_dict(), tokenizer, dtype)
 
-    return _write_folder(Path(path), "config.json", write)
+    return _write_folder(expand(path), ("config.json", WEIGHTS), write)
 
 
 def _write_stage(folder: Path, config: dict[str, Any], module: nn.Module, dtype: torch.dtype | None) -> None:
@@ -287,28 +312,42 @@ def _write_stage(folder: Path, config: dict[str, Any], module: nn.Module, dtype:
         for name, tensor in module.state_dict().items()
     }
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(file_mode())  # safetensors makes it private
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _write_folder(path: Path, marker: str, write: Callable[[Path], None]) -> Path:
-    """Fill a new folder and put it in the place of `path`, which may hold an older one with the `marker`."""
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file; choose another folder.")
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
-        raise OutputError(f"{path} holds something that is not a model; choose another folder.")
+def _write_folder(path: Path, names: tuple[str, ...], write: Callable[[Path], None]) -> Path:
+    """Fill a new folder and put it in the place of `path`.
+
+    An older one is replaced if it holds what `write` makes, `names`, and nothing else but a card, which stays.
+    """
     temporary: Path | None = None
     try:
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; choose another folder.")
+        held = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        foreign = sorted(held - {*names, CARD})
+        if foreign or (held and names[0] not in held):
+            named = foreign[0] if foreign else sorted(held)[0]
+            raise OutputError(f"{path} holds {named}, which is not part of a model; choose another folder.")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         new, old = temporary / "new", temporary / "old"
         new.mkdir()
         write(new)
+        if CARD in held:
+            shutil.copyfile(path / CARD, new / CARD)
         if path.exists():
             os.replace(path, old)
-        os.replace(new, path)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
     except (OSError, SafetensorError) as error:
         reason = error if isinstance(error, OSError) else OSError(str(error))
         raise output_error(path, reason) from error

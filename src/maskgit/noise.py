@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskgit.errors import ConfigError
+from maskgit.config import check_count
 
 MASK32 = 0xFFFFFFFF
 # Streams keep draws for different purposes apart; a new purpose takes a new number below 256.
@@ -109,9 +109,7 @@ class ImageNoise:
         Raises:
             ConfigError: the seed or an index is out of range.
         """
-        if not 0 <= seed < 2**64:
-            raise ConfigError(f"A seed must be in [0, 2^64), but is {seed}.")
-        self.seed = seed
+        self.seed = check_count("seed", seed, 0, 2**64 - 1)
         self.indices = indices
         self.num_positions = num_positions
         self.num_codes = num_codes

@@ -3,7 +3,7 @@
 Shapes: B images, S = N + 1 the sequence with its class token, K codes, h × w the token grid.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskgit import images
 from maskgit.classes import find_class
-from maskgit.config import ModelConfig, SamplerConfig, check_range
+from maskgit.config import ModelConfig, SamplerConfig, check_count
 from maskgit.errors import ConfigError
 from maskgit.guidance import guided
 from maskgit.noise import ImageNoise
@@ -177,8 +177,10 @@ class MaskGIT:
 
         Source: paper §3.2; official inference.py, `generate_samples`.
         """
-        check_range("num_images", num_images, 1, 1_000_000)
-        listed = [labels] if labels is None or isinstance(labels, int | str) else list(labels)
+        num_images = check_count("num_images", num_images, 1, 1_000_000)
+        if isinstance(labels, Tensor | np.ndarray | np.generic):
+            labels = labels.tolist()
+        listed = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else [labels]
         numbers = [self.label(label) for label in listed for _ in range(num_images)]
         sequences = self.vocabulary.sequence(torch.tensor(numbers, dtype=torch.int64))
         return self._decode(
@@ -228,7 +230,7 @@ class MaskGIT:
 
         Source: official inference.py, `p_edit_samples` and `composite_outputs`.
         """
-        check_range("num_images", num_images, 1, 1_000_000)
+        num_images = check_count("num_images", num_images, 1, 1_000_000)
         config = self.sampler_config(**settings)
         pixels = self.prepare(image)
         mask = box_to_token_mask(box, self.config.image_size, self.tokenizer.patch_size, rule)
@@ -269,7 +271,7 @@ class MaskGIT:
             ImageError: it cannot be read or has another shape or range.
         """
         if isinstance(image, Tensor):
-            image = image.detach().cpu().squeeze(0).movedim(0, -1).numpy()
+            image = image.detach().cpu().squeeze(0).movedim(0, -1).float().numpy()
         if isinstance(image, str | Path):
             image = images.read_image(image)
         if isinstance(image, np.ndarray):
@@ -295,8 +297,8 @@ class MaskGIT:
         callback: Callback | None,
     ) -> Output:
         """Fill in masked sequences (B, S), a batch at a time, and turn the result into images."""
-        check_range("batch_size", batch_size, 1, 65_536)
-        check_range("first_index", first_index, 0, 2**62)
+        batch_size = check_count("batch_size", batch_size, 1, 65_536)
+        first_index = check_count("first_index", first_index, 0, 2**62)
         pixels, tokens = [], []
         for start in range(0, len(sequences), batch_size):
             batch = sequences[start : start + batch_size].to(self.device)

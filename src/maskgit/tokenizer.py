@@ -172,12 +172,18 @@ class Tokenizer(nn.Module):
             float (B, 3, h · patch_size, w · patch_size), RGB, nominally in [0, 1] and not clamped.
 
         Raises:
-            ImageError: the shape does not fit.
+            ImageError: the shape does not fit, or, on the CPU, a token is out of range.
 
         Source: official `decode_from_indices`.
         """
         if tokens.ndim != 3:
             raise ImageError(f"Tokens must be of shape (B, h, w), but are {tuple(tokens.shape)}.")
+        # On a GPU the look would make the host wait.
+        codes = self.config.codebook_size
+        if tokens.device.type == "cpu" and not (int(tokens.min()) >= 0 and int(tokens.max()) < codes):
+            raise ImageError(
+                f"Tokens must be in [0, {codes}), but run from {tokens.min()} to {tokens.max()}."
+            )
         return self.decoder(self.quantizer.embed(tokens))
 
     @property

@@ -100,16 +100,16 @@ class Transformer(nn.Module):
             float (B, N + 1, V), or (B, P, codes) as asked.
 
         Raises:
-            ConfigError: the sequence is longer than the model's.
+            ConfigError: the sequence is not of the model's length.
 
         Source: official `Transformer` and `MlmLayer`.
         """
-        if sequence.ndim != 2 or sequence.shape[1] > self.position_embedding.num_embeddings:
+        if sequence.ndim != 2 or sequence.shape[1] != self.position_embedding.num_embeddings:
             raise ConfigError(
                 f"A sequence must be of shape (B, {self.position_embedding.num_embeddings}), "
                 f"but is {tuple(sequence.shape)}."
             )
-        x = self.token_embedding(sequence) + self.position_embedding.weight[: sequence.shape[1]]
+        x = self.token_embedding(sequence) + self.position_embedding.weight
         x = F.dropout(self.embedding_norm(x), self.config.dropout, self.training)
         for layer in self.layers:
             x = layer(x)

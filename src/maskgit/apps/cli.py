@@ -3,8 +3,9 @@
 torch and the model code are imported inside the commands, so that `--help` answers at once.
 """
 
+import signal
 import sys
-from collections import Counter
+import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,15 +14,24 @@ import tyro
 from tyro.conf import Positional, arg
 
 from maskgit import __version__
+from maskgit.apps.output import (
+    MAX_COLUMNS,
+    MAX_SHEET,
+    Making,
+    Progress,
+    numbered,
+    picture_paths,
+    save_sheet,
+    slug,
+)
 from maskgit.apps.training_commands import pack, tokenize, train
-from maskgit.errors import MaskGITError, OutputError
+from maskgit.errors import ConfigError, MaskGITError, OutputError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from maskgit.pipeline import MaskGIT, Output
+    from maskgit.pipeline import MaskGIT
 
-SHEET = "sheet.png"
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -76,24 +86,6 @@ class Sampler:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
-@dataclass(frozen=True)
-class Making:
-    """What is made and where it goes."""
-
-    num_images: Annotated[int, arg(aliases=["-n"])] = 1
-    """Images for each class."""
-    seed: int = 0
-    """With the index, decides an image; the same seed makes the same images."""
-    first_index: int = 0
-    """Index of the first image; go on from a former run to get new ones."""
-    batch_size: int = 16
-    """Images decoded together; does not change them."""
-    out: Path = Path("out")
-    """The folder for the pictures; made if needed."""
-    overwrite: bool = False
-    """Replace pictures that are there."""
-
-
 @app.command
 def generate(
     classes: Annotated[tuple[str, ...], arg(name="class", metavar="NAME|NUMBER")],
@@ -106,27 +98,40 @@ def generate(
     Args:
         classes: Names or numbers; "none" for no class, where the model can.
     """
+    from maskgit import images
+
+    making.check()
     pipe = model.load()
-    labels = [pipe.label(None if name == "none" else name) for name in classes]
     config = pipe.sampler_config(**sampler.given())
-    paths = _paths(
-        making, _numbered(making, [_slug(name) for name in classes for _ in range(making.num_images)])
-    )
-    with _Progress(config.steps, len(paths), making) as progress:
-        made = pipe.generate(
-            [None if label < 0 else label for label in labels],
-            num_images=making.num_images,
-            seed=making.seed,
-            first_index=making.first_index,
-            batch_size=making.batch_size,
-            callback=progress,
-            **sampler.given(),
-        )
-    settings = {"command": "generate", "model": model.model, **config.to_dict(), "dtype": model.dtype}
-    named = [name for name in classes for _ in range(making.num_images)]
-    _save(made, paths, making, [{**settings, "class": name} for name in named])
-    columns = making.num_images if len(classes) > 1 and making.num_images > 1 else None
-    _save_sheet(made.to_pil(), making, columns=columns)
+    names = [name for name in classes for _ in range(making.num_images)]
+    labels = [_label(pipe, name) for name in names]
+    paths = picture_paths(making.out, making.overwrite, numbered(making, names))
+    settings = {
+        "maskgit": __version__,
+        "command": "generate",
+        "model": model.model,
+        "dtype": model.dtype,
+        **config.to_dict(),
+    }
+    sheet: list[Image.Image] = []
+    with Progress(config.steps, len(paths), making) as progress:
+        # Each batch is written as soon as it is made, so that an interrupt loses little.
+        for start in range(0, len(paths), making.batch_size):
+            part = slice(start, start + making.batch_size)
+            made = pipe.generate(
+                labels[part],
+                seed=making.seed,
+                first_index=making.first_index + start,
+                batch_size=making.batch_size,
+                callback=progress,
+                **sampler.given(),
+            ).to_pil()
+            for number, picture in enumerate(made, start):
+                recorded = settings | {"class": names[number], **making.recorded(number)}
+                images.save_png(paths[number], picture, settings=recorded, overwrite=making.overwrite)
+            sheet += made[: MAX_SHEET - len(sheet)]
+    columns = making.num_images if len(classes) > 1 and 1 < making.num_images <= MAX_COLUMNS else None
+    save_sheet(sheet, len(paths), making.out, columns=columns)
 
 
 @app.command
@@ -152,15 +157,22 @@ def edit(
         start_step: The step to begin decoding at.
     """
     from maskgit import images
+    from maskgit.download import sha256
 
+    making.check()
     pipe = model.load()
     config = pipe.sampler_config(**sampler.given())
-    paths = _paths(making, _numbered(making, [f"{_slug(photo.stem)}-{_slug(class_)}"] * making.num_images))
-    with _Progress(config.steps, len(paths), making) as progress:
+    start_step = config.steps // 6 if start_step is None else start_step
+    label = _label(pipe, class_)
+    before = pipe.prepare(photo)
+    paths = picture_paths(
+        making.out, making.overwrite, numbered(making, [f"{photo.stem}-{class_}"] * making.num_images)
+    )
+    with Progress(config.steps - start_step, len(paths), making) as progress:
         made = pipe.edit(
-            photo,
+            before,
             box,
-            class_,
+            label,
             num_images=making.num_images,
             rule=rule,
             start_step=start_step,
@@ -170,19 +182,25 @@ def edit(
             callback=progress,
             **sampler.given(),
         )
-    settings = {"command": "edit", "model": model.model, **config.to_dict(), "dtype": model.dtype}
-    settings |= {
-        "class": class_,
-        "box": list(box),
-        "rule": rule,
-        "start_step": start_step,
-        "photo": photo.name,
+    settings = {
+        "maskgit": __version__,
+        "command": "edit",
+        "model": model.model,
+        "dtype": model.dtype,
+        **config.to_dict(),
     }
-    _save(made, paths, making, [settings] * len(paths))
+    settings |= {"class": class_, "box": list(box), "rule": rule, "start_step": start_step}
+    settings |= {"photo": photo.name, "photo_sha256": sha256(photo)}
+    for number, (path, picture) in enumerate(zip(paths, made.to_pil(), strict=True)):
+        images.save_png(
+            path, picture, settings=settings | making.recorded(number), overwrite=making.overwrite
+        )
     assert made.token_mask is not None, "an edit returns its mask"
-    before = pipe.prepare(photo)
-    row = [*images.to_pil(before), images.overlay_mask(before, made.token_mask), *made.to_pil()]
-    _save_sheet(row, making, columns=len(row), captions=["before", "mask", *["after"] * len(paths)])
+    after = made.to_pil()[: MAX_COLUMNS - 2]
+    row = [*images.to_pil(before), images.overlay_mask(before, made.token_mask), *after]
+    save_sheet(
+        row, len(row), making.out, columns=len(row), captions=["before", "mask", *["after"] * len(after)]
+    )
 
 
 @app.command
@@ -201,15 +219,29 @@ def reconstruct(
     """
     from maskgit import images
 
-    making = Making(out=out, overwrite=overwrite)
+    if not photos:
+        raise ConfigError("Give at least one picture.")
     pipe = model.load()
-    paths = _paths(making, [f"{_slug(photo.stem)}-reconstructed" for photo in photos])
+    before = [pipe.prepare(photo) for photo in photos]
+    paths = picture_paths(out, overwrite, [f"{slug(photo.stem)}-reconstructed" for photo in photos])
     sheet: list[Image.Image] = []
-    for photo, path in zip(photos, paths, strict=True):
-        made = pipe.reconstruct(photo)
-        _save(made, [path], making, [{"command": "reconstruct", "model": model.model, "photo": photo.name}])
-        sheet += [*images.to_pil(pipe.prepare(photo)), *made.to_pil()]
-    _save_sheet(sheet, making, columns=2, captions=["original", "reconstruction"] * len(photos))
+    for photo, pixels, path in zip(photos, before, paths, strict=True):
+        made = pipe.reconstruct(pixels).to_pil()
+        settings = {
+            "maskgit": __version__,
+            "command": "reconstruct",
+            "model": model.model,
+            "dtype": model.dtype,
+        }
+        images.save_png(path, made[0], settings=settings | {"photo": photo.name}, overwrite=overwrite)
+        sheet += [*images.to_pil(pixels), *made][: MAX_SHEET - len(sheet)]
+    save_sheet(
+        sheet,
+        2 * len(photos),
+        out,
+        columns=2,
+        captions=(["original", "reconstruction"] * len(photos))[: len(sheet)],
+    )
 
 
 @app.command
@@ -218,8 +250,11 @@ def convert(
     dest: Positional[Path],
     transformer: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")] = None,
     to_flax: bool = False,
-    activation: Literal["swish", "relu"] = "swish",
-    quantizer: Literal["vq", "gumbel"] = "vq",
+    activation: Annotated[
+        str | None, arg(metavar="{swish,relu}", help_behavior_hint="(default: swish)")
+    ] = None,
+    quantizer: Annotated[str | None, arg(metavar="{vq,gumbel}", help_behavior_hint="(default: vq)")] = None,
+    overwrite: bool = False,
 ) -> None:
     """Turn official checkpoints into a model folder, or back.
 
@@ -231,17 +266,25 @@ def convert(
         to_flax: Write official checkpoints for the JAX code instead.
         activation: The tokenizer's; not recorded in a checkpoint.
         quantizer: The tokenizer's; not recorded in a checkpoint.
+        overwrite: Replace a model, or checkpoints, that are there.
     """
     from maskgit import convert as conversion
     from maskgit import hub
 
+    given = {"activation": activation, "quantizer": quantizer}
+    kinds = {name: value for name, value in given.items() if value is not None}
+    if dest.is_dir() and any(dest.iterdir()) and not overwrite:
+        raise OutputError(f"{dest} is there already; choose another folder, or say --overwrite.")
     if to_flax:
+        if kinds or transformer:
+            raise ConfigError(
+                "With --to-flax a model folder is read, which needs neither checkpoints nor their kinds."
+            )
         for path in conversion.save_official(hub.from_pretrained(source), dest):
             print(path)
         return
     first, second = (source, transformer) if transformer else conversion.find_official(source)
-    model = conversion.load_official(first, second, activation=activation, quantizer=quantizer)
-    print(hub.save_model(model, dest))
+    print(hub.save_model(conversion.load_official(first, second, **kinds), dest))
 
 
 @app.command
@@ -277,65 +320,14 @@ for command in (pack, tokenize, train):
     app.command(command)
 
 
-class _Progress:
-    """A progress bar over decoding steps, on the terminal alone; used as a callback."""
-
-    def __init__(self, steps: int, count: int, making: Making) -> None:
-        self.total = steps * -(-count // making.batch_size)
-
-    def __enter__(self) -> "_Progress":
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=self.total, unit="step", leave=False, disable=None)
-        return self
-
-    def __call__(self, *_: object) -> None:
-        self.bar.update()
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+def _label(pipe: "MaskGIT", name: str) -> int | None:
+    """Return the class that a name on the command line means; "none" is no class."""
+    number = pipe.label(None if name == "none" else name)
+    return None if number < 0 else number
 
 
-def _slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name.casefold()).split())[:60] or "image"
-
-
-def _numbered(making: Making, stems: list[str]) -> list[str]:
-    return [f"{stem}-{making.seed}-{making.first_index + i:05}" for i, stem in enumerate(stems)]
-
-
-def _paths(making: Making, stems: list[str]) -> list[Path]:
-    """Return a path for each picture, before any work is done for one that could not be written."""
-    seen = Counter[str]()
-    paths = []
-    for stem in stems:
-        seen[stem] += 1
-        paths.append(making.out / (f"{stem}.png" if seen[stem] == 1 else f"{stem}-{seen[stem]}.png"))
-    for path in [*paths, making.out / SHEET]:
-        if path.exists() and not making.overwrite:
-            raise OutputError(f"{path} is there already; choose another --out, or say --overwrite.")
-    return paths
-
-
-def _save(made: "Output", paths: list[Path], making: Making, settings: list[dict[str, Any]]) -> None:
-    from maskgit import images
-
-    for i, (path, picture) in enumerate(zip(paths, made.to_pil(), strict=True)):
-        recorded = {
-            "maskgit": __version__,
-            **settings[i],
-            "seed": making.seed,
-            "index": making.first_index + i,
-        }
-        images.save_png(path, picture, settings=recorded, overwrite=making.overwrite)
-
-
-def _save_sheet(pictures: "list[Image.Image]", making: Making, **layout: Any) -> None:
-    from maskgit import images
-
-    path = making.out / SHEET
-    images.save_png(path, images.contact_sheet(pictures, **layout), overwrite=making.overwrite)
-    print(path)
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -344,6 +336,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments in (["--version"], ["-V"]):
         print(__version__)
         return 0
+    # Ended politely, so that what is half-written is removed; training has its own answer to SIGTERM.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     try:
         app.cli(
             prog="maskgit",
@@ -354,6 +349,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     except MaskGITError as error:
         print(f"maskgit: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except OSError as error:
+        # Whatever the file system has against a path that was given: too long, forbidden, gone.
+        print(f"maskgit: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print("maskgit: interrupted.", file=sys.stderr)

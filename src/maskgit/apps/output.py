@@ -1,0 +1,100 @@
+"""What the commands that make pictures share: the flags, the progress bar, the files."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from maskgit.config import check_count
+from maskgit.errors import OutputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SHEET = "sheet.png"
+# A sheet that can be looked at.
+MAX_SHEET, MAX_COLUMNS = 400, 20
+
+
+@dataclass(frozen=True)
+class Making:
+    """What is made and where it goes."""
+
+    num_images: Annotated[int, arg(aliases=["-n"])] = 1
+    """Images for each class."""
+    seed: int = 0
+    """With the index, decides an image; the same seed makes the same images."""
+    first_index: int = 0
+    """Index of the first image; go on from a former run to get new ones."""
+    batch_size: int = 16
+    """Images decoded together; does not change them."""
+    out: Path = Path("out")
+    """The folder for the pictures; made if needed."""
+    overwrite: bool = False
+    """Replace pictures that are there."""
+
+    def check(self) -> None:
+        """Raise a `ConfigError` if a number is out of range."""
+        check_count("num_images", self.num_images, 1, 1_000_000)
+        check_count("seed", self.seed, 0, 2**64 - 1)
+        check_count("first_index", self.first_index, 0, 2**62)
+        check_count("batch_size", self.batch_size, 1, 65_536)
+
+    def recorded(self, number: int) -> dict[str, int]:
+        """Return what decides the `number`-th picture, besides the sampler's settings."""
+        return {"seed": self.seed, "index": self.first_index + number}
+
+
+class Progress:
+    """A progress bar over decoding steps, on the terminal alone; used as a callback."""
+
+    def __init__(self, steps: int, count: int, making: Making) -> None:
+        self.total = steps * -(-count // making.batch_size)
+
+    def __enter__(self) -> "Progress":
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=self.total, unit="step", leave=False, disable=None)
+        return self
+
+    def __call__(self, *_: object) -> None:
+        self.bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def slug(name: str) -> str:
+    """Return a name as a part of a file's name."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.casefold()).split())[:60] or "image"
+
+
+def numbered(making: Making, names: list[str]) -> list[str]:
+    """Return a stem for each picture: what it shows, the seed and its index."""
+    return [f"{slug(name)}-{making.seed}-{making.first_index + i:05}" for i, name in enumerate(names)]
+
+
+def picture_paths(out: Path, overwrite: bool, stems: list[str]) -> list[Path]:
+    """Return a path for each picture, before any work is done for one that could not be written."""
+    from maskgit.files import check_writable
+
+    check_writable(out)
+    seen = Counter[str]()
+    paths = []
+    for stem in stems:
+        seen[stem] += 1
+        paths.append(out / (f"{stem}.png" if seen[stem] == 1 else f"{stem}-{seen[stem]}.png"))
+    for path in [*paths, out / SHEET]:
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} is there already; choose another --out, or say --overwrite.")
+    return paths
+
+
+def save_sheet(pictures: "list[Image.Image]", made: int, out: Path, **layout: Any) -> None:
+    """Write the sheet and print its path; `made` counts the pictures that were written."""
+    from maskgit import images
+
+    images.save_png(out / SHEET, images.contact_sheet(pictures, **layout))
+    print(out / SHEET if made <= len(pictures) else f"{out / SHEET} (the first {len(pictures)} of {made})")
