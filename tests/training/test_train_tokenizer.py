@@ -223,12 +223,15 @@ def test_dead_codes_become_features_of_the_batch():
     assert revive_codes(books, torch.zeros(5, dtype=torch.bool), features, step=7, **settings) == 0
 
 
+# The scripts leave without the interpreter's clean-up, in which gloo's threads have been seen to hang.
 RUN = """
-import json, sys, torch
+import json, os, sys, torch
 torch.set_num_threads(1)
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.train_tokenizer import train_tokenizer
 train_tokenizer(TokenizerTrainingConfig.from_dict(json.loads(sys.argv[1])))
+sys.stderr.flush()
+os._exit(0)
 """
 
 

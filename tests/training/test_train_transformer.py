@@ -212,12 +212,15 @@ def test_a_cut_up_batch_gives_the_same_run_to_rounding(config, tmp_path):
     assert scalars(pieces.out, "loss") == pytest.approx(scalars(config.out, "loss"), rel=1e-5)
 
 
+# It leaves without the interpreter's clean-up, in which gloo's threads have been seen to hang.
 SCRIPT = """
-import json, sys
+import json, os, sys
 from maskgit.training.train_transformer import train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
 for values in json.loads(sys.argv[1]):
     train_transformer(TransformerTrainingConfig.from_dict(values))
+sys.stderr.flush()
+os._exit(0)
 """
 
 

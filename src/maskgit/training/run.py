@@ -13,6 +13,7 @@ Exit codes: 0 the run is done; 2 an error that the user can mend; 75 (EX_TEMPFAI
 SIGINT after writing a checkpoint, and the same command goes on.
 """
 
+import gc
 import json
 import math
 import os
@@ -107,8 +108,9 @@ class Distributed:
         return cls(rank, world, chosen)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group, once everything that used it is gone."""
         if dist.is_initialized():
+            gc.collect()
             dist.destroy_process_group()
 
     @property

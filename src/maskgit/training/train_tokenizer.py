@@ -247,6 +247,8 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
     if distributed.is_main:
         save_tokenizer(tokenizer, run_dir / "model")
     distributed.barrier()
+    # Their reducers hold on to the group, and would end after it otherwise.
+    del reconstructor, parallel_discriminator
     distributed.close()
     return run_dir / "model"
 

@@ -243,6 +243,8 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
     if distributed.is_main:
         save_result(config, inputs, weights, run_dir / "model")
     distributed.barrier()
+    # Its reducer holds on to the group, and would end after it otherwise.
+    del network
     distributed.close()
     return run_dir / "model"
 
