@@ -16,7 +16,7 @@ CORE_LIBRARIES = {"torch", "numpy", "PIL", "safetensors", "msgpack", "tqdm"}
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).parts
-        yield path, "apps" if parts[0] == "__main__.py" else parts[0] if len(parts) > 1 else "core"
+        yield path, "apps" if parts[0] == "__main__.py" else parts[0] if parts[0] in LAYERS else "core"
 
 
 def imports(path: Path, *, top_level: bool) -> set[str]:

@@ -10,7 +10,8 @@ from PIL import Image
 from maskgit import MaskGIT
 from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError, ImageError, RegionError
-from maskgit.pipeline import Output
+from maskgit.guidance import guided as guide
+from maskgit.results import Output
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +33,8 @@ def test_generate_makes_images_of_labels(tiny):
     assert made.images.shape == (4, 3, 32, 32)
     assert made.images.dtype == torch.float32
     assert 0 <= float(made.images.min()) <= float(made.images.max()) <= 1
-    assert made.tokens_by_step.shape == (4, 4, 8, 8)
-    assert torch.equal(made.tokens, made.tokens_by_step[:, -1])
+    assert made.trace.tokens.shape == (4, 4, 8, 8)
+    assert torch.equal(made.tokens, made.trace.tokens[:, -1])
     assert torch.equal(made.images, tiny.tokenizer.decode(made.tokens).clamp(0, 1))
     assert [picture.size for picture in made.to_pil()] == [(32, 32)] * 4
     assert len({made.tokens[i].numpy().tobytes() for i in range(4)}) == 4
@@ -80,7 +81,7 @@ def test_the_model_brings_its_own_settings(tiny):
     config = dataclasses.replace(tiny.config, sampler=SamplerConfig(steps=3, temperature=0.5))
     model = MaskGIT(config, tiny.tokenizer, tiny.transformer)
     assert torch.equal(model.generate(1).tokens, tiny.generate(1, steps=3, temperature=0.5).tokens)
-    assert model.generate(1, return_steps=True).tokens_by_step.shape[1] == 3
+    assert model.generate(1, return_steps=True).trace.tokens.shape[1] == 3
 
 
 def test_the_callback_sees_every_step(tiny):
@@ -95,7 +96,7 @@ def test_the_callback_sees_every_step(tiny):
     )
     assert [(step, indices) for step, indices, _ in seen] == [(t, i) for i in ([0, 1], [2]) for t in range(4)]
     for step, indices, tokens in seen:
-        assert torch.equal(tokens, made.tokens_by_step[indices, step])
+        assert torch.equal(tokens, made.trace.tokens[indices, step])
 
 
 @torch.no_grad()
@@ -105,12 +106,12 @@ def test_guidance_extrapolates_from_the_unconditional_logits(guided):
     conditional = guided.transformer(sequence, codes=codes)
     unconditional = guided.transformer(guided.vocabulary.sequence(torch.tensor([-1, -1])), codes=codes)
     torch.testing.assert_close(
-        guided.predict_logits(sequence, 3.0),
+        guide(guided.predict_logits, guided.vocabulary.mask, 3.0)(sequence),
         unconditional + 3 * (conditional - unconditional),
         atol=1e-4,
         rtol=1e-4,
     )
-    assert torch.equal(guided.predict_logits(sequence, 1.0), conditional)
+    assert torch.equal(guided.predict_logits(sequence), conditional)
 
 
 def test_a_model_without_label_dropout_says_so(tiny, guided):
@@ -153,8 +154,8 @@ def test_an_edit_changes_the_box_and_leaves_the_rest(tiny, photo):
     tokens = tiny.tokenizer.encode(before)[0]
     assert made.token_mask.sum() == 6
     assert made.token_mask[1:4, 2:4].all()
-    assert (made.tokens_by_step[:, :, known] == tokens[known]).all()
-    assert made.tokens_by_step.shape == (3, 5, 8, 8)  # begins at step 1 of 6
+    assert (made.trace.tokens[:, :, known] == tokens[known]).all()
+    assert made.trace.tokens.shape == (3, 5, 8, 8)  # begins at step 1 of 6
     far = torch.zeros(32, 32, dtype=torch.bool)
     far[24:, 24:] = True
     assert torch.equal(made.images[..., far], before[..., far].expand(3, -1, -1))

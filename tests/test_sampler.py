@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError
 from maskgit.noise import ImageNoise
 from maskgit.sampler import decode
@@ -38,11 +39,13 @@ def test_every_step_equals_the_official_decoder(name, tiny, golden):
     steps = decode(
         lambda sequence: tiny.transformer(sequence, codes=tiny.vocabulary.num_codes),
         torch.where(inputs < 0, mask, inputs),
+        SamplerConfig(
+            steps=int(record["num_iter"]),
+            choice_temperature=float(record["choice_temperature"]),
+            mask_schedule=str(record["schedule"]),
+        ),
         mask_token=mask,
-        steps=int(record["num_iter"]),
         start_step=int(record["start_iter"]),
-        choice_temperature=float(record["choice_temperature"]),
-        mask_schedule=str(record["schedule"]),
         noise=Recorded(record),
         callback=lambda step, tokens: calls.append((step, tokens)),
     )
@@ -90,8 +93,16 @@ def test_known_tokens_never_change_and_all_are_filled(batch, num_tokens, steps, 
         return random_logits(3, 5)(current)
 
     out = decode(
-        predict, sequence, mask_token=MASK, steps=steps, start_step=start, mask_schedule=schedule, noise=noise
+        predict,
+        sequence,
+        SamplerConfig(steps=steps, mask_schedule=schedule),
+        mask_token=MASK,
+        start_step=start,
+        noise=noise,
     )
+    # More steps than tokens are not made.
+    steps = min(steps, num_tokens)
+    start = min(start, steps - 1)
     assert out.shape == (batch, steps - start, num_tokens + 1)
     assert (out[:, :, 0] == 50).all()
     assert (out[:, :, 1:] < 5).all()
@@ -105,7 +116,7 @@ def test_known_tokens_never_change_and_all_are_filled(batch, num_tokens, steps, 
 def test_an_open_class_is_left_open():
     sequence = torch.full((2, 5), MASK)
     noise = ImageNoise(0, torch.arange(2), 5, 5)
-    out = decode(random_logits(0, 5), sequence, mask_token=MASK, steps=3, noise=noise)
+    out = decode(random_logits(0, 5), sequence, SamplerConfig(steps=3), mask_token=MASK, noise=noise)
     assert (out[:, :, 0] == MASK).all()
     assert (out[:, -1, 1:] < 5).all()
 
@@ -116,7 +127,9 @@ def test_an_image_does_not_depend_on_its_batch(batches):
         sequence = torch.full((len(indices), 17), MASK)
         sequence[:, 0] = 50
         noise = ImageNoise(7, torch.tensor(indices), 17, 8)
-        return decode(random_logits(1, 8), sequence, mask_token=MASK, steps=6, noise=noise)[:, -1]
+        return decode(random_logits(1, 8), sequence, SamplerConfig(steps=6), mask_token=MASK, noise=noise)[
+            :, -1
+        ]
 
     pieces, start = [], 0
     for size in batches:
@@ -129,7 +142,7 @@ def test_temperature_zero_takes_the_likeliest_token():
     sequence = torch.tensor([[50] + [MASK] * 6])
     predict = random_logits(5, 8)
     noise = ImageNoise(1, torch.arange(1), 7, 8)
-    out = decode(predict, sequence, mask_token=MASK, steps=1, temperature=0, noise=noise)
+    out = decode(predict, sequence, SamplerConfig(steps=1, temperature=0), mask_token=MASK, noise=noise)
     assert torch.equal(out[0, 0, 1:], predict(sequence)[0, 1:].argmax(-1))
 
 
@@ -142,9 +155,8 @@ def test_one_step_samples_from_the_tempered_model():
     out = decode(
         lambda s: logits.expand(len(s), 2, 4),
         sequence,
+        SamplerConfig(steps=1, temperature=1.5),
         mask_token=MASK,
-        steps=1,
-        temperature=1.5,
         noise=noise,
     )
     counts = out[:, 0, 1].bincount(minlength=4).double()
@@ -165,11 +177,13 @@ def test_one_step_samples_from_the_tempered_model():
 )
 def test_bad_settings_are_told(settings_, message):
     sequence = torch.full((1, 3), MASK)
+    start = settings_.pop("start_step", 0)
     with pytest.raises(ConfigError, match=message):
         decode(
             random_logits(0, 5),
             sequence,
+            SamplerConfig(**settings_),
+            start_step=start,
             mask_token=MASK,
             noise=ImageNoise(0, torch.arange(1), 3, 5),
-            **settings_,
         )

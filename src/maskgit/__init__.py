@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
     from maskgit.errors import MaskGITError
-    from maskgit.pipeline import MaskGIT, Output
+    from maskgit.pipeline import MaskGIT
+    from maskgit.results import Output
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 
 _HOME = {
     "MaskGIT": "pipeline",
-    "Output": "pipeline",
+    "Output": "results",
     "MaskGITError": "errors",
     "ModelConfig": "config",
     "SamplerConfig": "config",

@@ -19,7 +19,7 @@ from maskgit.config import check_count
 
 MASK32 = 0xFFFFFFFF
 # Streams keep draws for different purposes apart; a new purpose takes a new number below 256.
-TOKENS, CHOICE = 0, 1
+TOKENS, CHOICE, ORDER, UNMASK, REMASK, FOLDS = 0, 1, 2, 3, 4, 5
 NUM_STREAMS = 256
 
 # On a CPU, blocks are made in pieces that stay in its cache.
@@ -35,6 +35,10 @@ class Noise(Protocol):
 
     def choice(self, step: int) -> Tensor:
         """Return the Gumbel noise on confidence, float32 (B, N + 1)."""
+        ...
+
+    def uniform(self, step: int, stream: int) -> Tensor:
+        """Return uniform numbers for another purpose, float32 (B, N + 1) in (0, 1)."""
         ...
 
 
@@ -122,3 +126,7 @@ class ImageNoise:
     def choice(self, step: int) -> Tensor:
         """Return Gumbel noise, float32 (B, N + 1)."""
         return gumbel(uniform(self.seed, self.indices, step, CHOICE, self.num_positions))
+
+    def uniform(self, step: int, stream: int) -> Tensor:
+        """Return uniform numbers, float32 (B, N + 1) in (0, 1)."""
+        return uniform(self.seed, self.indices, step, stream, self.num_positions)

@@ -3,8 +3,8 @@
 Shapes: B images, S = N + 1 the sequence with its class token, K codes, h × w the token grid.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,44 +15,22 @@ from torch import Tensor
 
 from maskgit import images
 from maskgit.classes import find_class
-from maskgit.config import ModelConfig, SamplerConfig, check_count
+from maskgit.config import ModelConfig, SamplerConfig, StepTables, check_count
 from maskgit.errors import ConfigError
-from maskgit.guidance import guided
 from maskgit.noise import ImageNoise
+from maskgit.policies import POLICIES
+from maskgit.policies.base import log_probs_of
 from maskgit.regions import box_to_token_mask, composite
-from maskgit.sampler import decode
+from maskgit.results import Callback, Output, Trace
+from maskgit.sampler import Decoded, decode_steps
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
 from maskgit.vocabulary import Vocabulary
 
 Label = int | str | None
 Picture = str | Path | Image.Image | np.ndarray | Tensor
-# Called with the step's number, the indices int64 (B,) of the images and their tokens int64 (B, h, w) so far.
-Callback = Callable[[int, Tensor, Tensor], None]
-
 # So many images are decoded together when the caller does not say: enough to fill a GPU, little enough memory.
 DEFAULT_BATCH_SIZE = 16
-
-
-@dataclass(frozen=True)
-class Output:
-    """What the pipeline makes.
-
-    Attributes:
-        images: float32 (B, 3, H, W) in [0, 1], RGB, on the CPU.
-        tokens: int64 (B, h, w), what the images were decoded from, on the CPU.
-        tokens_by_step: int64 (B, steps, h, w), the tokens sampled at each step, or None if not asked for.
-        token_mask: bool (h, w), True where an edit made new tokens, or None.
-    """
-
-    images: Tensor
-    tokens: Tensor
-    tokens_by_step: Tensor | None = None
-    token_mask: Tensor | None = None
-
-    def to_pil(self) -> list[Image.Image]:
-        """Return the images as 8-bit RGB pictures."""
-        return images.to_pil(self.images)
 
 
 class MaskGIT:
@@ -129,15 +107,24 @@ class MaskGIT:
     def sampler_config(self, **settings: Any) -> SamplerConfig:
         """Return the model's own sampler settings with those that are given (not None) in their place.
 
+        Another policy than the model's own brings the settings that belong to it (`Policy.defaults`), where
+        none are given.
+
         Raises:
             ConfigError: a setting is unknown, out of range, or beyond this model.
         """
         given = {key: value for key, value in settings.items() if value is not None}
-        config = SamplerConfig.from_dict(self.config.sampler.to_dict() | given)
-        if config.guidance_scale != 1 and not self.config.label_dropout:
+        if isinstance(given.get("tables"), StepTables):
+            given["tables"] = given["tables"].to_dict()
+        own = self.config.sampler.to_dict()
+        policy = given.get("policy", own["policy"])
+        if policy != own["policy"] and policy in POLICIES:
+            own |= {"policy_options": {}} | dict(POLICIES[policy].defaults)
+        config = SamplerConfig.from_dict(own | given)
+        if config.guides() and not self.config.label_dropout and not config.force_guidance:
             raise ConfigError(
-                "This model was trained without label dropout, so it has no unconditional prediction to guide by; "
-                "use guidance_scale 1."
+                "This model was trained without label dropout, so it never saw a masked class and has no "
+                "prediction to guide by; use guidance_scale 1, or force_guidance to try all the same."
             )
         return config
 
@@ -164,10 +151,10 @@ class MaskGIT:
             seed: in [0, 2⁶⁴).
             first_index: the index of the first image; the others count on from it.
             batch_size: images decoded together.
-            return_steps: whether to return the tokens of every step.
-            callback: see `Callback`.
-            **settings: fields of `SamplerConfig` in place of the model's own: steps, choice_temperature,
-                temperature, mask_schedule, guidance_scale.
+            return_steps: whether to return the `Trace` of every step.
+            callback: see `maskgit.results.Callback`.
+            **settings: fields of `SamplerConfig` in place of the model's own, such as steps, policy,
+                temperature or guidance_scale.
 
         Returns:
             `Output` with len(labels) · num_images images.
@@ -299,50 +286,51 @@ class MaskGIT:
         """Fill in masked sequences (B, S), a batch at a time, and turn the result into images."""
         batch_size = check_count("batch_size", batch_size, 1, 65_536)
         first_index = check_count("first_index", first_index, 0, 2**62)
-        pixels, tokens = [], []
+        pixels, tokens, traces = [], [], []
         for start in range(0, len(sequences), batch_size):
             batch = sequences[start : start + batch_size].to(self.device)
             indices = torch.arange(first_index + start, first_index + start + len(batch), device=self.device)
-            steps = decode(
-                lambda sequence: self.predict_logits(sequence, config.guidance_scale),
+            steps = decode_steps(
+                self.predict_logits,
                 batch,
+                config,
                 mask_token=self.vocabulary.mask,
-                steps=config.steps,
                 start_step=start_step,
-                choice_temperature=config.choice_temperature,
-                temperature=config.temperature,
-                mask_schedule=config.mask_schedule,
                 noise=ImageNoise(seed, indices, batch.shape[1], self.vocabulary.num_codes),
-                callback=self._grids_to(callback, indices),
             )
-            grids = self.vocabulary.grid(steps if return_steps else steps[:, -1:])
-            pixels.append(self._pixels(grids[:, -1]))
-            tokens.append(grids.cpu())
-        by_step = torch.cat(tokens)
-        return Output(torch.cat(pixels), by_step[:, -1], by_step if return_steps else None)
+            history = []
+            for made in steps:
+                grid = self.vocabulary.grid(made.tokens)
+                if return_steps:
+                    history.append(self._record(made))
+                if callback is not None:
+                    callback(made.step, indices, grid)
+            pixels.append(self._pixels(grid))
+            tokens.append(grid.cpu())
+            traces.append(history)
+        return Output(torch.cat(pixels), torch.cat(tokens), _join(traces) if return_steps else None)
 
-    def _grids_to(self, callback: Callback | None, indices: Tensor) -> Callable[[int, Tensor], None] | None:
-        if callback is None:
-            return None
-        return lambda step, sequence: callback(step, indices, self.vocabulary.grid(sequence))
+    def _record(self, made: Decoded) -> Trace:
+        """Return what a trace keeps of one step."""
+        parts = (made.tokens, made.unknown, log_probs_of(made.logits, made.tokens).exp())
+        return Trace(*(self.vocabulary.grid(part).cpu() for part in parts))
 
     @torch.no_grad()
-    def predict_logits(self, sequence: Tensor, guidance_scale: float = 1.0) -> Tensor:
-        """Return the logits of the image codes, guided by the class (see `maskgit.guidance`).
-
-        Args:
-            sequence: int64 (B, S).
-            guidance_scale: 1 is the plain conditional prediction.
-
-        Returns:
-            float (B, S, num_codes).
-        """
-        predict = guided(
-            lambda given: self.transformer(given, codes=self.vocabulary.num_codes),
-            self.vocabulary.mask,
-            guidance_scale,
-        )
-        return predict(sequence)
+    def predict_logits(self, sequence: Tensor) -> Tensor:
+        """Return the logits of the image codes: int64 (B, S) → float (B, S, num_codes)."""
+        return self.transformer(sequence, codes=self.vocabulary.num_codes)
 
     def _pixels(self, tokens: Tensor) -> Tensor:
         return self.tokenizer.decode(tokens.to(self.device)).float().clamp(0, 1).cpu()
+
+
+def _join(batches: list[list[Trace]]) -> Trace:
+    """Join the steps of batches; one that was done early repeats its last step, in which nothing is unknown."""
+    steps = max(len(history) for history in batches)
+    joined: dict[str, list[Tensor]] = {"tokens": [], "unknown": [], "confidence": []}
+    for history in batches:
+        last = history[-1]
+        rest = [Trace(last.tokens, torch.zeros_like(last.unknown), last.confidence)] * (steps - len(history))
+        for name, parts in joined.items():
+            parts.append(torch.stack([getattr(step, name) for step in history + rest], dim=1))
+    return Trace(*(torch.cat(parts) for parts in joined.values()))

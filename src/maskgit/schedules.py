@@ -1,16 +1,20 @@
 """Curves of decoding: pure functions of progress in [0, 1].
 
+A mask schedule γ says what share of the tokens is still masked; a curve says how much of a temperature or of
+guidance is in force.
+
 Source: official libml/mask_schedule.py; paper §3.3, table 3 and figure 8.
 """
 
 import math
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from maskgit.errors import ConfigError
+from maskgit.errors import ConfigError, unknown_name
 
 MaskSchedule = Callable[[Tensor, Tensor], Tensor]
 
@@ -31,6 +35,10 @@ def _exp(progress: Tensor, num_unknown: Tensor) -> Tensor:
     return 1 - torch.exp2(-torch.log2(num_unknown) * (1 - progress))
 
 
+def _arccos(progress: Tensor, num_unknown: Tensor) -> Tensor:
+    return torch.acos(progress) * (2 / math.pi)
+
+
 def _power(exponent: float) -> MaskSchedule:
     return lambda progress, num_unknown: 1 - progress**exponent
 
@@ -43,6 +51,7 @@ MASK_SCHEDULES: dict[str, MaskSchedule] = {
     "square": _power(2),
     "cubic": _power(3),
     "sqrt": _power(0.5),
+    "arccos": _arccos,
 }
 _POWER = re.compile(r"pow(\d{1,4}(?:\.\d{1,8})?)")
 
@@ -82,10 +91,10 @@ def mask_ratio(name: str, progress: Tensor, num_unknown: Tensor | int) -> Tensor
     return mask_schedule(name)(progress, count).clamp(1e-6, 1.0)
 
 
-def mask_counts(name: str, steps: int, num_tokens: int) -> Tensor:
-    """Return how many tokens a schedule leaves masked after each step, ⌊γ((t + 1) / T) · N₀⌋.
+def mask_ratios(name: str, steps: int, num_tokens: int) -> Tensor:
+    """Return what share a schedule leaves masked after each step, γ((t + 1) / T).
 
-    Computed on the CPU in float32, whose rounding decides the floor, so that every device decodes alike.
+    Computed on the CPU, so that every device decodes alike.
 
     Args:
         name: a mask schedule.
@@ -93,18 +102,90 @@ def mask_counts(name: str, steps: int, num_tokens: int) -> Tensor:
         num_tokens: the largest N₀.
 
     Returns:
-        int64 (steps, num_tokens + 1), by step t and by N₀, the number masked at the start.
-
-    Source: official libml/parallel_decode.py.
+        float32 (steps, num_tokens + 1), by step t and by N₀, the number masked at the start.
     """
     progress = (torch.arange(1, steps + 1, dtype=torch.float32) / steps)[:, None]
     start = torch.arange(num_tokens + 1, dtype=torch.float32)[None]
     # With one token or none the logarithms of `log` and `exp` divide by zero or worse; there is nothing to
     # schedule then, and the sampler keeps its bounds.
-    ratio = mask_ratio(name, progress, start.clamp(min=2))
-    return (ratio * start).floor().long()
+    return mask_ratio(name, progress, start.clamp(min=2))
+
+
+def mask_counts(ratios: Tensor) -> Tensor:
+    """Return how many tokens a schedule leaves masked after each step, ⌊γ((t + 1) / T) · N₀⌋.
+
+    The float32 rounding decides the floor, as in the official code.
+
+    Args:
+        ratios: float32 (steps, num_tokens + 1), as `mask_ratios` returns them.
+
+    Returns:
+        int64 of the same shape.
+
+    Source: official libml/parallel_decode.py.
+    """
+    return (ratios * torch.arange(ratios.shape[1], dtype=torch.float32)).floor().long()
 
 
 def check_mask_schedule(name: str) -> None:
     """Raise a `ConfigError` unless `name` is a mask schedule."""
     mask_schedule(name)
+
+
+class _Curve(NamedTuple):
+    """A shape from 0 at the start to 1 at the end, and the numbers that its name takes in front of FROM,TO."""
+
+    shape: Callable[..., float]
+    parameters: tuple[str, ...] = ()
+    ends: bool = True
+
+
+CURVES: dict[str, _Curve] = {
+    "constant": _Curve(lambda r: 1.0, ends=False),
+    "linear": _Curve(lambda r: r),
+    "cosine": _Curve(lambda r: (1 - math.cos(math.pi * r)) / 2),
+    "power-cosine": _Curve(lambda r, power: (1 - math.cos(math.pi * r**power)) / 2, ("POWER",)),
+    "interval": _Curve(lambda r, low, high: float(low <= r <= high), ("LOW", "HIGH"), ends=False),
+}
+
+
+def curve(spec: str, *, start: float, end: float) -> Callable[[float], float]:
+    """Return the weight, as a function of progress r in [0, 1], that a curve's name stands for.
+
+    Names are `constant` (1 everywhere), `linear`, `cosine` ((1 − cos πr) / 2), `power-cosine:POWER`
+    ((1 − cos πrᵖ) / 2) and `interval:LOW,HIGH` (1 for LOW ≤ r ≤ HIGH, else 0). The middle three lead from
+    `start` to `end`, or from and to the two numbers that follow: `linear:1,0.5`, `power-cosine:2,0,1`.
+
+    Args:
+        spec: the name, and its numbers after a colon.
+        start, end: where a curve begins and ends that does not say so itself.
+
+    Raises:
+        ConfigError: the name is unknown, or its numbers are wrong.
+
+    Source: power-cosine: MDTv2 (arXiv 2303.14389); interval: Kynkäänniemi et al. (arXiv 2404.07724).
+    """
+    name, _, listed = spec.partition(":")
+    if name not in CURVES:
+        raise unknown_name("schedule", spec, CURVES)
+    shape, parameters, ends = CURVES[name]
+    usage = (
+        name
+        + (":" + ",".join(parameters) if parameters else "")
+        + ("[,FROM,TO]" if ends and parameters else "")
+    )
+    usage = usage if parameters or not ends else f"{name}[:FROM,TO]"
+    try:
+        numbers = [float(number) for number in listed.split(",")] if listed else []
+    except ValueError as error:
+        raise ConfigError(
+            f"The numbers of a schedule must be written as {usage}, but are {spec!r}."
+        ) from error
+    counts = {len(parameters), len(parameters) + 2} if ends else {len(parameters)}
+    if len(numbers) not in counts or not all(0 <= number <= 1e3 for number in numbers):
+        raise ConfigError(f"A schedule {name} is written as {usage}, each from 0 to 1000, but is {spec!r}.")
+    own = numbers[: len(parameters)]
+    if not ends:
+        return lambda r: shape(r, *own)
+    first, last = numbers[len(parameters) :] or (start, end)
+    return lambda r: first + (last - first) * shape(r, *own)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from maskgit.config import SamplerConfig
-from maskgit.guidance import guided
 from maskgit.noise import ImageNoise
 from maskgit.sampler import decode
 from maskgit.tokenizer import Tokenizer
@@ -155,14 +154,11 @@ def sample(
 
     with evaluating(transformer):
         history = decode(
-            guided(predict_logits, vocabulary.mask, sampler.guidance_scale),
+            predict_logits,
             sequence,
+            sampler,
             mask_token=vocabulary.mask,
-            steps=sampler.steps,
             noise=ImageNoise(seed, indices, vocabulary.num_tokens + 1, vocabulary.num_codes),
-            choice_temperature=sampler.choice_temperature,
-            temperature=sampler.temperature,
-            mask_schedule=sampler.mask_schedule,
         )
         tokens = vocabulary.grid(history[:, -1])
         return Samples(tokenizer.decode(tokens), tokens)

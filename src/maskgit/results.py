@@ -1,0 +1,65 @@
+"""What the pipeline makes, and how it tells while it does.
+
+Shapes: B images, T steps, h × w the token grid.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskgit import images
+
+# Called with the step's number, the indices int64 (B,) of the images and their tokens int64 (B, h, w) so far.
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How images came to be, on the CPU.
+
+    Attributes:
+        tokens: int64 (B, T, h, w), the tokens sampled at each step.
+        unknown: bool (B, T, h, w), what was masked before each step.
+        confidence: float32 (B, T, h, w) in [0, 1], the probability that the model gave each of those tokens.
+    """
+
+    tokens: Tensor
+    unknown: Tensor
+    confidence: Tensor
+
+    @property
+    def fixed_at(self) -> Tensor:
+        """The step that fixed each token, int64 (B, h, w); −1 where it was known from the start."""
+        steps = torch.arange(self.unknown.shape[1])[:, None, None]
+        return torch.where(self.unknown, steps, -1).amax(1)
+
+    @property
+    def final_confidence(self) -> Tensor:
+        """The probability that each token had when it was fixed, float32 (B, h, w); 1 where it was known."""
+        fixed_at = self.fixed_at
+        found = self.confidence.gather(1, fixed_at.clamp(min=0)[:, None])[:, 0]
+        return torch.where(fixed_at < 0, 1.0, found)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the pipeline makes.
+
+    Attributes:
+        images: float32 (B, 3, H, W) in [0, 1], RGB, on the CPU.
+        tokens: int64 (B, h, w), what the images were decoded from, on the CPU.
+        trace: how they came to be, if asked for.
+        token_mask: bool (h, w), True where an edit made new tokens, or None.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    trace: Trace | None = None
+    token_mask: Tensor | None = None
+
+    def to_pil(self) -> list[Image.Image]:
+        """Return the images as 8-bit RGB pictures."""
+        return images.to_pil(self.images)
