@@ -11,6 +11,7 @@ from maskgit import MaskGIT
 from maskgit.apps import cli
 from maskgit.apps.training_commands import read_recipe
 from maskgit.errors import ConfigError
+from maskgit.training.caches import ImageCache
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -64,6 +65,31 @@ def test_the_smoke_recipes_go_from_a_folder_to_a_sheet(pictures, tmp_path, monke
     assert Image.open("out/sheet.png").size[0] > 256
     # A finished run has nothing left to do.
     assert run(*second) == 0
+
+
+def test_packing_takes_class_names_and_a_configuration(pictures, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    files = sorted(pictures.rglob("*.png"))[::12]
+    rows = {"image": [file.read_bytes() for file in files], "label": [0, 0, 1, 1]}
+    pq.write_table(pytest.importorskip("pyarrow").table(rows), "data.parquet")
+    assert run("pack", "data.parquet", "named", "--size", 8, "--class-names", "square", "big stripes") == 0
+    assert ImageCache.open("named").class_names == ("square", "big stripes")
+    assert run("pack", "data.parquet", "plain", "--size", 8) == 0
+    assert ImageCache.open("plain").class_names == ("0", "1")
+
+    asked = []
+    open_builder = datasets.load_dataset_builder
+
+    def builder(name, config=None, **options):
+        """Pretend that the file lies on the hub under a name."""
+        asked.append((name, config))
+        return open_builder("parquet", data_files="data.parquet")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    assert run("pack", "someone/pictures", "hub", "--size", 8, "--config", "small") == 0
+    assert asked == [("someone/pictures", "small")]
 
 
 @pytest.mark.parametrize(

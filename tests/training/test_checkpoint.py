@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from maskgit.errors import CheckpointError, MaskGITError, OutputError
+from maskgit.training import checkpoint
 from maskgit.training.checkpoint import MARKER, Checkpoints, ModelAndOptimizer, weights_fingerprint
+from runs import run_two
 
 
 def trained(steps: int) -> ModelAndOptimizer:
@@ -140,6 +142,77 @@ def test_a_failed_asynchronous_save_is_told(tmp_path, monkeypatch):
         with pytest.raises(MaskGITError, match="disk is full"):
             checkpoints.wait()
     checkpoints.close()
+
+
+def test_a_failed_asynchronous_commit_is_told_and_loses_nothing(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, asynchronous=True)
+    checkpoints.save(1, small(1))
+    checkpoints.wait()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sync_folder", full)
+        checkpoints.save(2, small(2))
+        with pytest.raises(OutputError, match=r"step-00000002.*disk is full"):
+            checkpoints.wait()
+    checkpoints.close()
+    assert checkpoints.load(checkpoints.latest(), small(0))["step"] == 1
+
+
+# It leaves without the interpreter's clean-up, in which gloo's threads have been seen to hang.
+FULL_DISK = """
+import datetime, errno, os, sys
+import torch
+import torch.distributed as dist
+from maskgit.errors import OutputError
+from maskgit.training import checkpoint
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+rank = dist.get_rank()
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def small(step):
+    return {"weights": torch.full((4,), float(step)), "step": step}
+
+
+for asynchronous in (False, True):
+    for failing, module, name in ((1, os, "fsync"), (0, os, "fsync"), (0, checkpoint, "_sync_folder")):
+        checkpoints = checkpoint.Checkpoints(
+            f"{sys.argv[1]}/{asynchronous}-{failing}-{name}", asynchronous=asynchronous
+        )
+        checkpoints.save(1, small(1))
+        checkpoints.wait()
+        write = getattr(module, name)
+        if rank == failing:
+            setattr(module, name, full)
+        try:
+            checkpoints.save(2, small(2))
+            checkpoints.wait()
+        except OutputError as error:
+            print("TOLD", error, file=sys.stderr)
+        setattr(module, name, write)
+        dist.barrier()
+        assert checkpoints.load(checkpoints.latest(), small(0))["step"] == 1
+        checkpoints.save(3, small(3))
+        checkpoints.close()
+        dist.barrier()
+        assert checkpoints.load(checkpoints.latest(), small(0))["step"] == 3
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
+def test_a_disk_that_is_full_for_one_process_is_a_sentence_in_all(tmp_path):
+    for said in run_two(FULL_DISK, str(tmp_path)):
+        told = [line for line in said.splitlines() if line.startswith("TOLD")]
+        assert len(told) == 6
+        assert all("step-00000002" in line and "disk is full" in line for line in told)
 
 
 WRITES = (

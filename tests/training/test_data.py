@@ -78,7 +78,7 @@ def test_batches_do_not_depend_on_processes_threads_or_restarts(cache, augment):
             parts = [rank.batch(step) for rank in ranks]
             for i, value in enumerate(expected):
                 assert torch.equal(torch.cat([part[i] for part in parts]), value)
-    threads = ImageBatches(cache, **settings, num_workers=3, start_step=2)
+    threads = ImageBatches(cache, **settings, num_workers=3).from_step(2)
     for made, expected in zip(itertools.islice(threads, 3), whole[2:], strict=True):
         for one, other in zip(made, expected, strict=True):
             assert torch.equal(one, other)

@@ -6,6 +6,7 @@ import io
 import itertools
 import struct
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -327,9 +328,9 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def streamed(source, steps=5, **changed):
+def streamed(source, steps=5, start=0, **changed):
     settings = {"seed": 1, "global_batch": 4, "size": SIDE, "class_names": list("abc"), **changed}
-    return list(itertools.islice(StreamedImages(source, **settings), steps))
+    return list(itertools.islice(StreamedImages(source, **settings).from_step(start), steps))
 
 
 def stream_numbers(batches):
@@ -363,7 +364,7 @@ def test_a_stream_does_not_depend_on_processes_or_restarts(shards, lanes, worlds
                 assert torch.equal(torch.cat([rank[step][i] for rank in ranks]), value)
     for start in (1, 13):
         for batch, expected in zip(
-            streamed(shards, 14 - start, start_step=start, **settings), whole[start:], strict=True
+            streamed(shards, 14 - start, start, **settings), whole[start:], strict=True
         ):
             assert all(torch.equal(one, other) for one, other in zip(batch, expected, strict=True))
     first, second = stream_numbers(whole[:6]), stream_numbers(whole[6:12])
@@ -375,7 +376,7 @@ def test_a_bad_picture_in_a_stream_is_replaced_by_the_next(tmp_path):
     file = make_parquet(tmp_path / "data.parquet", count=8, bad=(1, 3, 4))
     settings = {"shuffle_buffer": 0, "augment": "none"}
     assert stream_numbers(streamed(file, steps=2, **settings)) == [0, 2, 2, 5, 5, 5, 6, 7]
-    assert stream_numbers(streamed(file, steps=1, start_step=1, **settings)) == [5, 5, 6, 7]
+    assert stream_numbers(streamed(file, steps=1, start=1, **settings)) == [5, 5, 6, 7]
     with pytest.raises(DataError, match="more than the allowed share of 0"):
         streamed(file, steps=1, max_bad_share=0.0)
 
@@ -387,3 +388,36 @@ def test_streams_that_cannot_work_are_refused(tmp_path, shards):
         streamed(shards, lanes=2, world=4)
     with pytest.raises(DataError, match="give their names with class_names"):
         streamed(shards, class_names=None)
+    with pytest.raises(DataError, match="IDX files, which are not streamed: pack them"):
+        streamed(make_idx(tmp_path / "idx"))
+    with pytest.raises(ConfigError, match="revision is for data sets on the hub"):
+        streamed(shards, revision="main")
+
+
+@pytest.mark.parametrize("form", ["{path}", "zip://0.png::{path}"])
+def test_rows_of_the_hub_name_no_files_here(tmp_path, monkeypatch, form):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "own.png").write_bytes(encoded(picture(1)))
+    path = form.format(path=tmp_path / "own.png")
+    if form.startswith("zip"):
+        with zipfile.ZipFile(tmp_path / "own.png", "w") as archive:
+            archive.writestr("0.png", encoded(picture(1)))
+    images = [{"bytes": encoded(picture(2)), "path": path}, {"bytes": None, "path": path}]
+    pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "data.parquet")
+    open_builder = datasets.load_dataset_builder
+
+    def builder(name, *_, **options):
+        """Pretend that the file lies on the hub under a name."""
+        return open_builder("parquet", data_files=[str(tmp_path / "data.parquet")])
+
+    here = pack_images(tmp_path / "data.parquet", tmp_path / "here", size=SIDE)
+    assert numbers(here) == [2, 1]
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    cache = pack_images("someone/hostile", tmp_path / "hub", size=SIDE, max_bad_share=0.5)
+    assert numbers(cache) == [2]
+    assert "own.png, which is a file here" in cache.skipped[0]
+    settings = {"seed": 0, "global_batch": 2, "size": SIDE, "augment": "none", "class_names": ("a", "b")}
+    stream = StreamedImages("someone/hostile", max_bad_share=1, shuffle_buffer=0, num_workers=1, **settings)
+    batches = stream.from_step(0)
+    assert next(batches).images[:, 0, -1, -1].tolist() == [2, 2]
+    batches.close()

@@ -43,7 +43,7 @@ def random_state(module, seed=0):
 @pytest.fixture(scope="module")
 def vgg_files(tmp_path_factory):
     folder, loss = tmp_path_factory.mktemp("vgg"), LPIPSLoss(32)
-    vgg, lins = random_state(loss.vgg), random_state(loss.lins, seed=1)
+    vgg, lins = random_state(loss.net.backbone), random_state(loss.net.lins, seed=1)
     torch.save(vgg | {"classifier.0.bias": torch.zeros(4096)}, folder / "vgg16.pth")
     torch.save(lins, folder / "lpips.pth")
     return folder / "vgg16.pth", folder / "lpips.pth"

@@ -13,7 +13,8 @@ from PIL import Image
 
 from maskgit.config import Config, SamplerConfig
 from maskgit.errors import ConfigError, DataError
-from maskgit.training import progress
+from maskgit.training import progress, run
+from maskgit.training.caches import ImageCache
 from maskgit.training.checkpoint import Checkpoints
 from maskgit.training.run import (
     Distributed,
@@ -27,6 +28,7 @@ from maskgit.training.run import (
     seed_step,
     setup_run,
 )
+from maskgit.training.writers import write_image_cache
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 
@@ -57,12 +59,59 @@ def test_a_run_directory_is_of_one_config(tmp_path):
     begin(tmp_path, changed, may_change=("num_workers", "rate", "sampler"))
 
 
+def test_a_part_of_a_table_may_change(tmp_path):
+    begin(tmp_path)
+    Checkpoints(tmp_path).save(1, {"step": 1})
+    changed = Run(sampler=replace(SamplerConfig(), steps=99, temperature=2.0))
+    with pytest.raises(ConfigError, match=r"sampler\.temperature") as raised:
+        begin(tmp_path, changed, may_change=("sampler.steps",))
+    assert "sampler.steps" not in str(raised.value)
+    begin(tmp_path, changed, may_change=("sampler.steps", "sampler.temperature"))
+
+
+def test_a_setting_that_is_newer_than_a_run_has_its_default(tmp_path):
+    begin(tmp_path)
+    Checkpoints(tmp_path).save(1, {"step": 1})
+    stored = json.loads((tmp_path / "run.json").read_text())
+    del stored["config"]["rate"]
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"rate \(was 0\.1, is 0\.5\)"):
+        begin(tmp_path, Run(rate=0.5))
+    begin(tmp_path)
+
+
 def test_data_that_changed_are_an_error(tmp_path):
     begin(tmp_path)
     Checkpoints(tmp_path).save(1, {"step": 1})
     with pytest.raises(DataError, match=r"\(train\) changed since the checkpoint"):
         begin(tmp_path, data="b")
     begin(tmp_path, data="a")
+
+
+def test_bytes_that_changed_under_their_fingerprint_are_an_error(tmp_path, monkeypatch):
+    images, labels = np.zeros((3, 4, 4, 3), np.uint8), np.zeros(3, np.int64)
+    cache = write_image_cache(tmp_path / "images", images, labels, ("a",))
+
+    def go_on():
+        opened = ImageCache.open(cache.path)
+        fingerprints = {"train": opened.fingerprint}
+        setup_run(tmp_path / "run", Run(), fingerprints, ALONE, caches=[opened])
+
+    go_on()
+    Checkpoints(tmp_path / "run").save(1, {"step": 1})
+    go_on()
+    with (cache.path / "images.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    with pytest.raises(DataError, match=r"changed since the checkpoint in .*images is damaged"):
+        go_on()
+    # Of what is too large to be read again, sizes are compared.
+    monkeypatch.setattr(run, "MAX_VERIFIED_BYTES", cache.num_bytes - 1)
+    go_on()
+    with (cache.path / "images.npy").open("r+b") as file:
+        file.truncate((cache.path / "images.npy").stat().st_size - 1)
+    with pytest.raises(DataError, match="images is damaged"):
+        go_on()
 
 
 def test_without_a_checkpoint_a_run_may_begin_anew(tmp_path):
@@ -192,6 +241,11 @@ def test_throughput_counts_images_and_leaves_out_pauses(tmp_path, monkeypatch, c
     logger.progress(10, 30, throughput, torch.tensor(2.5))
     logger.close()
     assert "step 10/30: 64 images/s, MFU 64.0%, 10 s left, loss 2.5000" in capsys.readouterr().err
+    # Steps may cost different numbers of FLOPs.
+    for flops in (0.5e9, 1.5e9, 1.5e9):
+        now[0] += 0.5
+        throughput.step(flops)
+    assert throughput.read() == (pytest.approx(64.0), pytest.approx(0.64 * 3.5 / 3))
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@
 import json
 import math
 import os
+import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +30,7 @@ from maskgit.training.transformer_dry_run import dry_run
 from maskgit.training.transformer_evaluation import RatioLosses, sequence_losses, warn_of_samples
 from maskgit.training.writers import write_image_cache, write_token_cache
 from maskgit.transformer import Transformer
+from runs import checkpointed, logged, run_two
 
 CODES, CLASSES, GRID = 16, 3, 4
 MODEL = TransformerConfig(
@@ -103,19 +102,11 @@ def config(folder, tmp_path) -> TransformerTrainingConfig:
 
 
 def scalars(out: str, name: str) -> list[float]:
-    lines = [json.loads(line) for line in (Path(out) / "scalars.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
+    return [line[name] for line in logged(out) if name in line]
 
 
 def final_state(config: TransformerTrainingConfig) -> dict[str, torch.Tensor]:
-    """Return all tensors of a run's last checkpoint by name."""
-    import torch.distributed.checkpoint as dcp
-
-    path = Checkpoints(config.out).latest()
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {name: torch.empty(entry.size) for name, entry in metadata.items() if hasattr(entry, "size")}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(path))
-    return state
+    return checkpointed(config.out)
 
 
 def assert_same_run(one: TransformerTrainingConfig, other: TransformerTrainingConfig) -> None:
@@ -229,20 +220,7 @@ def test_two_processes_and_shards_give_the_same_losses_as_one(config, tmp_path):
     train_transformer(config)
     runs = {"ddp": replace(config, out=str(tmp_path / "ddp"))}
     runs["fsdp"] = replace(config, fsdp=True, out=str(tmp_path / "fsdp"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = []
-    for rank in range(2):
-        environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {key: str(value) for key, value in environment.items()}
-        arguments = json.dumps([run.to_dict() for run in runs.values()])
-        command = [sys.executable, "-c", SCRIPT, arguments]
-        environment["OMP_NUM_THREADS"] = "1"
-        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for worker in workers:
-        _, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
+    run_two(SCRIPT, json.dumps([run.to_dict() for run in runs.values()]))
     one = hub.load_model(Path(config.out) / "model").transformer.state_dict()
     for run in runs.values():
         assert scalars(run.out, "loss") == pytest.approx(scalars(config.out, "loss"), rel=1e-5)
@@ -418,6 +396,20 @@ def test_fine_tuning_runs_from_a_model_onto_other_classes(config, folder, traine
     assert model.generate("z", seed=1).images.shape == (1, 3, 8, 8)
 
 
+def test_fine_tuning_refuses_codes_that_mean_something_else(config, folder, trained, tmp_path):
+    model = hub.load_model(trained)
+    with torch.no_grad():
+        model.tokenizer.decoder.conv_out.bias += 1
+    hub.save_model(model, tmp_path / "decoder")
+    # Another decoder paints the same codes.
+    train_transformer(replace(config, init_from=str(tmp_path / "decoder")))
+    with torch.no_grad():
+        model.tokenizer.quantizer.codebook[0] += 1
+    hub.save_model(model, tmp_path / "codes")
+    with pytest.raises(ConfigError, match=r"init_from .*codes.* another tokenizer"):
+        train_transformer(replace(config, init_from=str(tmp_path / "codes"), out=str(tmp_path / "other")))
+
+
 def test_fine_tuning_refuses_another_shape_and_classes_it_cannot_keep(trained):
     source = hub.load_model(trained)
     with pytest.raises(ConfigError, match=r"num_layers \(model 2, here 3\)"):
@@ -433,6 +425,12 @@ def test_data_and_config_that_changed_are_errors_that_lose_nothing(config, folde
         train_transformer(replace(config, data=str(folder / "other" / "tokens")))
     with pytest.raises(ConfigError, match=r"learning_rate \(was 0\.01, is 0\.1\).*model\.num_layers"):
         train_transformer(replace(config, learning_rate=0.1, model=replace(MODEL, num_layers=1)))
+    changed = shutil.copytree(config.data, Path(config.out).parent / "changed")
+    with (changed / "tokens-00000.npy").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\0\0")
+    with pytest.raises(DataError, match="changed since the checkpoint"):
+        train_transformer(replace(config, data=str(changed)))
     after = final_state(config)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 

@@ -20,8 +20,10 @@ def pack(
     out: Positional[Path],
     size: int,
     split: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None,
+    config: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None,
     image_column: str = "auto",
     label_column: str = "auto",
+    class_names: Annotated[tuple[str, ...], arg(metavar="NAME", help_behavior_hint="")] = (),
     max_bad_share: float = 0.01,
     num_workers: int = 4,
 ) -> None:
@@ -33,8 +35,10 @@ def pack(
         out: The folder to make.
         size: Pixels a side. Pack larger than the training size if it is to draw random crops.
         split: Which part, as the source names it.
+        config: Which configuration of a data set on the hub that has several.
         image_column: The column of images, where it cannot be found by its kind.
         label_column: The column of labels; "none" gives all images one class.
+        class_names: Names for labels that are numbers, in their order, in place of those that the source gives.
         max_bad_share: Largest share of images that may be unreadable.
         num_workers: Threads that decode.
     """
@@ -45,8 +49,10 @@ def pack(
         out,
         size=size,
         split=split,
+        config=config,
         image_column=image_column,
         label_column=None if label_column == "none" else label_column,
+        class_names=class_names or None,
         max_bad_share=max_bad_share,
         num_workers=num_workers,
         progress=True,

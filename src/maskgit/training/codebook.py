@@ -4,6 +4,7 @@ Shapes: B images of a step over all processes, b those of one process, K codes, 
 token grid.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ class CodeUsage:
             return {}
         return {"code_usage": codebook_usage(totals), "code_perplexity": perplexity(totals)}
 
+    def unused(self) -> Tensor:
+        """Return which codes nothing chose, bool (K,), none if nothing was counted; all processes call it."""
+        totals = self.totals()
+        return (totals == 0) & (totals.sum() > 0)
+
     def restart(self) -> None:
         """Begin a new window."""
         self.counts.zero_()
@@ -75,6 +81,7 @@ def revive_codes(
     codebooks: list[Tensor],
     dead: Tensor,
     features: Tensor,
+    moments: Iterable[Tensor] = (),
     *,
     seed: int,
     step: int,
@@ -88,6 +95,8 @@ def revive_codes(
         codebooks: float (K, D) each, changed in place: the codebook and its average.
         dead: bool (K,), the codes to be replaced.
         features: float (b, D, h, w), this process's share of the batch.
+        moments: float (K, D) each, the optimizer's averages of the codebook's gradients; the rows of codes that
+            are replaced become 0, for they are of the vectors that were there.
         seed: the run's.
         step: the present one.
         distributed: the processes.
@@ -99,12 +108,16 @@ def revive_codes(
     if len(codes) == 0:
         return 0
     vectors = features.detach().float().movedim(1, -1).flatten(0, -2)
-    places = uniform(seed, codes, step, REVIVE, 1).flatten() * (len(vectors) * distributed.world)
-    places = places.long() - distributed.rank * len(vectors)
+    count = len(vectors) * distributed.world
+    # In float32 the product could round up to the count.
+    places = (uniform(seed, codes, step, REVIVE, 1).flatten() * count).long().clamp(max=count - 1)
+    places = places - distributed.rank * len(vectors)
     mine = (places >= 0) & (places < len(vectors))
     rows = torch.where(mine[:, None], vectors[places.clamp(0, len(vectors) - 1)], 0.0)
     if distributed.world > 1:
         dist.all_reduce(rows)
     for codebook in codebooks:
         codebook[codes] = rows.to(codebook.dtype)
+    for moment in moments:
+        moment[codes] = 0
     return len(codes)

@@ -9,8 +9,9 @@ h × w the token grid.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -131,32 +132,37 @@ def sample_numbers(step: int, global_batch: int, rank: int = 0, world: int = 1) 
 
 
 class _Batches(ABC, Generic[T]):
-    """What the batches of both loops share; iterating gives those of `start_step` and on, for ever."""
+    """What the batches of both loops share; iterating gives those of step 0 and on, for ever."""
 
     def __init__(
         self,
-        length: int,
+        cache: ImageCache | TokenCache,
         seed: int,
         global_batch: int,
         rank: int,
         world: int,
         shuffle: bool,
         num_workers: int,
-        start_step: int,
     ) -> None:
         check_range("num_workers", num_workers, 0, 256)
-        check_range("start_step", start_step, 0, 2**40)
         sample_numbers(0, global_batch, rank, world)
         self.global_batch, self.rank, self.world = global_batch, rank, world
-        self.num_workers, self.start_step = num_workers, start_step
-        self.shuffler = Shuffler(length, seed, shuffle)
+        self.num_workers = num_workers
+        self.shuffler = Shuffler(len(cache), seed, shuffle)
+        self.fingerprint = cache.fingerprint
+        self.class_names = cache.class_names
+        self.num_images = len(cache)
 
     @abstractmethod
     def batch(self, step: int) -> T:
         """Return the batch of a step, whatever was read before."""
 
+    def from_step(self, step: int) -> Generator[T, None, None]:
+        """Give the batches of a step and on, for ever; closing the generator ends its threads."""
+        return ahead(self.batch, step, self.num_workers)
+
     def __iter__(self) -> Iterator[T]:
-        return ahead(self.batch, self.start_step, self.num_workers)
+        return self.from_step(0)
 
     def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = sample_numbers(step, self.global_batch, self.rank, self.world)
@@ -167,7 +173,7 @@ class _Batches(ABC, Generic[T]):
 
 
 class ImageBatches(_Batches[ImageBatch]):
-    """The batches of a run that trains on images; iterating gives those of `start_step` and on, for ever."""
+    """The batches of a run that trains on images; iterating gives those of step 0 and on, for ever."""
 
     def __init__(
         self,
@@ -181,7 +187,6 @@ class ImageBatches(_Batches[ImageBatch]):
         augment: str = "flip",
         shuffle: bool = True,
         num_workers: int = 0,
-        start_step: int = 0,
     ) -> None:
         """Describe the batches.
 
@@ -195,7 +200,6 @@ class ImageBatches(_Batches[ImageBatch]):
             augment: a name in `augment.AUGMENTATIONS`.
             shuffle: False visits the images in their own order.
             num_workers: threads that make batches ahead; the batches are the same with any number.
-            start_step: the first step to give.
 
         Raises:
             ConfigError: a setting is out of range or does not fit the cache.
@@ -207,7 +211,7 @@ class ImageBatches(_Batches[ImageBatch]):
                 f"The image size is {self.size}, but the cached images have {cache.size} pixels a side: "
                 f"choose at most {cache.size}, or pack the images again at {self.size} or more."
             )
-        super().__init__(len(cache), seed, global_batch, rank, world, shuffle, num_workers, start_step)
+        super().__init__(cache, seed, global_batch, rank, world, shuffle, num_workers)
         self.cache = cache
         self._augment = AUGMENTATIONS[augment]
 
@@ -221,7 +225,7 @@ class ImageBatches(_Batches[ImageBatch]):
 
 
 class TokenBatches(_Batches[TokenBatch]):
-    """The batches of a run that trains on tokens; iterating gives those of `start_step` and on, for ever."""
+    """The batches of a run that trains on tokens; iterating gives those of step 0 and on, for ever."""
 
     def __init__(
         self,
@@ -234,7 +238,6 @@ class TokenBatches(_Batches[TokenBatch]):
         random_view: bool = True,
         shuffle: bool = True,
         num_workers: int = 0,
-        start_step: int = 0,
     ) -> None:
         """Describe the batches.
 
@@ -247,12 +250,11 @@ class TokenBatches(_Batches[TokenBatch]):
             random_view: draw one of each image's views; False reads the first.
             shuffle: False visits the images in their own order.
             num_workers: threads that make batches ahead; the batches are the same with any number.
-            start_step: the first step to give.
 
         Raises:
             ConfigError: a setting is out of range.
         """
-        super().__init__(len(cache), seed, global_batch, rank, world, shuffle, num_workers, start_step)
+        super().__init__(cache, seed, global_batch, rank, world, shuffle, num_workers)
         self.cache = cache
         self.random_view = random_view
 
@@ -288,8 +290,13 @@ def _take(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return rows
 
 
-def ahead(make: Callable[[int], T], start: int, num_workers: int) -> Iterator[T]:
-    """Give make(start), make(start + 1), … for ever, made ahead by threads if there are any."""
+def ahead(
+    make: Callable[[int], T], start: int, num_workers: int, closed: Event | None = None
+) -> Generator[T, None, None]:
+    """Give make(start), make(start + 1), … for ever, made ahead by threads if there are any.
+
+    `closed` is set when no more is wanted, before the threads are waited for.
+    """
     step = start
     if num_workers == 0:
         while True:
@@ -304,4 +311,6 @@ def ahead(make: Callable[[int], T], start: int, num_workers: int) -> Iterator[T]
                 step += 1
             yield made.popleft().result()
     finally:
+        if closed is not None:
+            closed.set()
         pool.shutdown(cancel_futures=True)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from maskgit.config import check_range
 from maskgit.errors import ConfigError, ImageError, unknown_name
-from maskgit.evaluation.features import load_effnet_lite0, load_strictly, read_state_dict
+from maskgit.evaluation.features import load_effnet_lite0
+from maskgit.evaluation.lpips import LPIPS, LPIPS_NETS, unit_length
+from maskgit.evaluation.weights import load_strictly, local_file, read_state_dict
 
 # The means and deviations of ImageNet that torchvision's networks were trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -81,13 +83,6 @@ class PerceptualLoss(nn.Module):
         return F.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Scale the channels of each pixel to length 1, in float32: (B, C, h, w) → the same."""
-    x = x.float()
-    # vector_norm, unlike the square root of a sum of squares, has a finite gradient at 0.
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
-
-
 class NoPerceptualLoss(PerceptualLoss):
     """Always 0 (`none`)."""
 
@@ -139,63 +134,24 @@ class EffNetLoss(PerceptualLoss):
 
     def distance(self, features: list[Tensor], expected: list[Tensor]) -> Tensor:
         shares = [
-            (_unit(a) - _unit(b)).square().sum(1).mean() for a, b in zip(features, expected, strict=True)
+            (unit_length(a) - unit_length(b)).square().sum(1).mean()
+            for a, b in zip(features, expected, strict=True)
         ]
         return torch.stack(shares).mean()
 
 
 class LPIPSLoss(PerceptualLoss):
-    """LPIPS, version 0.1, with the VGG16 network (`lpips-vgg`).
-
-    Source: Zhang, Isola, Efros, Shechtman, Wang: The Unreasonable Effectiveness of Deep Features as a
-    Perceptual Metric, CVPR 2018, eq. 1. Parameters bear the names of the published files.
-    """
-
-    # Channels of VGG16's 3×3 convolutions, by stage; a max-pool stands between two stages.
-    STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+    """LPIPS, version 0.1, with the VGG16 network (`lpips-vgg`); see `maskgit.evaluation.lpips`."""
 
     def __init__(self, min_size: int) -> None:
         super().__init__(min_size)
-        layers: list[nn.Module] = []
-        self.taps: list[int] = []
-        # Modules of their own, so that each file's names are the names of one module's parameters.
-        self.vgg, self.lins = nn.Module(), nn.Module()
-        channels = 3
-        for stage, widths in enumerate(self.STAGES):
-            if stage:
-                layers.append(nn.MaxPool2d(2))
-            for width in widths:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-                channels = width
-            self.taps.append(len(layers) - 1)
-            # The published layer is a dropout, which is off here, and a convolution.
-            lin = nn.Module()
-            lin.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
-            self.lins.add_module(f"lin{stage}", lin)
-        self.vgg.features = nn.Sequential(*layers)
-        # ImageNet's mean and deviation for inputs in [−1, 1], rounded as LPIPS rounds them.
-        self.shift: Tensor
-        self.scale: Tensor
-        self.register_buffer(
-            "shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False
-        )
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
+        self.net = LPIPS("vgg")
 
     def features(self, images: Tensor) -> list[Tensor]:
-        x = (2 * images - 1 - self.shift) / self.scale
-        taps = []
-        for index, layer in enumerate(self.vgg.features):  # type: ignore[arg-type]
-            x = layer(x)
-            if index in self.taps:
-                taps.append(_unit(x))
-        return taps
+        return self.net.features(images)
 
     def distance(self, features: list[Tensor], expected: list[Tensor]) -> Tensor:
-        total = torch.zeros((), device=features[0].device)
-        for stage, (a, b) in enumerate(zip(features, expected, strict=True)):
-            weight = getattr(self.lins, f"lin{stage}").model[1].weight
-            total = total + F.conv2d((a - b).square(), weight.float()).mean()
-        return total
+        return torch.stack([x.mean() for x in self.net.differences(features, expected)]).sum()
 
 
 class Bottleneck(nn.Module):
@@ -266,9 +222,9 @@ def _make_effnet(paths: list[Path], min_size: int, depth: int) -> PerceptualLoss
 
 def _make_lpips(paths: list[Path], min_size: int, depth: int) -> PerceptualLoss:
     loss = LPIPSLoss(min_size)
-    vgg, lins = paths
-    load_strictly(loss.vgg, read_state_dict(vgg), vgg, unused=("classifier.",))
-    load_strictly(loss.lins, read_state_dict(lins), lins)
+    backbone, lins = paths
+    load_strictly(loss.net.backbone, read_state_dict(backbone), backbone, unused=("classifier.",))
+    load_strictly(loss.net.lins, read_state_dict(lins), lins)
     return loss
 
 
@@ -298,14 +254,7 @@ class PerceptualEntry:
 PERCEPTUAL = {
     # At 32 pixels the deepest map is a single pixel and sees little but padding, hence 64.
     "effnet-lite0": PerceptualEntry(_make_effnet, min_size=64, depth=len(EffNetLoss.TAPS)),
-    "lpips-vgg": PerceptualEntry(
-        _make_lpips,
-        urls=(
-            "https://download.pytorch.org/models/vgg16-397923af.pth",
-            "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master"
-            "/lpips/weights/v0.1/vgg.pth",
-        ),
-    ),
+    "lpips-vgg": PerceptualEntry(_make_lpips, urls=LPIPS_NETS["vgg"].urls),
     "resnet50": PerceptualEntry(
         _make_resnet50, urls=("https://download.pytorch.org/models/resnet50-0676ba61.pth",)
     ),
@@ -366,13 +315,4 @@ def _weights_paths(
             f"The perceptual loss {name} needs {len(urls)} weights file(s), but {len(places)} were given: "
             f"name a path or URL for each; they are published at {' and '.join(urls)}."
         )
-    return [_local(place) for place in places]
-
-
-def _local(place: str | Path) -> Path:
-    if not str(place).startswith(("https://", "http://")):
-        return Path(place)
-    # Imported here because losses read from local files need no network.
-    from maskgit.download import fetch
-
-    return fetch(str(place))
+    return [local_file(place) for place in places]

@@ -63,18 +63,19 @@ class Throughput:
 
         Args:
             images_per_step: of all processes.
-            flops_per_image: forward and backward.
+            flops_per_image: forward and backward, of steps that say nothing else.
             peak: FLOP/s of all processes' devices together.
         """
         self.images_per_step = images_per_step
         self.flops_per_image = flops_per_image
         self.peak = peak
         self.images_per_second = self.mfu = 0.0
-        self._steps, self._start = 0, time.perf_counter()
+        self._steps, self._flops, self._start = 0, 0.0, time.perf_counter()
 
-    def step(self) -> None:
-        """Count a step."""
+    def step(self, flops_per_image: float | None = None) -> None:
+        """Count a step, and the FLOPs that it spent on each image."""
         self._steps += 1
+        self._flops += self.flops_per_image if flops_per_image is None else flops_per_image
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -86,9 +87,10 @@ class Throughput:
     def read(self) -> tuple[float, float]:
         """Return images a second and MFU since the last reading."""
         now = time.perf_counter()
-        self.images_per_second = self._steps * self.images_per_step / max(now - self._start, 1e-9)
-        self.mfu = self.images_per_second * self.flops_per_image / self.peak
-        self._steps, self._start = 0, now
+        seconds = max(now - self._start, 1e-9)
+        self.images_per_second = self._steps * self.images_per_step / seconds
+        self.mfu = self._flops * self.images_per_step / seconds / self.peak
+        self._steps, self._flops, self._start = 0, 0.0, now
         return self.images_per_second, self.mfu
 
     def time_left(self, steps: int) -> float:

@@ -34,6 +34,7 @@ from maskgit.config import Config, check_choice
 from maskgit.devices import choose_device
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
 from maskgit.files import write_bytes
+from maskgit.training.caches import ImageCache, TokenCache
 from maskgit.training.checkpoint import Checkpoints
 from maskgit.training.losses import mean_over_processes
 from maskgit.training.progress import Logger, Throughput, peak_flops
@@ -55,6 +56,8 @@ __all__ = [
 ]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# A processor hashes as much in a few seconds.
+MAX_VERIFIED_BYTES = 2 << 30
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
@@ -177,6 +180,7 @@ def setup_run(
     distributed: Distributed,
     *,
     may_change: Iterable[str] = (),
+    caches: Iterable[ImageCache | TokenCache] = (),
 ) -> Path:
     """Make a run directory, or check that the one there is of the same run; all processes call it.
 
@@ -185,7 +189,10 @@ def setup_run(
         config: the run's.
         data: fingerprints by name, such as {"train": "…"}.
         distributed: the processes.
-        may_change: keys of the config that do not change what is computed, such as "num_workers".
+        may_change: keys of the config that do not change what is computed, such as "num_workers" or
+            "stream.source".
+        caches: what is read. When a run goes on, those of at most `MAX_VERIFIED_BYTES` are read whole by the
+            main process and compared with their fingerprints; of larger ones opening them compared the sizes.
 
     Returns:
         The folder.
@@ -202,15 +209,15 @@ def setup_run(
     if Checkpoints(run_dir).latest() is not None:
         try:
             stored = json.loads(path.read_text("utf-8"))
-            before, fingerprints = _flat(stored["config"]), dict(stored["data"])
+            before, fingerprints = _flat(_completed(config, stored["config"])), dict(stored["data"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} cannot be read; choose another folder for this run.") from error
         now = _flat(given["config"])
-        allowed = tuple(may_change)
+        allowed = set(may_change)
         changed = [
             f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key.split(".")[0] not in allowed
+            if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & allowed
         ]
         if changed:
             raise ConfigError(
@@ -226,11 +233,34 @@ def setup_run(
                 f"The data ({', '.join(changed)}) changed since the checkpoint in {run_dir}. Bring them back to go "
                 "on, or choose another folder."
             )
+        _verify(caches, run_dir, distributed)
     distributed.barrier()
     if distributed.is_main:
         write_bytes(path, json.dumps(given, indent=2, ensure_ascii=False).encode() + b"\n")
     distributed.barrier()
     return run_dir
+
+
+def _verify(caches: Iterable[ImageCache | TokenCache], run_dir: Path, distributed: Distributed) -> None:
+    failure: DataError | None = None
+    if distributed.is_main:
+        try:
+            for cache in caches:
+                if cache.num_bytes <= MAX_VERIFIED_BYTES:
+                    cache.verify()
+        except DataError as error:
+            failure = error
+    if distributed.any(failure is not None):
+        told = failure or "the main process says which."
+        raise DataError(f"The data changed since the checkpoint in {run_dir}: {told}") from failure
+
+
+def _completed(config: Config, stored: Any) -> Any:
+    """Return a stored config with the defaults of settings that are newer than it."""
+    try:
+        return type(config).from_dict(stored).to_dict()
+    except ConfigError:
+        return stored
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from maskgit.config import check_choice
-from maskgit.errors import DataError, ImageError, MaskGITError
+from maskgit.errors import ConfigError, DataError, ImageError, MaskGITError
 from maskgit.training.idx import SPLITS, find_idx, read_idx
 
 if TYPE_CHECKING:
@@ -23,24 +23,9 @@ if TYPE_CHECKING:
 AUTO = "auto"
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "class")
-IMAGE_SUFFIXES = frozenset(
-    (
-        ".bmp",
-        ".gif",
-        ".jfif",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".ppm",
-        ".pnm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    )
-)
+IMAGE_SUFFIXES = frozenset((
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".pnm", ".tif", ".tiff", ".webp",
+))  # fmt: skip
 # What `datasets` calls the readers of each kind of file.
 READERS = {".parquet": "parquet", ".tar": "webdataset"}
 # A Parquet file is otherwise read a row group at a time, which may be all of it.
@@ -65,11 +50,13 @@ class Row:
         value: what the source holds for it.
         label: its class as a number or as text, or whatever else the source holds.
         name: what to call it in a message.
+        local: whether its source lies here, so that it may name files here.
     """
 
     value: Any
     label: Any
     name: str
+    local: bool = False
 
     def picture(self) -> Picture:
         """Return what can be decoded, fetching it if it lies elsewhere.
@@ -82,7 +69,7 @@ class Row:
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
             if isinstance(value, str):
-                return _fetch(value)
+                return _fetch(value, self.local)
         if isinstance(value, list | np.ndarray):
             return _pixels(value)
         if isinstance(value, bytes):
@@ -145,11 +132,10 @@ def open_source(
     path = Path(source)
     if path.is_dir() and any(find_idx(path, name) for name in SPLITS):
         return _open_idx(path, split or "train", label_column)
-    dataset, name = load_stream(source, split, config, folder_labels=label_column is not None)
-    columns = Columns.find(dataset, name, image_column, label_column)
-    return Source(
-        name, read_rows(dataset, columns, name), columns.class_names or schema_names(source, columns)
-    )
+    stream = load_stream(source, split, config, folder_labels=label_column is not None)
+    columns = Columns.find(stream.dataset, stream.name, image_column, label_column)
+    names = columns.class_names or schema_names(source, columns)
+    return Source(stream.name, read_rows(stream.dataset, columns, stream.name, stream.local), names)
 
 
 def _open_idx(folder: Path, split: str, label_column: str | None) -> Source:
@@ -197,9 +183,32 @@ class Columns:
         return cls(image, label, tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A data set opened for reading in parts, whose images are not decoded.
+
+    Attributes:
+        dataset: its rows.
+        name: what it is, in words.
+        files: what it is read from: paths, or addresses on the hub, which name the commit.
+        of_pictures: whether each of these files is one image.
+        local: whether it lies here, not on the hub.
+    """
+
+    dataset: "IterableDataset"
+    name: str
+    files: tuple[str, ...]
+    of_pictures: bool
+    local: bool
+
+
 def load_stream(
-    source: str | Path, split: str | None = None, config: str | None = None, folder_labels: bool = True
-) -> tuple["IterableDataset", str]:
+    source: str | Path,
+    split: str | None = None,
+    config: str | None = None,
+    folder_labels: bool = True,
+    revision: str | None = None,
+) -> Stream:
     """Open a folder, file, pattern or name on the hub as a stream whose images are not decoded.
 
     Args:
@@ -207,11 +216,10 @@ def load_stream(
         split: which part; when None the only one, or "train".
         config: which configuration of a data set on the hub.
         folder_labels: whether the folders that hold pictures are classes.
-
-    Returns:
-        The stream, and what it is in words.
+        revision: a commit, tag or branch of a data set on the hub.
 
     Raises:
+        ConfigError: what is not on the hub has no revision.
         DataError: it is missing, empty or unreadable, or has no such split.
     """
     try:
@@ -221,13 +229,20 @@ def load_stream(
             "Reading data sets needs the package `datasets`: pip install 'maskgit-torch[train]'."
         ) from error
     reader, options = _reader(source, folder_labels)
-    name = str(source) if options else f"{source} is no file or folder here, and on the hub it"
-    splits = _guard(name, lambda: datasets.load_dataset(reader, config, streaming=True, **options))
+    local = bool(options)
+    name = str(source) if local else f"{source} is no file or folder here, and on the hub it"
+    if revision is not None:
+        if local:
+            raise ConfigError(f"revision is for data sets on the hub, but {source} is a file or folder here.")
+        options = {"revision": revision}
+    builder = _guard(name, lambda: datasets.load_dataset_builder(reader, config, **options))
+    splits = _guard(name, builder.as_streaming_dataset)
     if split is None:
         split = next(iter(splits)) if len(splits) == 1 else "train"
     if split not in splits:
         raise DataError(f"{source} has no split {split!r}. Choose from: {', '.join(splits)}.")
-    return splits[split].decode(False), f"{source} ({split})"
+    files = tuple(str(file) for file in (builder.config.data_files or {}).get(split, ()))
+    return Stream(splits[split].decode(False), f"{source} ({split})", files, reader == "imagefolder", local)
 
 
 def _reader(source: str | Path, folder_labels: bool) -> tuple[str, dict[str, Any]]:
@@ -273,14 +288,17 @@ def _folder_reader(folder: Path, folder_labels: bool) -> tuple[str, dict[str, An
     return "imagefolder", options
 
 
-def _fetch(path: str) -> Picture:
+def _fetch(path: str, local: bool) -> Picture:
     """Return a file that `datasets` names: a path here, or a place on the hub or in an archive there."""
     kinds = {part.split("://")[0] for part in path.split("::") if "://" in part}
-    if not kinds:
-        return Path(path)
     # A row may name any address, and must not make this machine fetch it.
     if not kinds <= REMOTE:
         raise ImageError(f"it lies at {path}, which is not fetched")
+    # A row of someone else's must not make private pictures part of a data set.
+    if not local and not path.split("::")[-1].startswith("hf://"):
+        raise ImageError(f"it is said to be {path}, which is a file here, not one of the data set's")
+    if not kinds:
+        return Path(path)
     import fsspec  # type: ignore[import-untyped]
 
     with fsspec.open(path, "rb") as file:
@@ -312,8 +330,14 @@ def _pick(what: str, wanted: str, usual: Iterable[str], columns: list[str], name
     return found
 
 
-def read_rows(dataset: "IterableDataset", columns: Columns, name: str) -> Iterator[Row]:
+def read_rows(dataset: "IterableDataset", columns: Columns, name: str, local: bool) -> Iterator[Row]:
     """Give the rows of a stream once, from its beginning.
+
+    Args:
+        dataset: the stream.
+        columns: which of its columns to read.
+        name: what it is, in words.
+        local: whether it lies here, so that its rows may name files here.
 
     Raises:
         DataError: the stream breaks.
@@ -330,7 +354,7 @@ def read_rows(dataset: "IterableDataset", columns: Columns, name: str) -> Iterat
         value = row.get(columns.image)
         label = 0 if columns.label is None else row.get(columns.label)
         path = row.get("__key__") or (value.get("path") if isinstance(value, dict) else None)
-        yield Row(value, label, path or f"image {number}")
+        yield Row(value, label, path or f"image {number}", local)
 
 
 def schema_names(source: str | Path, columns: Columns) -> tuple[str, ...] | None:

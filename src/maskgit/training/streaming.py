@@ -1,18 +1,25 @@
-"""Images for training straight from their source, for data that no disk here can hold as a cache.
+"""Images and their tokens straight from their source, for data that no disk here can hold as a cache.
 
 The stream is cut into lanes, each of which gives an equal share of every batch, so what a step reads depends
 on (seed, lanes, step) and not on the number of processes. Limits, where a cache has none: images are shuffled
-only within a buffer (and in the order of shards); class names must be known beforehand; resuming reads again,
-without decoding, at most two passes of the source; a change of the source's content is not noticed.
+only within a buffer (and in the order of shards), those of a folder excepted; class names must be known
+beforehand; resuming reads again, without decoding, at most two passes of the source; a change of the source is
+noticed by the names and sizes of its files and a sample of their content, and on the hub by the commit.
+
+Shapes: B images of a step over all processes, b those of one process, S pixels a side, h × w the token grid.
 """
 
 import hashlib
 import json
+import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
@@ -20,17 +27,39 @@ import torch
 from maskgit.config import check_choice, check_range
 from maskgit.errors import ConfigError, DataError, ImageError
 from maskgit.noise import uniform
+from maskgit.tokenizer import Tokenizer
 from maskgit.training.augment import AUGMENTATIONS, NUM_DRAWS
-from maskgit.training.data import AUGMENT, ImageBatch, Shuffler, ahead, image_batch, sample_numbers
+from maskgit.training.data import (
+    AUGMENT,
+    ImageBatch,
+    Shuffler,
+    TokenBatch,
+    ahead,
+    image_batch,
+    sample_numbers,
+)
+from maskgit.training.idx import SPLITS, find_idx
 from maskgit.training.ingest import decode_square
 from maskgit.training.sources import AUTO, Columns, Row, class_number, load_stream, read_rows, schema_names
 
 # Below this many images the share of bad ones says little.
 _FEW = 1000
+# Of so many files, at most, so many bytes at either end are part of the fingerprint.
+_SAMPLED_FILES, _SAMPLED_BYTES = 1024, 4096
+# Images that are encoded at once.
+_ENCODED = 64
 
 
 class StreamedImages:
-    """The batches of a run that reads its images from their source; in use like `data.ImageBatches`."""
+    """The batches of a run that reads its images from their source; in use like `data.ImageBatches`.
+
+    Attributes:
+        class_names: a name for each class.
+        num_images: None, for the number is not known.
+        size: pixels a side of the images given.
+    """
+
+    num_images: None = None
 
     def __init__(
         self,
@@ -44,6 +73,7 @@ class StreamedImages:
         lanes: int = 1,
         split: str | None = None,
         config: str | None = None,
+        revision: str | None = None,
         image_column: str = AUTO,
         label_column: str | None = AUTO,
         class_names: Sequence[str] | None = None,
@@ -52,12 +82,12 @@ class StreamedImages:
         shuffle_buffer: int = 1000,
         max_bad_share: float = 0.01,
         num_workers: int = 4,
-        start_step: int = 0,
     ) -> None:
         """Open the source; the first rows are read when iteration begins.
 
         Args:
             source, split, config, image_column, label_column, class_names: as in `ingest.pack_images`.
+            revision: a commit, tag or branch of a data set on the hub.
             seed: of the order and of the augmentation, in [0, 2⁶⁴).
             global_batch: images of a step over all processes, a multiple of `lanes`.
             size: pixels a side wanted.
@@ -67,10 +97,10 @@ class StreamedImages:
                 `world`, at most the source's number of shards, and each process reads its own shards.
             decoded_size: pixels a side of the square that is augmented; `size` when None.
             augment: a name in `augment.AUGMENTATIONS`.
-            shuffle_buffer: images, not decoded, among which the next is drawn; 0 keeps the source's order.
+            shuffle_buffer: images, not decoded, among which the next is drawn; 0 keeps the source's order. Those
+                of a folder are files still closed, and the next is drawn among all of them.
             max_bad_share: largest share of images that may be unusable; the next in its lane replaces each.
             num_workers: threads that decode.
-            start_step: the first step to give.
 
         Raises:
             ConfigError: a setting is out of range or does not fit the source.
@@ -80,12 +110,17 @@ class StreamedImages:
         check_range("seed", seed, 0, 2**64 - 1)
         check_range("shuffle_buffer", shuffle_buffer, 0, 1_000_000)
         check_range("num_workers", num_workers, 1, 256)
-        check_range("start_step", start_step, 0, 2**40)
         sample_numbers(0, global_batch, rank, world)
         self.size = size
         self.decoded_size = size if decoded_size is None else decoded_size
         check_range("size", size, 1, self.decoded_size)
-        self._dataset, self.name = load_stream(source, split, config, folder_labels=label_column is not None)
+        if Path(source).is_dir() and any(find_idx(Path(source), name) for name in SPLITS):
+            raise DataError(
+                f"{source} holds IDX files, which are not streamed: pack them with `maskgit pack`."
+            )
+        stream = load_stream(source, split, config, folder_labels=label_column is not None, revision=revision)
+        self._dataset, self.name, self._files = stream.dataset, stream.name, stream.files
+        self._local = stream.local
         _check_lanes(lanes, global_batch, world, self._dataset.num_shards)
         self._columns = Columns.find(self._dataset, self.name, image_column, label_column)
         names = class_names or self._columns.class_names or schema_names(source, self._columns)
@@ -95,16 +130,18 @@ class StreamedImages:
             )
         self.class_names = tuple(names)
         self.seed, self.global_batch, self.rank, self.world = seed, global_batch, rank, world
-        self.lanes, self.shuffle_buffer, self.max_bad_share = lanes, shuffle_buffer, max_bad_share
-        self.num_workers, self.start_step = num_workers, start_step
+        self.lanes, self.max_bad_share, self.num_workers = lanes, max_bad_share, num_workers
+        # A folder is sorted by class, and a buffer smaller than a class would not mix them.
+        whole = len(self._files) if shuffle_buffer and stream.of_pictures else 0
+        self.shuffle_buffer = max(shuffle_buffer, whole)
         self.num_bad = self.num_read = 0
         self._augment = AUGMENTATIONS[augment]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of what the stream is, not of its images, as hexadecimal digits."""
+        """The sha256 of what `files_fingerprint` sees of the source and how it is cut, as hexadecimal digits."""
         described = [
-            self.name,
+            files_fingerprint(self._files),
             self._dataset.num_shards,
             self.lanes,
             self.decoded_size,
@@ -113,15 +150,24 @@ class StreamedImages:
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[ImageBatch]:
+        return self.from_step(0)
+
+    def from_step(self, step: int) -> Generator[ImageBatch, None, None]:
+        """Give the batches of a step and on, for ever; closing the generator ends its threads.
+
+        Raises:
+            DataError: the source breaks, is empty, or is bad in more than the allowed share.
+        """
         # With one lane for several processes each takes its part of that lane's rows.
         own = range(1) if self.lanes == 1 else np.array_split(np.arange(self.lanes), self.world)[self.rank]
-        start = self.start_step * self.global_batch // self.lanes
-        lanes = [_Lane(self._lane_rows(int(lane), start)) for lane in own]
+        start = step * self.global_batch // self.lanes
+        closed = Event()
+        lanes = [_Lane(self._lane_rows(int(lane), start, closed)) for lane in own]
         with ThreadPoolExecutor(self.num_workers) as pool:
             # One thread ahead: the lanes can only be read in order.
-            yield from ahead(lambda step: self._batch(step, lanes, pool), self.start_step, 1)
+            yield from ahead(lambda step: self._batch(step, lanes, pool), step, 1, closed)
 
-    def _lane_rows(self, lane: int, start: int) -> Iterator[Row]:
+    def _lane_rows(self, lane: int, start: int, closed: Event) -> Iterator[Row]:
         """Give the rows of a lane for ever, epoch after epoch, from the row numbered `start` on."""
         shards = range(lane, self._dataset.num_shards, self.lanes)
         shuffler = Shuffler(len(shards), self.seed, shuffle=self.shuffle_buffer > 0)
@@ -130,7 +176,7 @@ class StreamedImages:
             begin = position
             order = [shards[i] for i in shuffler.order(epoch)]
             words = np.random.Philox(key=np.array([self.seed, epoch], np.uint64), counter=[0, 0, 0, lane + 1])
-            for row in _shuffled(self._shard_rows(order), self.shuffle_buffer, words):
+            for row in _shuffled(self._shard_rows(order, closed), self.shuffle_buffer, words):
                 if position >= start:
                     yield row
                 position += 1
@@ -142,10 +188,14 @@ class StreamedImages:
             position += passed * length
             epoch += 1 + passed
 
-    def _shard_rows(self, shards: Sequence[int]) -> Iterator[Row]:
+    def _shard_rows(self, shards: Sequence[int], closed: Event) -> Iterator[Row]:
         for shard in shards:
             part = self._dataset.shard(num_shards=self._dataset.num_shards, index=shard)
-            yield from read_rows(part, self._columns, self.name)
+            for row in read_rows(part, self._columns, self.name, self._local):
+                if closed.is_set():
+                    # Nobody hears it, for who would have asked for the batch is gone.
+                    raise DataError(f"{self.name} is no longer read.")
+                yield row
 
     def _batch(self, step: int, lanes: list["_Lane"], pool: ThreadPoolExecutor) -> ImageBatch:
         share = self.global_batch // self.lanes
@@ -190,6 +240,90 @@ class StreamedImages:
             place += 1
             found = self._decode(lane.peek(place))
         return found
+
+
+class StreamedTokens:
+    """The tokens of streamed images, encoded as they come; in use like `data.TokenBatches`.
+
+    Attributes:
+        class_names: a name for each class.
+        num_images: None, for the number is not known.
+        fingerprint: the sha256 of the images' and the tokenizer's fingerprints, as hexadecimal digits.
+    """
+
+    num_images: None = None
+
+    def __init__(self, images: StreamedImages, tokenizer: Tokenizer, tokenizer_fingerprint: str) -> None:
+        """Describe the batches.
+
+        Args:
+            images: what is encoded.
+            tokenizer: what encodes it, in evaluation mode, on whatever device it is on by then.
+            tokenizer_fingerprint: sha256 of the tokenizer's weights.
+        """
+        self.class_names = images.class_names
+        described = json.dumps([images.fingerprint, tokenizer_fingerprint])
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+        self._images = images
+        self._tokenizer = tokenizer
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        return self.from_step(0)
+
+    def from_step(self, step: int) -> Generator[TokenBatch, None, None]:
+        """Give the batches of a step and on, for ever; closing the generator ends its threads.
+
+        The tokens are on the tokenizer's device, and are those that `maskgit tokenize` would write.
+
+        Raises:
+            DataError: as `StreamedImages.from_step`.
+        """
+        with closing(self._images.from_step(step)) as batches:
+            for batch in batches:
+                tokens = [self._encode(images) for images in batch.images.split(_ENCODED)]
+                yield TokenBatch(torch.cat(tokens), batch.labels, batch.sample_numbers)
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Return tokens: uint8 (b, 3, S, S) → int64 (b, h, w)."""
+        device = self._tokenizer.quantizer.codebook.device
+        return self._tokenizer.encode(images.to(device, non_blocking=True).float() / 255)
+
+
+def files_fingerprint(files: Sequence[str]) -> str:
+    """Return what can be told of files without reading all of them, the same wherever their folder lies.
+
+    Args:
+        files: paths in the order in which they are read, or addresses on the hub, which name a commit.
+
+    Returns:
+        The sha256 of the files' names and sizes and of the first and last bytes of at most 1024 of them, evenly
+        spread, as hexadecimal digits; of files on the hub, of their addresses.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    here = [file for file in files if "://" not in file]
+    home = os.path.commonpath(here) if here else ""
+    sampled = {files[i] for i in np.linspace(0, len(files) - 1, min(len(files), _SAMPLED_FILES), dtype=int)}
+    digest = hashlib.sha256()
+    for file in files:
+        described: list[str | int] = [file]
+        if "://" not in file:
+            try:
+                described = [os.path.relpath(file, home), os.path.getsize(file)]
+                described += _ends(file) if file in sampled else []
+            except OSError as error:
+                raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
+        digest.update(json.dumps(described).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _ends(file: str) -> list[str]:
+    """Return the first and the last bytes of a file as hexadecimal digits."""
+    with open(file, "rb") as opened:
+        first = opened.read(_SAMPLED_BYTES)
+        opened.seek(max(0, os.path.getsize(file) - _SAMPLED_BYTES))
+        return [first.hex(), opened.read(_SAMPLED_BYTES).hex()]
 
 
 def _shuffled(rows: Iterator[Row], size: int, words: np.random.Philox) -> Iterator[Row]:

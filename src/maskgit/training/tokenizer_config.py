@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 
 from maskgit.config import Config, TokenizerConfig, check_choice, check_range
 from maskgit.errors import ConfigError
-from maskgit.evaluation.features import FEATURE_NETS
+from maskgit.evaluation.features import BUNDLED_NETS
 from maskgit.training.augment import AUGMENTATIONS
 from maskgit.training.discriminator import FILTERS
 from maskgit.training.losses import ADVERSARIAL_LOSSES, ENTROPY_KINDS
 from maskgit.training.optim import LR_SCHEDULES
 from maskgit.training.perceptual import PERCEPTUAL
 from maskgit.training.run import PRECISIONS
+from maskgit.training.stream_config import StreamConfig
 from maskgit.training.trackers import TRACKERS
 
 
@@ -19,8 +20,9 @@ class TokenizerTrainingConfig(Config):
     """A run that trains a tokenizer.
 
     Attributes:
-        data: folder of a packed image cache to train on.
         out: the run's folder; the same config goes on where it stopped.
+        data: folder of a packed image cache to train on.
+        stream: images to train on that are not packed, in place of `data`; needs `image_size`.
         model: the tokenizer's shape.
         test_data: folder of a packed image cache to evaluate on; without one there is no evaluation.
         image_size: pixels a side to train at, at most the cache's; None takes the cache's.
@@ -56,7 +58,7 @@ class TokenizerTrainingConfig(Config):
         precision: what networks compute in: "auto", "float32" or "bfloat16".
         log_every, evaluate_every, checkpoint_every: in steps.
         num_test_images: how many are evaluated; None takes all.
-        feature_net: a name in `features.FEATURE_NETS` for the Fréchet distance of reconstructions, or None.
+        feature_net: a name in `features.BUNDLED_NETS` for the Fréchet distance of reconstructions, or None.
         tracker: where scalars and pictures are shown: "tensorboard", "wandb" or "none".
         keep_last, keep_best: checkpoints that stay; the best are those of the highest PSNR.
         async_checkpoints: whether checkpoints are written while training goes on.
@@ -64,8 +66,9 @@ class TokenizerTrainingConfig(Config):
     Source: official configs/vqgan_config.py and base_config.py.
     """
 
-    data: str
     out: str
+    data: str | None = None
+    stream: StreamConfig = field(default_factory=StreamConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     test_data: str | None = None
     image_size: int | None = None
@@ -150,6 +153,11 @@ class TokenizerTrainingConfig(Config):
                 f"a multiple of evaluate_every ({self.evaluate_every})."
             )
         self._validate_names()
+        self.stream.check(self.data, "an image cache", self.num_workers)
+        if self.stream.source and self.image_size is None:
+            raise ConfigError(
+                "image_size is missing: say at how many pixels a side streamed images are trained on."
+            )
         if self.image_size is not None:
             self.check_image_size(self.image_size)
 
@@ -164,7 +172,7 @@ class TokenizerTrainingConfig(Config):
         if self.keep_best and self.test_data is None:
             raise ConfigError("keep_best needs test_data, whose PSNR decides which checkpoints are best.")
         if self.feature_net is not None:
-            check_choice("feature_net", self.feature_net, FEATURE_NETS)
+            check_choice("feature_net", self.feature_net, BUNDLED_NETS)
 
     def check_image_size(self, size: int) -> None:
         """Raise a `ConfigError` unless the networks can be trained on images of `size` pixels a side."""

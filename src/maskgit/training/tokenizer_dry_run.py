@@ -4,11 +4,10 @@ import torch
 
 from maskgit.config import TokenizerConfig
 from maskgit.devices import choose_device
-from maskgit.training.caches import ImageCache
-from maskgit.training.data import ImageBatches
+from maskgit.training.inputs import open_images
 from maskgit.training.run import choose_precision, peak_flops
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.tokenizer_parts import checked_size, flops_per_image, make_networks
+from maskgit.training.tokenizer_parts import flops_per_image, make_networks
 
 
 def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
@@ -21,9 +20,8 @@ def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
     Raises:
         ConfigError, DataError: as the run would.
     """
-    cache = ImageCache.open(config.data)
-    size = checked_size(config, cache, ImageCache.open(config.test_data) if config.test_data else None)
-    ImageBatches(cache, seed=config.seed, global_batch=config.batch_size, world=world, size=size)
+    inputs = open_images(config, world=world)
+    size = inputs.size
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     networks = make_networks(config, size, torch.device("cpu"))
@@ -42,16 +40,28 @@ def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
     return "\n".join(
         (
             f"parameters     {counts[0]:,} of the tokenizer, {counts[1]:,} of the discriminator",
-            f"data           {len(cache):,} images of {size} × {size} pixels, {side} × {side} tokens of "
+            f"data           {counted(inputs.train.num_images)} of {size} × {size} pixels, {side} × {side} tokens of "
             f"{config.model.codebook_size:,} codes",
             f"batch          {config.batch_size} = {world} processes × {share}",
-            f"steps          {config.steps:,}, {images / len(cache):.1f} times through the data",
+            f"steps          {config.steps:,}, {passes(images, inputs.train.num_images)}",
             f"precision      {str(precision).removeprefix('torch.')} on {device}",
             f"memory         about {(fixed + activations) / 2**30:.2f} GiB a process: {fixed / 2**30:.2f} for "
             f"weights and optimizers, {activations / 2**30:.2f} for the tokenizer's activations and distances",
             f"compute        {flops / 1e9:.2f} GFLOP an image; {hours:.2g} h if the hardware reached its peak",
         )
     )
+
+
+def counted(num_images: int | None) -> str:
+    """Return how many images there are, in words; None is a stream, whose end is not known."""
+    return "a stream of images" if num_images is None else f"{num_images:,} images"
+
+
+def passes(num_read: int, num_images: int | None) -> str:
+    """Return how often a run reads its images, in words."""
+    if num_images is None:
+        return f"{num_read:,} images; how often through the data is not known of a stream"
+    return f"{num_read / num_images:.1f} times through the data"
 
 
 def activation_bytes(config: TokenizerConfig, size: int, precision: torch.dtype) -> float:

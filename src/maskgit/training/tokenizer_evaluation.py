@@ -75,16 +75,18 @@ def evaluate_tokenizer(
         with autocast(device, precision):
             reconstructions = tokenizer.decode(tokens).float().clamp(0, 1)
         counts += torch.bincount(tokens.flatten(), minlength=len(counts))
-        sums[0] += psnr(images, reconstructions).clamp(max=100).sum().cpu()
+        pair = [pictures.to(comparison_device(device)) for pictures in (images, reconstructions)]
+        sums[0] += psnr(*pair).clamp(max=100).sum().cpu()
         if size >= SSIM_WINDOW:
-            sums[1] += ssim(images, reconstructions).sum().cpu()
+            sums[1] += ssim(*pair).sum().cpu()
         if net:
             for seen, pictures in zip(statistics, (images, reconstructions), strict=True):
                 seen.update(net(pictures))
         if not shown:
             shown = [torch.stack([images, reconstructions], 1)[: NUM_SHOWN // 2].flatten(0, 1)]
     tokenizer.train()
-    sums, counts = _total(sums.to(device), distributed).cpu(), _total(counts, distributed).cpu()
+    # The sums stay on the CPU, whose backend every group has: not all devices know float64.
+    sums, counts = _total(sums, distributed), _total(counts, distributed).cpu()
     scores = {"test_psnr": float(sums[0] / count)}
     if size >= SSIM_WINDOW:
         scores["test_ssim"] = float(sums[1] / count)
@@ -96,6 +98,11 @@ def evaluate_tokenizer(
             originals.mean, originals.covariance, reconstructed.mean, reconstructed.covariance
         )
     return scores, torch.cat(shown) if shown else torch.zeros(0, 3, size, size)
+
+
+def comparison_device(device: torch.device) -> torch.device:
+    """Return where images that lie on a device are compared, which takes float64: the CPU for MPS, which lacks it."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _total(value: Tensor, distributed: Distributed) -> Tensor:

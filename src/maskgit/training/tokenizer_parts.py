@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskgit.errors import ConfigError
 from maskgit.noise import gumbel, uniform
 from maskgit.quantizer import GumbelQuantizer, Quantized
 from maskgit.tokenizer import Tokenizer
-from maskgit.training.caches import ImageCache
 from maskgit.training.codebook import GUMBEL
 from maskgit.training.discriminator import Discriminator
 from maskgit.training.optim import LR_SCHEDULES, learning_rate
@@ -60,22 +58,6 @@ class Reconstructor(nn.Module):
         with autocast(images.device, self.precision):
             reconstruction = tokenizer.decoder(quantized.features)
         return Reconstructed(reconstruction.float(), features, quantized)
-
-
-def checked_size(config: TokenizerTrainingConfig, cache: ImageCache, test_cache: ImageCache | None) -> int:
-    """Return the pixels a side to train at.
-
-    Raises:
-        ConfigError: the networks cannot be trained at that size, or the test images are smaller.
-    """
-    size = config.image_size or cache.size
-    config.check_image_size(size)
-    if test_cache is not None and test_cache.size < size:
-        raise ConfigError(
-            f"test_data has images of {test_cache.size} pixels a side, but training is at {size}: pack them at "
-            f"{size} or more."
-        )
-    return size
 
 
 def make_networks(
@@ -160,8 +142,13 @@ def flops_per_image(
     discriminator: Discriminator,
     perceptual: PerceptualLoss,
     size: int,
+    *,
+    adversarial: bool = True,
 ) -> float:
-    """Return the FLOPs that training spends on one image, without R1: a backward pass counts as two forward."""
+    """Return the FLOPs that training spends on one image, without R1: a backward pass counts as two forward.
+
+    The discriminator counts if the step is `adversarial` and the run has one at all.
+    """
     device = tokenizer.decoder.conv_in.weight.device
     image = torch.zeros(1, 3, size, size, device=device)
 
@@ -173,7 +160,7 @@ def flops_per_image(
     total = 3.0 * forward(Reconstructor(tokenizer, torch.float32), image)
     # Both images forwards, and one of them backwards to its pixels alone.
     total += 1.5 * forward(perceptual, image, image)
-    if config.adversarial_weight:
+    if adversarial and config.adversarial_weight:
         # Once for the tokenizer, backwards to pixels alone, and on two images for the discriminator.
         total += (2 + 6) * forward(discriminator, image)
     return total

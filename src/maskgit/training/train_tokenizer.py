@@ -10,7 +10,7 @@ not released.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from maskgit.hub import save_tokenizer
 from maskgit.tokenizer import Tokenizer
-from maskgit.training.caches import ImageCache
 from maskgit.training.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.codebook import CodeUsage, revive_codes
-from maskgit.training.data import ImageBatches
+from maskgit.training.inputs import open_images
 from maskgit.training.losses import (
     QUANTIZER_LOSSES,
     adaptive_weight,
@@ -46,12 +45,12 @@ from maskgit.training.run import (
     peak_flops,
     setup_run,
 )
+from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_evaluation import evaluate_tokenizer
 from maskgit.training.tokenizer_parts import (
     Reconstructed,
     Reconstructor,
-    checked_size,
     flops_per_image,
     gumbel_noise,
     make_networks,
@@ -61,7 +60,7 @@ from maskgit.training.tokenizer_parts import (
 # What may differ when a run goes on, for it does not change what is computed.
 MAY_CHANGE = (
     "out", "tracker", "data", "test_data", "device", "num_workers", "log_every", "evaluate_every", "checkpoint_every",
-    "keep_last", "keep_best", "async_checkpoints", "feature_net", "num_test_images",
+    "keep_last", "keep_best", "async_checkpoints", "feature_net", "num_test_images", *STREAM_MAY_CHANGE,
 )  # fmt: skip
 
 
@@ -82,14 +81,16 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
         SystemExit: with code 75, after SIGTERM or SIGINT and a checkpoint; the same command goes on.
     """
     # Data
-    cache = ImageCache.open(config.data)
-    test_cache = ImageCache.open(config.test_data) if config.test_data else None
-    size = checked_size(config, cache, test_cache)
     distributed = Distributed.init(config.device)
     device = distributed.device
+    inputs = open_images(config, distributed.rank, distributed.world)
+    size, test_cache = inputs.size, inputs.test_cache
     num_tokens = (size // config.model.patch_size) ** 2
-    data = {"train": cache.fingerprint} | ({"test": test_cache.fingerprint} if test_cache else {})
-    run_dir = setup_run(config.out, config, data, distributed, may_change=MAY_CHANGE)
+    # A run whose learning rate does not look at the end may be made longer.
+    may_change = (*MAY_CHANGE, "steps") if config.lr_schedule == "constant" else MAY_CHANGE
+    run_dir = setup_run(
+        config.out, config, inputs.fingerprints, distributed, may_change=may_change, caches=inputs.caches
+    )
 
     # Networks
     precision = choose_precision(config.precision, device)
@@ -122,23 +123,12 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
     start = int(checkpoints.load(latest, state)["step"]) if latest else 0
 
     # Loop
-    batches = iter(
-        ImageBatches(
-            cache,
-            seed=config.seed,
-            global_batch=config.batch_size,
-            rank=distributed.rank,
-            world=distributed.world,
-            size=size,
-            augment=config.augment,
-            num_workers=config.num_workers,
-            start_step=start,
-        )
-    )
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
-    flops = flops_per_image(config, tokenizer, discriminator, perceptual, size)
-    throughput = Throughput(config.batch_size, flops, peak_flops(device, precision) * distributed.world)
-    with StopSignal(distributed) as stop:
+    networks = (tokenizer, discriminator, perceptual)
+    flops = {on: flops_per_image(config, *networks, size, adversarial=on) for on in (False, True)}
+    throughput = Throughput(config.batch_size, peak=peak_flops(device, precision) * distributed.world)
+    with StopSignal(distributed) as stop, closing(inputs.train.from_step(start)) as batches:
+        done = start
         for step in range(start, config.steps):
             batch = next(batches)
             score: float | None = None
@@ -180,26 +170,28 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
             if adversarial:
                 discriminator_optimizer.step()
             ema.update(tokenizer)
-            usage.update(made.quantized.tokens)
-            throughput.step()
+            throughput.step(flops[adversarial])
 
-            # The codebook
+            # The codebook; a step after a window's end, so that no run ends with codes that nothing trained
             done = step + 1
             codes: dict[str, float] = {}
-            if done % config.usage_window == 0:
-                codes = usage.read()
-                warn_of_codes(logger, done, codes["code_usage"])
-                if config.revive_codes and done < config.steps:
-                    codebooks = [tokenizer.quantizer.codebook.data, ema.average["quantizer.codebook"]]
+            if step > 0 and step % config.usage_window == 0:
+                if config.revive_codes:
+                    codebook = tokenizer.quantizer.codebook
                     codes["revived_codes"] = revive_codes(
-                        codebooks,
-                        usage.totals() == 0,
+                        [codebook.data, ema.average["quantizer.codebook"]],
+                        usage.unused(),
                         made.features,
+                        [optimizer.state[codebook][name] for name in ("exp_avg", "exp_avg_sq")],
                         seed=config.seed,
                         step=step,
                         distributed=distributed,
                     )
                 usage.restart()
+            usage.update(made.quantized.tokens)
+            if done % config.usage_window == 0:
+                codes |= usage.read()
+                warn_of_codes(logger, done, codes["code_usage"])
 
             # What people watch, and checkpoints
             stopping = stop.agreed()
@@ -233,23 +225,24 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
             if done % config.checkpoint_every == 0 or stopping or last:
                 with throughput.paused():
                     checkpoints.save(done, {**state, "step": done}, score)
-            if stopping and not last:
-                checkpoints.close()
-                logger.say(f"Stopped after step {done}; the same command goes on.")
-                logger.close()
-                distributed.close()
-                raise SystemExit(EXIT_INTERRUPTED)
+            if stopping:
+                break
 
     # The result
     checkpoints.close()
+    stopped = done < config.steps
+    if stopped:
+        logger.say(f"Stopped after step {done}; the same command goes on.")
     logger.close()
     ema.copy_to(tokenizer)
-    if distributed.is_main:
+    if distributed.is_main and not stopped:
         save_tokenizer(tokenizer, run_dir / "model")
     distributed.barrier()
     # Their reducers hold on to the group, and would end after it otherwise.
     del reconstructor, parallel_discriminator
     distributed.close()
+    if stopped:
+        raise SystemExit(EXIT_INTERRUPTED)
     return run_dir / "model"
 
 

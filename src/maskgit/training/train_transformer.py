@@ -10,9 +10,8 @@ released.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskgit import hub
 from maskgit.config import ModelConfig, TransformerConfig
-from maskgit.errors import ConfigError
 from maskgit.pipeline import MaskGIT
-from maskgit.tokenizer import Tokenizer
-from maskgit.training.caches import TokenCache
-from maskgit.training.checkpoint import Checkpoints, ModelAndOptimizer, weights_fingerprint
-from maskgit.training.data import TokenBatches
+from maskgit.training.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.fine_tuning import draw_transformer, start_from
+from maskgit.training.inputs import TokenInputs, open_tokens
 from maskgit.training.masking import draw_masks, hide_labels
 from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
 from maskgit.training.run import (
@@ -45,6 +41,7 @@ from maskgit.training.run import (
     seed_step,
     setup_run,
 )
+from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_evaluation import (
     RatioLosses,
@@ -60,6 +57,7 @@ from maskgit.vocabulary import Vocabulary
 MAY_CHANGE = (
     "out", "tracker", "data", "test_data", "tokenizer", "device", "num_workers", "log_every", "evaluate_every", "sample_every",
     "num_samples", "sampler", "checkpoint_every", "keep_last", "keep_best", "async_checkpoints",
+    *STREAM_MAY_CHANGE,
 )  # fmt: skip
 
 # A loss this near to ln K is that of a model which has learned nothing.
@@ -87,12 +85,13 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
     # Data
     distributed = Distributed.init(config.device, group=config.fsdp)
     device = distributed.device
-    inputs = open_inputs(config, distributed.world)
-    cache, test_cache = inputs.cache, inputs.test_cache
-    data = {"train": cache.fingerprint} | ({"test": test_cache.fingerprint} if test_cache else {})
+    inputs = open_tokens(config, distributed.rank, distributed.world)
+    test_cache = inputs.test_cache
     # A run whose learning rate does not look at the end may be made longer.
     may_change = (*MAY_CHANGE, "steps") if config.lr_schedule == "constant" else MAY_CHANGE
-    run_dir = setup_run(config.out, config, data, distributed, may_change=may_change)
+    run_dir = setup_run(
+        config.out, config, inputs.fingerprints, distributed, may_change=may_change, caches=inputs.caches
+    )
 
     # Network
     precision = choose_precision(config.precision, device)
@@ -100,7 +99,7 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
     tokenizer = inputs.tokenizer.to(device)
     transformer = draw_transformer(config.model, config.seed)
     if inputs.source is not None:
-        start_from(transformer, inputs.source, cache.class_names, config.init_classes)
+        start_from(transformer, inputs.source, inputs.train.class_names, config.init_classes)
     transformer.to(device)
     if config.compile:
         transformer.compile()
@@ -125,23 +124,13 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
     start = int(checkpoints.load(latest, state)["step"]) if latest else 0
 
     # Loop
-    batches = iter(
-        TokenBatches(
-            cache,
-            seed=config.seed,
-            global_batch=config.batch_size,
-            rank=distributed.rank,
-            world=distributed.world,
-            num_workers=config.num_workers,
-            start_step=start,
-        )
-    )
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
     peak = peak_flops(device, precision) * distributed.world
     throughput = Throughput(config.batch_size, flops_per_image(config.model), peak)
     ratio_losses = RatioLosses(device)
     transformer.train()
-    with StopSignal(distributed) as stop:
+    with StopSignal(distributed) as stop, closing(inputs.train.from_step(start)) as batches:
+        done = start
         for step in range(start, config.steps):
             batch = next(batches)
             score: float | None = None
@@ -229,70 +218,25 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
             if done % config.checkpoint_every == 0 or stopping or last:
                 with throughput.paused():
                     checkpoints.save(done, {**state, "step": done}, score)
-            if stopping and not last:
-                checkpoints.close()
-                logger.say(f"Stopped after step {done}; the same command goes on.")
-                logger.close()
-                distributed.close()
-                raise SystemExit(EXIT_INTERRUPTED)
+            if stopping:
+                break
 
     # The result
     checkpoints.close()
+    stopped = done < config.steps
+    if stopped:
+        logger.say(f"Stopped after step {done}; the same command goes on.")
     logger.close()
     weights = {name: whole(value) for name, value in ema.average.items()}
-    if distributed.is_main:
+    if distributed.is_main and not stopped:
         save_result(config, inputs, weights, run_dir / "model")
     distributed.barrier()
     # Its reducer holds on to the group, and would end after it otherwise.
     del network
     distributed.close()
+    if stopped:
+        raise SystemExit(EXIT_INTERRUPTED)
     return run_dir / "model"
-
-
-class Inputs(NamedTuple):
-    """What a run reads.
-
-    Attributes:
-        cache: the tokens to train on.
-        test_cache: those to evaluate on.
-        tokenizer: what made them.
-        source: the model whose transformer training starts from.
-    """
-
-    cache: TokenCache
-    test_cache: TokenCache | None
-    tokenizer: Tokenizer
-    source: MaskGIT | None
-
-
-def open_inputs(config: TransformerTrainingConfig, world: int = 1) -> Inputs:
-    """Open what a run reads, and check that all of it fits together.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: something does not fit, or cannot be read.
-    """
-    if config.batch_size % (world * config.accumulate):
-        raise ConfigError(
-            f"batch_size must be a multiple of the {world} processes times accumulate ({config.accumulate}), "
-            f"but is {config.batch_size}."
-        )
-    source = hub.load_model(hub.locate(config.init_from)) if config.init_from else None
-    if config.tokenizer is not None:
-        tokenizer = hub.load_tokenizer(config.tokenizer)
-    else:
-        assert source is not None
-        tokenizer = source.tokenizer
-    fingerprint = weights_fingerprint(tokenizer)
-    caches = [TokenCache.open(path) for path in (config.data, config.test_data) if path is not None]
-    for cache in caches:
-        cache.check_tokenizer(fingerprint)
-        found = {"num_codes": cache.num_codes, "num_classes": cache.num_classes, "grid_size": cache.grid_size}
-        for name, value in found.items():
-            if getattr(config.model, name) != value:
-                raise ConfigError(
-                    f"model.{name} is {getattr(config.model, name)}, but the tokens in {cache.path} have {value}."
-                )
-    return Inputs(caches[0], caches[1] if len(caches) > 1 else None, tokenizer.requires_grad_(False), source)
 
 
 @contextmanager
@@ -355,7 +299,7 @@ def whole(value: Tensor) -> Tensor:
 
 
 def save_result(
-    config: TransformerTrainingConfig, inputs: Inputs, weights: dict[str, Tensor], path: Path
+    config: TransformerTrainingConfig, inputs: TokenInputs, weights: dict[str, Tensor], path: Path
 ) -> None:
     """Write the model folder of a run that is done."""
     transformer = Transformer(config.model)
@@ -364,7 +308,7 @@ def save_result(
         tokenizer=inputs.tokenizer.config,
         transformer=config.model,
         image_size=inputs.tokenizer.patch_size * config.model.grid_size,
-        class_names=inputs.cache.class_names,
+        class_names=inputs.train.class_names,
         label_dropout=config.label_dropout,
         sampler=config.sampler,
     )

@@ -8,6 +8,7 @@ from maskgit.schedules import check_mask_schedule
 from maskgit.training.fine_tuning import INIT_CLASSES
 from maskgit.training.optim import LR_SCHEDULES
 from maskgit.training.run import PRECISIONS
+from maskgit.training.stream_config import TokenStreamConfig
 from maskgit.training.trackers import TRACKERS
 
 
@@ -16,8 +17,9 @@ class TransformerTrainingConfig(Config):
     """A run that trains a transformer on the tokens of images.
 
     Attributes:
-        data: folder of a token cache to train on.
         out: the run's folder; the same config goes on where it stopped.
+        data: folder of a token cache to train on.
+        stream: images to train on that are encoded as they come, in place of `data`.
         tokenizer: folder of the tokenizer that made the tokens, or a model that has it; None takes that of
             `init_from`.
         model: the transformer's shape; its codes, classes and grid must be those of the data.
@@ -55,8 +57,9 @@ class TransformerTrainingConfig(Config):
     official configs/maskgit_class_cond_config.py (learning rate 1e-4, weight decay 4.5e-2).
     """
 
-    data: str
     out: str
+    data: str | None = None
+    stream: TokenStreamConfig = field(default_factory=TokenStreamConfig)
     tokenizer: str | None = None
     model: TransformerConfig = field(default_factory=TransformerConfig)
     test_data: str | None = None
@@ -123,6 +126,7 @@ class TransformerTrainingConfig(Config):
         check_choice("tracker", self.tracker, TRACKERS)
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
         check_choice("init_classes", self.init_classes, INIT_CLASSES)
+        self.stream.check(self.data, "a token cache", self.num_workers)
         if self.tokenizer is None and self.init_from is None:
             raise ConfigError("tokenizer is missing: give the folder of the tokenizer that made the tokens.")
         if self.keep_best and self.test_data is None:

@@ -4,8 +4,10 @@ import torch
 
 from maskgit.config import TransformerConfig
 from maskgit.devices import choose_device
+from maskgit.training.inputs import open_tokens
 from maskgit.training.run import choose_precision, peak_flops
-from maskgit.training.train_transformer import flops_per_image, open_inputs
+from maskgit.training.tokenizer_dry_run import counted, passes
+from maskgit.training.train_transformer import flops_per_image
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.transformer import Transformer
 
@@ -20,7 +22,8 @@ def dry_run(config: TransformerTrainingConfig, world: int = 1) -> str:
     Raises:
         ConfigError, CheckpointError, DataError: as the run would.
     """
-    inputs = open_inputs(config, world)
+    inputs = open_tokens(config, world=world)
+    num_images, model = inputs.train.num_images, config.model
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Transformer(config.model).parameters())
     device = choose_device(config.device)
@@ -36,10 +39,10 @@ def dry_run(config: TransformerTrainingConfig, world: int = 1) -> str:
     return "\n".join(
         (
             f"parameters     {parameters:,}",
-            f"data           {len(inputs.cache):,} images, {inputs.cache.num_classes:,} classes, "
-            f"{inputs.cache.grid_size} × {inputs.cache.grid_size} tokens of {inputs.cache.num_codes:,} codes",
+            f"data           {counted(num_images)}, {model.num_classes:,} classes, "
+            f"{model.grid_size} × {model.grid_size} tokens of {model.num_codes:,} codes",
             f"batch          {config.batch_size} = {world} processes × {config.accumulate} parts × {part}",
-            f"steps          {config.steps:,}, {images / len(inputs.cache):.1f} times through the data",
+            f"steps          {config.steps:,}, {passes(images, num_images)}",
             f"precision      {str(precision).removeprefix('torch.')} on {device}",
             f"memory         about {(fixed + activations) / 2**30:.2f} GiB a process: {fixed / 2**30:.2f} for "
             f"weights and optimizer, {activations / 2**30:.2f} for activations",

@@ -1,0 +1,134 @@
+"""Reading arrays out of `.npz` files of unknown origin: nothing is unpickled, and sizes are checked first.
+
+An `.npz` file is a zip of `.npy` files; a member's header says its type and shape before any of it is read.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskgit.errors import DataError, MaskGITError
+
+
+class Header(NamedTuple):
+    """What a member says of its array."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole array, in Python's unbounded integers."""
+        total = self.dtype.itemsize
+        for side in self.shape:
+            total *= side
+        return total
+
+
+class Archive:
+    """An open `.npz` file.
+
+    Attributes:
+        path: where it is.
+        names: its arrays.
+    """
+
+    def __init__(self, path: Path, file: zipfile.ZipFile) -> None:
+        self.path = path
+        self._zip = file
+        self.names = {name.removesuffix(".npy") for name in file.namelist() if name.endswith(".npy")}
+
+    def header(self, name: str) -> Header:
+        """Return what an array's header says, reading nothing else.
+
+        Raises:
+            DataError: there is no such array, or it holds Python objects.
+        """
+        with self._member(name) as (header, _):
+            return header
+
+    def read(self, name: str, max_bytes: int) -> NDArray[Any]:
+        """Return an array of at most `max_bytes`.
+
+        Raises:
+            DataError: there is no such array, it is larger, or it holds Python objects.
+        """
+        with self._member(name) as (header, member):
+            if header.num_bytes > max_bytes:
+                raise DataError(
+                    f"{self.path}: {name!r} has {header.num_bytes} bytes, more than the {max_bytes} that are "
+                    "allowed: is it the right file?"
+                )
+            flat = np.frombuffer(_exactly(member, header.num_bytes), header.dtype)
+            return flat.reshape(header.shape[::-1]).T if header.fortran else flat.reshape(header.shape)
+
+    def rows(self, name: str, batch_size: int) -> Iterator[NDArray[Any]]:
+        """Yield an array in pieces of `batch_size` rows, so that it may be larger than memory.
+
+        Raises:
+            DataError: there is no such array, or it cannot be read row by row.
+        """
+        with self._member(name) as (header, member):
+            if header.fortran or not header.shape:
+                raise DataError(f"{self.path}: {name!r} is not stored row by row: save it in C order.")
+            row = header._replace(shape=header.shape[1:])
+            for start in range(0, header.shape[0], batch_size):
+                count = min(batch_size, header.shape[0] - start)
+                data = _exactly(member, count * row.num_bytes)
+                yield np.frombuffer(data, header.dtype).reshape(count, *row.shape)
+
+    @contextmanager
+    def _member(self, name: str) -> Iterator[tuple[Header, IO[bytes]]]:
+        if name not in self.names:
+            raise DataError(f"{self.path} lacks the array {name!r}: is it the right file?")
+        with self._zip.open(f"{name}.npy") as member:
+            version = np.lib.format.read_magic(member)
+            if version == (1, 0):
+                header = Header(*np.lib.format.read_array_header_1_0(member))
+            elif version == (2, 0):
+                header = Header(*np.lib.format.read_array_header_2_0(member))
+            else:
+                raise DataError(f"{self.path}: {name!r} has the .npy version {version}: save it again.")
+            if header.dtype.hasobject or any(side < 0 for side in header.shape):
+                raise DataError(f"{self.path}: {name!r} does not hold plain numbers: is it the right file?")
+            yield header, member
+
+
+def _exactly(member: IO[bytes], size: int) -> bytes:
+    data = member.read(size)
+    if len(data) != size:
+        raise EOFError
+    return data
+
+
+@contextmanager
+def open_npz(path: str | Path) -> Iterator[Archive]:
+    """Open an `.npz` file for reading.
+
+    Raises:
+        DataError: there is no such file, or it is damaged or of another kind; also within the block.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            yield Archive(path, file)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is not a file: check the path.") from error
+    # What zipfile and NumPy raise of damaged, cut-off, encrypted or strangely compressed files.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, SyntaxError, OverflowError) as error:
+        raise DataError(f"{path} is not an .npz file, or is damaged: fetch or make it again.") from error
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}. Check its permissions."
+        ) from error
+    except ValueError as error:
+        if isinstance(error, MaskGITError):
+            raise
+        raise DataError(f"{path} holds an array that is damaged: fetch or make it again.") from error

@@ -1,0 +1,62 @@
+"""What tests of both loops share: processes of their own, and what a run left behind."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from maskgit.training.checkpoint import Checkpoints
+
+
+def start(script: str, *arguments: str, **environment: object) -> subprocess.Popen[str]:
+    """Start a Python script; its standard error can be read."""
+    settings = {key: str(value) for key, value in environment.items()}
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | settings,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_two(script: str, *arguments: str) -> list[str]:
+    """Run a script in two processes that find each other, and return what each wrote to standard error."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [start(script, *arguments, RANK=rank, **group) for rank in range(2)]
+    said = []
+    try:
+        for worker in workers:
+            said.append(worker.communicate(timeout=120)[1])
+            assert worker.returncode == 0, said[-1]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return said
+
+
+def logged(out: str | Path) -> list[dict[str, Any]]:
+    """Return what a run logged, a dict for each line."""
+    return [json.loads(line) for line in (Path(out) / "scalars.jsonl").read_text().splitlines()]
+
+
+def checkpointed(out: str | Path) -> dict[str, Tensor]:
+    """Return all tensors of a run's last checkpoint by name."""
+    reader = dcp.FileSystemReader(Checkpoints(out).latest())
+    entries = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if hasattr(entry, "size")
+    }
+    dcp.load(state, storage_reader=reader)
+    return state

@@ -1,0 +1,174 @@
+"""Either loop, killed by SIGKILL over and over: the same command ends as if nothing had happened."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit import hub
+from maskgit.config import Config, SamplerConfig, TokenizerConfig, TransformerConfig
+from maskgit.tokenizer import Tokenizer
+from maskgit.training.caches import ImageCache
+from maskgit.training.checkpoint import weights_fingerprint
+from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+from maskgit.training.transformer_config import TransformerTrainingConfig
+from maskgit.training.writers import write_image_cache, write_token_cache
+from runs import checkpointed, logged, start
+
+STEPS = 14
+SETTINGS = {
+    "steps": STEPS,
+    "batch_size": 4,
+    "num_workers": 1,
+    "device": "cpu",
+    "precision": "float32",
+    "log_every": 1,
+    "checkpoint_every": 1,
+    "tracker": "none",
+}
+SHAPE = TokenizerConfig(
+    filters=8, norm="LN", num_res_blocks=1, channel_multipliers=(1, 1), embedding_dim=4, codebook_size=16
+)
+
+# It imports once and trains in children. A child is killed from outside after a share of the time that a whole
+# run takes, or kills itself before a write of one of its checkpoints. At last one is left alone.
+SCRIPT = """
+import io, json, os, signal, sys, time
+import torch
+from maskgit.training.checkpoint import Checkpoints
+from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+from maskgit.training.train_tokenizer import train_tokenizer
+from maskgit.training.train_transformer import train_transformer
+from maskgit.training.transformer_config import TransformerTrainingConfig
+
+torch.set_num_threads(1)
+stage, values, folder = json.loads(sys.argv[1])
+kind, train = {
+    "tokenizer": (TokenizerTrainingConfig, train_tokenizer),
+    "transformer": (TransformerTrainingConfig, train_transformer),
+}[stage]
+WRITES = ((os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (io, "open"))
+
+
+def die_in_checkpoint(save, call):
+    calls = {"save": 0, "write": 0}
+    whole = Checkpoints.save
+
+    def counting(*args):
+        calls["save"] += 1
+        return whole(*args)
+
+    def dying(write):
+        def wrapped(*args, **kwargs):
+            calls["write"] += calls["save"] >= save
+            if calls["write"] == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(*args, **kwargs)
+
+        return wrapped
+
+    Checkpoints.save = counting
+    for module, name in WRITES:
+        setattr(module, name, dying(getattr(module, name)))
+
+
+def attempt(out, asynchronous=False, call=None, seconds=None):
+    config = kind.from_dict({**values, "out": f"{folder}/{out}", "async_checkpoints": asynchronous})
+    child = os.fork()
+    if child == 0:
+        try:
+            if call is not None:
+                die_in_checkpoint(2, call)
+            train(config)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+begin = time.monotonic()
+assert attempt("straight") == 0
+whole = time.monotonic() - begin
+told = []
+for i, (call, share) in enumerate(
+    [(2, None), (None, 0.3), (6, None), (9, None), (None, 0.15), (12, None), (16, None), (None, 0.4), (4, None)]
+):
+    status = attempt("killed", i % 2 == 1, call, share and share * whole)
+    assert status in (0, signal.SIGKILL), status
+    checkpoints = Checkpoints(f"{folder}/killed")
+    begun = len(list(checkpoints.folder.glob("step-*")))
+    told.append([status, begun - len(checkpoints.committed())])
+assert attempt("killed") == 0
+print(json.dumps(told), file=sys.stderr)
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
+def tokenizer_run(folder: Path, images: ImageCache) -> Config:
+    return TokenizerTrainingConfig(
+        data=str(images.path),
+        out="",
+        model=SHAPE,
+        **SETTINGS,
+        perceptual="none",
+        adversarial_start=4,
+        r1_every=2,
+        discriminator_filters=4,
+        usage_window=3,
+    )
+
+
+def transformer_run(folder: Path, images: ImageCache) -> Config:
+    tokenizer = Tokenizer(SHAPE).eval()
+    hub.save_tokenizer(tokenizer, folder / "tokenizer")
+    write_token_cache(
+        images,
+        tokenizer,
+        folder / "tokens",
+        tokenizer_fingerprint=weights_fingerprint(tokenizer),
+        num_codes=SHAPE.codebook_size,
+        views="centre+flip",
+    )
+    return TransformerTrainingConfig(
+        data=str(folder / "tokens"),
+        out="",
+        tokenizer=str(folder / "tokenizer"),
+        model=TransformerConfig(16, 2, 4, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32),
+        **SETTINGS,
+        sample_every=STEPS,
+        num_samples=2,
+        sampler=SamplerConfig(steps=2),
+    )
+
+
+@pytest.mark.parametrize("make", [tokenizer_run, transformer_run])
+def test_a_run_that_is_killed_over_and_over_ends_bit_for_bit_as_one_that_is_not(tmp_path, make):
+    torch.manual_seed(0)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+    images = write_image_cache(tmp_path / "images", pixels, np.arange(12) % 2, ("a", "b"))
+    stage = make.__name__.removesuffix("_run")
+    run = start(SCRIPT, json.dumps([stage, make(tmp_path, images).to_dict(), str(tmp_path)]))
+    _, errors = run.communicate(timeout=100)
+    assert run.returncode == 0, errors
+    told = json.loads(errors.splitlines()[-1])
+    assert sum(status == 9 for status, _ in told) >= 5
+    # Some kills cut a checkpoint short.
+    assert any(unfinished for _, unfinished in told)
+    straight, killed = checkpointed(tmp_path / "straight"), checkpointed(tmp_path / "killed")
+    assert straight.keys() == killed.keys()
+    assert all(torch.equal(value, killed[name]) for name, value in straight.items())
+    for file in (tmp_path / "straight" / "model").rglob("*.safetensors"):
+        name = file.relative_to(tmp_path / "straight")
+        assert file.read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    losses = [
+        [(line["step"], line["loss"]) for line in logged(tmp_path / out) if "loss" in line]
+        for out in ("straight", "killed")
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list(range(1, STEPS + 1))
