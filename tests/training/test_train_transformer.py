@@ -203,15 +203,13 @@ def test_a_cut_up_batch_gives_the_same_run_to_rounding(config, tmp_path):
     assert scalars(pieces.out, "loss") == pytest.approx(scalars(config.out, "loss"), rel=1e-5)
 
 
-# It leaves without the interpreter's clean-up, in which gloo's threads have been seen to hang.
 SCRIPT = """
 import json, os, sys
 from maskgit.training.train_transformer import train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
-for values in json.loads(sys.argv[1]):
+for port, values in zip(os.environ["MASTER_PORTS"].split(), json.loads(sys.argv[1]), strict=True):
+    os.environ["MASTER_PORT"] = port
     train_transformer(TransformerTrainingConfig.from_dict(values))
-sys.stderr.flush()
-os._exit(0)
 """
 
 
@@ -220,7 +218,7 @@ def test_two_processes_and_shards_give_the_same_losses_as_one(config, tmp_path):
     train_transformer(config)
     runs = {"ddp": replace(config, out=str(tmp_path / "ddp"))}
     runs["fsdp"] = replace(config, fsdp=True, out=str(tmp_path / "fsdp"))
-    run_two(SCRIPT, json.dumps([run.to_dict() for run in runs.values()]))
+    run_two(SCRIPT, json.dumps([run.to_dict() for run in runs.values()]), joins=len(runs))
     one = hub.load_model(Path(config.out) / "model").transformer.state_dict()
     for run in runs.values():
         assert scalars(run.out, "loss") == pytest.approx(scalars(config.out, "loss"), rel=1e-5)

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from maskgit.config import check_range
 from maskgit.download import sha256
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError, unknown_name
-from maskgit.evaluation import inception
+from maskgit.evaluation import dinov2, inception
 from maskgit.evaluation.weights import local_file, read_state_dict
 
 # Images a forward pass of a feature net sees at once, which bounds memory.
@@ -111,9 +111,11 @@ class FeatureNet:
         name: what scores made with it are named after, such as "EffNet-Lite0".
         dim: the length of a feature vector.
         size: pixels a side that images are resized to; scores at different sizes cannot be compared.
-        resize: how they are resized: "antialiased", "tf1" or "half-pixel" (see `inception`).
+        resize: how they are resized: "antialiased" (bilinear), "bicubic" (antialiased), "tf1" or "half-pixel"
+            (see `inception`).
         weights: SHA-256 of the weights file, in hexadecimal.
-        published: whether these are the published weights that the net's name promises.
+        published: whether these are the published weights that the net's name promises; None where their
+            SHA-256 is not known to this package.
         device: where it computes.
     """
 
@@ -127,7 +129,7 @@ class FeatureNet:
         compute: Callable[[Tensor], Features],
         device: torch.device,
         *,
-        published: bool = True,
+        published: bool | None = True,
     ) -> None:
         """Wrap a network.
 
@@ -236,6 +238,17 @@ def _inception(size: int, device: torch.device, weights: Path | None, *, resize:
     )
 
 
+def _dinov2(size: int, device: torch.device, weights: Path | None) -> FeatureNet:
+    assert weights is not None
+    net, digest = dinov2.load_dinov2(weights)
+    net.to(device)
+
+    def compute(images: Tensor) -> Features:
+        return Features(net(dinov2.prepare(images)))
+
+    return FeatureNet("DINOv2", dinov2.DIM, size, "bicubic", digest, compute, device, published=None)
+
+
 @dataclass(frozen=True)
 class FeatureNetEntry:
     """A row of the table of feature nets.
@@ -254,8 +267,8 @@ class FeatureNetEntry:
 
 
 FEATURE_NETS = {
-    # It was trained at 224 pixels. At 128 it still recognises what is on a picture, even one of 32 pixels, and
-    # takes a fifth of the time.
+    # It was trained at 224 pixels. At 128 it still recognises what is on a picture, even one of 32 pixels,
+    # and takes a fifth of the time.
     "effnet-lite0": FeatureNetEntry(128, _effnet_lite0, resizable=True),
     # As TensorFlow's graph resizes, which ADM's evaluator and StyleGAN's metrics use: the FID of papers.
     "inception": FeatureNetEntry(inception.SIZE, partial(_inception, resize="tf1"), url=inception.URL),
@@ -263,6 +276,8 @@ FEATURE_NETS = {
     "inception-pytorch-fid": FeatureNetEntry(
         inception.SIZE, partial(_inception, resize="half-pixel"), url=inception.URL
     ),
+    # FD-DINOv2, as edm2 computes it.
+    "dinov2": FeatureNetEntry(dinov2.SIZE, _dinov2, url=dinov2.URL),
 }
 # Nets that need no weights file, and so can be used where nobody can name one.
 BUNDLED_NETS = tuple(name for name, entry in FEATURE_NETS.items() if entry.url is None)
@@ -302,7 +317,8 @@ def load_feature_net(
     check_range("size", size, 32, 1024)
     if weights is None and entry.url is not None:
         raise ConfigError(
-            f"The feature net {name} needs its weights: name a path or URL; they are published at {entry.url}."
+            f"The feature net {name} needs its weights: name a path or URL; "
+            f"they are published at {entry.url}."
         )
     if weights is not None and entry.url is None:
         raise ConfigError(f"The feature net {name} takes no weights: leave them out.")

@@ -134,8 +134,8 @@ def boundary_gradient_ratio(image: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         image: float (B, 3, H, W) in [0, 1].
-        mask: bool (B, H, W) or (H, W), True where the image was edited; it needs a border inside the image and
-            two neighbouring pixels.
+        mask: bool (B, H, W) or (H, W), True where the image was edited; it needs a border inside the image
+            and two neighbouring pixels.
 
     Returns:
         float64 (B,): about 1 without a seam; infinite or NaN where the inside is a single colour.
@@ -211,7 +211,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _pair_mean(image: Tensor, mask: Tensor, *, across: bool, original: Tensor | None = None) -> Tensor:
-    """Average steps over the pairs of neighbours that cross the mask's border, or that lie in the mask: (B,)."""
+    """Average steps over the pairs of neighbours across the mask's border, or those inside: (B,)."""
     total = torch.zeros(len(image), dtype=torch.float64, device=image.device)
     count = torch.zeros_like(total)
     for dim in (-1, -2):

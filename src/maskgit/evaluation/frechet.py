@@ -228,8 +228,8 @@ def _rank_cautions(side: Gaussian, rank: int, name: str) -> list[str]:
     dim, count = len(side.mean), side.num_images
     if count is not None and count <= dim:
         cautions = [
-            f"The {name} set has {count} vectors of {dim} dimensions, too few for a covariance, and its distance "
-            "to anything is too large: compare only scores of as many images."
+            f"The {name} set has {count} vectors of {dim} dimensions, too few for a covariance, and "
+            "its distance to anything is too large: compare only scores of as many images."
         ]
         if rank < count - 1:
             cautions.append(

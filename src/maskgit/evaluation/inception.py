@@ -1,6 +1,6 @@
 """The Inception network that FID, sFID and the Inception Score are defined by.
 
-It is TensorFlow's classify_image graph of 2015-12-05, with the weights as the port pytorch-fid publishes them.
+It is TensorFlow's classify_image graph of 2015-12-05, with the weights as pytorch-fid publishes them.
 It differs from torchvision's network in its 1008 classes, in average pools that leave the padding out of the
 average, and in its last block, which takes a maximum there.
 

@@ -110,7 +110,7 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return what is compared: float (B, 3, H, W) in [0, 1] → five float32 (B, C, h, w) of unit length."""
+        """Return what is compared: float (B, 3, H, W) in [0, 1] → five float32 (B, C, h, w), unit length."""
         x = (2 * images - 1 - self.shift) / self.scale
         taps = []
         for index, layer in enumerate(self.backbone.features):  # type: ignore[arg-type]

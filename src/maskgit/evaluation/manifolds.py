@@ -1,4 +1,4 @@
-"""Whether generated images lie where real ones do, whether real ones are covered, and whether they are copies.
+"""Whether generated images lie where real ones do, whether these are covered, and whether they are copies.
 
 Each set is described by balls around its vectors, whose radius is the distance to the k-th nearest neighbour
 in the same set.
@@ -99,7 +99,7 @@ def density_coverage(
     Raises:
         DataError: the shapes do not fit, a value is not finite, or there are too few vectors.
 
-    Source: Naeem et al.: Reliable Fidelity and Diversity Metrics for Generative Models, ICML 2020, eq. 5 and 6.
+    Source: Naeem et al.: Reliable Fidelity and Diversity Metrics for Generative Models, ICML 2020, §3.
 
     Differs: a vector exactly on a ball's surface counts as inside, as for precision; the paper's code leaves
     it out.
@@ -128,7 +128,7 @@ def authenticity(
 
     Args:
         training: float (N, D), N at least 2: the images that the model was trained on.
-        generated: float (M, D).
+        generated: float (M, D), M at least 2.
         chunk, device: as for `precision_recall`.
 
     Returns:
@@ -137,7 +137,8 @@ def authenticity(
     Raises:
         DataError: the shapes do not fit, a value is not finite, or there are too few vectors.
 
-    Source: Alaa, van Breugel, Saveliev, van der Schaar: How Faithful is your Synthetic Data?, ICML 2022, §3.3.
+    Source: Alaa, van Breugel, Saveliev, van der Schaar: How Faithful is your Synthetic Data?, ICML 2022: its
+    authenticity.
     """
     vectors = _Pair(training, generated, 1, chunk, device)
     radii = vectors.radii(vectors.real, 1)

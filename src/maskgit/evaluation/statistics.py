@@ -1,17 +1,17 @@
-"""What is kept of a set of images so that others can be compared with it: reference statistics and their files.
+"""What is kept of a set of images so that others can be compared with it, and the files that hold it.
 
 Two kinds of `.npz` files are read:
 
-- ADM's (Dhariwal and Nichol, NeurIPS 2021; evaluations/evaluator.py): `mu`, `sigma`, `mu_s` and `sigma_s` over
-  the whole data set, beside a sample of its images in `arr_0`; files with `mu` and `sigma` alone, such as
-  those of pytorch-fid, too. They do not say which network made them.
+- ADM's (Dhariwal and Nichol, NeurIPS 2021; evaluations/evaluator.py): `mu`, `sigma`, `mu_s` and `sigma_s`
+  over the whole data set, beside a sample of its images in `arr_0`; files with `mu` and `sigma` alone, such
+  as those of pytorch-fid, too. They do not say which network made them.
 - our own: `format`, `mean`, `covariance`, `count`, `identity` (of the feature net), `resolution`, and, where
   the net has them or they were asked for, `spatial_mean`, `spatial_covariance` and `features`.
 
 Shapes: B batch, N images, D feature dimensions, S spatial dimensions, H × W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +81,8 @@ class Collector:
         """Add images of one size.
 
         Args:
-            images: float (B, 3, H, W) in [0, 1], RGB; 8-bit values where scores are to be those of saved images.
+            images: float (B, 3, H, W) in [0, 1], RGB; rounded to 8 bits where scores are to be those of saved
+                images.
 
         Raises:
             ImageError: the shape, type or range does not fit, or the size is not that of the images before.
@@ -123,6 +124,47 @@ class Collector:
         if spatial[0] is not None:
             self._spatial = self._spatial or FeatureStatistics(spatial[0].shape[1])
             self._spatial.update(torch.cat(spatial))
+
+
+def merge_statistics(parts: Sequence[ImageStatistics]) -> ImageStatistics:
+    """Return the statistics of several sets together, such as the shards of one.
+
+    Args:
+        parts: at least one, of one feature net and resolution, whose numbers of images are known.
+
+    Returns:
+        The same as if all images had been collected at once, but for float64 rounding; the features that were
+        kept follow each other in the order of the parts.
+
+    Raises:
+        DataError: there are none, or they do not belong together.
+    """
+    if not parts:
+        raise DataError("There are no statistics to merge: name at least one file.")
+    first = parts[0]
+    for part in parts[1:]:
+        check_comparable(first, part)
+    spatial = [part.spatial for part in parts if part.spatial is not None]
+    if len(spatial) not in (0, len(parts)):
+        raise DataError("Only some of the statistics have spatial features: make them with one feature net.")
+    kept = [part.features for part in parts if part.features is not None]
+    return ImageStatistics(
+        _merged([part.pooled for part in parts]),
+        _merged(spatial) if spatial else None,
+        first.identity,
+        first.resolution,
+        np.concatenate(kept) if kept else None,
+    )
+
+
+def _merged(gaussians: Sequence[Gaussian]) -> Gaussian:
+    merged = FeatureStatistics(len(gaussians[0].mean))
+    for mean, covariance, count in gaussians:
+        if count is None:
+            raise DataError("Statistics that do not say how many images they are of cannot be merged.")
+        state = {"count": np.array(count), "mean": mean, "scatter": covariance * (count - 1)}
+        merged.merge(FeatureStatistics.from_state(state))
+    return merged.gaussian()
 
 
 class Comparison(NamedTuple):
@@ -241,8 +283,8 @@ def _gaussian(archive: Archive, mean: str, covariance: str, count: int | None) -
     dim = shape[0] if len(shape) == 1 else 0
     if not 1 <= dim <= MAX_DIM or archive.header(covariance).shape != (dim, dim):
         raise DataError(
-            f"{archive.path}: {mean!r} of {shape} and {covariance!r} of {archive.header(covariance).shape} are "
-            f"not a mean and covariance of at most {MAX_DIM} dimensions: is it the right file?"
+            f"{archive.path}: {mean!r} of {shape} and {covariance!r} of {archive.header(covariance).shape} "
+            f"are not a mean and covariance of at most {MAX_DIM} dimensions: is it the right file?"
         )
     mu, sigma = archive.read(mean, 16 * dim), archive.read(covariance, 16 * dim * dim)
     plain = all(x.dtype.kind == "f" and np.isfinite(x).all() for x in (mu, sigma))
@@ -331,6 +373,7 @@ def open_samples(path: str | Path) -> SampleFile:
     fits = len(shape) == 4 and shape[3] == 3 and shape[0] > 0 and all(1 <= s <= MAX_SIDE for s in shape[1:3])
     if not fits or header.dtype != np.uint8:
         raise DataError(
-            f"{path}: 'arr_0' must be uint8 (N, H, W, 3), but is {header.dtype} of {shape}: is it the right file?"
+            f"{path}: 'arr_0' must be uint8 (N, H, W, 3), but is {header.dtype} of {shape}: "
+            "is it the right file?"
         )
     return SampleFile(Path(path), shape[0], (shape[1], shape[2]))

@@ -32,8 +32,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a weights file, without unpickling anything else.
 
     Args:
-        path: a `.safetensors` file, or a PyTorch file that holds a flat dictionary of names and tensors; at most
-            2 GiB.
+        path: a `.safetensors` file, or a PyTorch file that holds a flat dictionary of names and tensors; at
+            most 2 GiB.
 
     Returns:
         The tensors by name, on the CPU.

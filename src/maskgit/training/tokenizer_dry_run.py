@@ -34,7 +34,11 @@ def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
     share = config.batch_size // world
     activations = share * activation_bytes(config.model, size, precision)
     images = config.steps * config.batch_size
-    flops = flops_per_image(config, *networks, size)
+    adversarial = max(0, config.steps - config.adversarial_start) / config.steps
+    flops = sum(
+        part * flops_per_image(config, *networks, size, adversarial=on)
+        for on, part in ((True, adversarial), (False, 1 - adversarial))
+    )
     hours = images * flops / peak_flops(device, precision) / world / 3600
     side = size // config.model.patch_size
     return "\n".join(

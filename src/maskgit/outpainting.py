@@ -1,0 +1,341 @@
+"""Images larger than the model's: outpainting beyond an image's edges, and panoramas.
+
+The model's window slides over a canvas of tokens, half a window at a time; what is known stays, and the rest
+of the window is decoded as in an edit (paper §4.3). All windows of an image draw different noise: that of the
+image index  window number · 2⁴⁰ + index,  which is the same in any batch.
+
+Shapes: B images, R × C the canvas's tokens, H × W pixels.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from maskgit import images
+from maskgit.canvas import Window, decode_canvas, encode_canvas, plan_windows
+from maskgit.config import SamplerConfig, check_count, check_range
+from maskgit.errors import ConfigError, RegionError
+from maskgit.results import Callback, Output
+
+if TYPE_CHECKING:
+    from maskgit.pipeline import Label, MaskGIT, Picture
+
+MAX_PIXELS = images.MAX_PIXELS
+# Windows are no more than tokens, and first_index may go to 2⁶².
+MAX_TOKENS = 2**21
+WINDOW_STRIDE = 2**40
+DEFAULT_BATCH_SIZE = 16
+
+
+def outpaint(
+    model: "MaskGIT",
+    image: "Picture",
+    *,
+    left: int = 0,
+    right: int = 0,
+    top: int = 0,
+    bottom: int = 0,
+    canvas: Sequence[int] | None = None,
+    position: Sequence[int] | None = None,
+    label: "Label" = None,
+    num_images: int = 1,
+    feather: float | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Output:
+    """Go on with an image beyond its edges.
+
+    The image is not cut: if its shorter side is longer than the model's, it is first resized to the model's,
+    and all pixels count at that scale. Patches that lie wholly inside it are kept as tokens, and all others
+    decoded; then the image itself is laid over the result, and its colours are carried a little way out.
+
+    Args:
+        image: a path, a picture, an array or a tensor (see `maskgit.images`), at least a patch a side.
+        left, right, top, bottom: pixels to add at each side, ≥ 0.
+        canvas: in their place, (width, height) of the result in pixels.
+        position: (x, y) of the image's top left corner in the canvas; None puts it in the middle.
+        label: what the new parts are of, a class name or number; None is no class, which takes a model
+            trained with label dropout.
+        num_images: variants to make.
+        feather: pixels inside the image over which it fades into what is new, from each edge that is
+            continued; None is a sixteenth of the model's image size. Further inside, it is as it was.
+        seed, first_index, batch_size, **settings: as for `MaskGIT.generate`; first_index < 2⁴⁰.
+        callback: called after each step with its number, counted through all windows, the images' indices
+            int64 (B,) and the window's tokens int64 (B, h, w).
+
+    Returns:
+        `Output`: images (B, 3, H, W) of exactly the size asked for; tokens (B, R, C) and token_mask (R, C) of
+        the canvas, which is at least the model's grid and holds whole patches, and so may reach beyond.
+
+    Raises:
+        ConfigError, ImageError, RegionError: an argument is not allowed, or the result would be too large.
+    """
+    num_images = check_count("num_images", num_images, 1, 1_000_000)
+    config = model.sampler_config(**settings)
+    number = model.label(label)
+    photo = _read(image, model.config.image_size, model.tokenizer.patch_size)
+    height, width = photo.shape[2:]
+    added = {"left": left, "right": right, "top": top, "bottom": bottom}
+    left, right, top, bottom = _margins(added, canvas, position, width, height)
+    new_width, new_height = left + width + right, top + height + bottom
+    patch, side = model.tokenizer.patch_size, model.config.transformer.grid_size
+    before_x, columns = _axis(left, width, right, patch, side)
+    before_y, rows = _axis(top, height, bottom, patch, side)
+    _check_size(num_images, new_width, new_height, rows * columns)
+    check_range("feather", feather or 0, 0, MAX_PIXELS)
+
+    known = (before_x, before_y, width // patch, height // patch)
+    inside = (slice(before_y, before_y + known[3]), slice(before_x, before_x + known[2]))
+    padded = F.pad(photo, (0, -width % patch, 0, -height % patch), mode="replicate")
+    tokens = torch.zeros(num_images, rows, columns, dtype=torch.int64)
+    tokens[:, *inside] = encode_canvas(model.tokenizer, padded, side)[:, : known[3], : known[2]]
+    unknown = torch.ones(rows, columns, dtype=torch.bool)
+    unknown[inside] = False
+    windows = plan_windows(rows, columns, known, side)
+    labels = [number] * len(windows)
+    _fill(model, tokens, windows, labels, config, seed, first_index, batch_size, callback)
+
+    x, y = before_x * patch - left, before_y * patch - top
+    pixels = decode_canvas(model.tokenizer, tokens, side)[..., y : y + new_height, x : x + new_width].clone()
+    _lay_over(pixels, photo, (left, right, top, bottom), model.config.image_size, feather)
+    return Output(pixels, tokens, token_mask=unknown)
+
+
+def panorama(
+    model: "MaskGIT",
+    labels: "Label | Sequence[Label]",
+    width: int,
+    *,
+    height: int | None = None,
+    loop: bool = False,
+    num_images: int = 1,
+    seed: int = 0,
+    first_index: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> Output:
+    """Make new images of any width and height.
+
+    The first window is what `MaskGIT.generate` makes of the same label, seed and index.
+
+    Args:
+        labels: a class name or number, None for no class, or a sequence of these, which follow each other
+            from left to right.
+        width, height: pixels of the result; height None is the model's image size.
+        loop: whether the right edge goes on at the left one; the width is then a multiple of the patch and at
+            least one and a half times the model's image size.
+        num_images: panoramas to make.
+        seed, first_index, batch_size, callback, **settings: as for `outpaint`.
+
+    Returns:
+        `Output`: images (B, 3, height, width); tokens (B, R, C) of the canvas, which is at least the model's
+        grid and holds whole patches, and so may reach beyond.
+
+    Raises:
+        ConfigError, RegionError: an argument is not allowed, or the result would be too large.
+    """
+    num_images = check_count("num_images", num_images, 1, 1_000_000)
+    config = model.sampler_config(**settings)
+    if isinstance(labels, Tensor | np.ndarray | np.generic):
+        labels = labels.tolist()
+    listed = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else [labels]
+    numbers = [model.label(label) for label in listed]
+    width = check_count("width", width, 1, MAX_PIXELS)
+    height = check_count("height", model.config.image_size if height is None else height, 1, MAX_PIXELS)
+    patch, side = model.tokenizer.patch_size, model.config.transformer.grid_size
+    least = (side + side // 2) * patch
+    if loop and (width % patch or width < least):
+        raise RegionError(
+            f"The width of a loop must be a multiple of {patch} pixels, at least {least}, but is {width}."
+        )
+    rows, columns = max(side, math.ceil(height / patch)), max(side, math.ceil(width / patch))
+    _check_size(num_images, width, height, rows * columns)
+
+    windows = plan_windows(rows, columns, (0, 0, 0, 0), side, loop=loop)
+    # Windows of one column have the same label, whatever their row.
+    ranks = {column: i for i, column in enumerate(sorted({int(window.columns[0]) for window in windows}))}
+    if not 1 <= len(numbers) <= len(ranks):
+        raise ConfigError(
+            f"A panorama {width} pixels wide takes from 1 to {len(ranks)} labels, but {len(numbers)} are "
+            "given; each needs about half the model's image size more."
+        )
+    by_window = [numbers[ranks[int(window.columns[0])] * len(numbers) // len(ranks)] for window in windows]
+    tokens = torch.zeros(num_images, rows, columns, dtype=torch.int64)
+    _fill(model, tokens, windows, by_window, config, seed, first_index, batch_size, callback)
+    pixels = decode_canvas(model.tokenizer, tokens, side, loop=loop)
+    return Output(pixels[..., :height, :width].clone(), tokens)
+
+
+def _fill(
+    model: "MaskGIT",
+    canvas: Tensor,
+    windows: list[Window],
+    labels: list[int],
+    config: SamplerConfig,
+    seed: int,
+    first_index: int,
+    batch_size: int,
+    callback: Callback | None,
+) -> None:
+    """Decode the windows of canvases int64 (B, R, C) in their order, each going by those before it."""
+    first_index = check_count("first_index", first_index, 0, WINDOW_STRIDE - len(canvas))
+    batch_size = check_count("batch_size", batch_size, 1, 65_536)
+    for start in range(0, len(canvas), batch_size):
+        batch = canvas[start : start + batch_size]
+        for number, (window, label) in enumerate(zip(windows, labels, strict=True)):
+            offset = number * WINDOW_STRIDE
+
+            def told(step: int, indices: Tensor, grid: Tensor, number: int = number) -> None:
+                assert callback is not None
+                callback(number * config.steps + step, indices % WINDOW_STRIDE, grid)
+
+            sequences = model.vocabulary.sequence(
+                torch.full((len(batch),), label), window.read(batch), window.unknown
+            )
+            made = model.fill(
+                sequences,
+                config,
+                start_step=0,
+                seed=seed,
+                first_index=offset + first_index + start,
+                batch_size=batch_size,
+                return_steps=False,
+                callback=told if callback else None,
+            )
+            window.write(batch, made.tokens)
+
+
+def _read(image: "Picture", size: int, patch: int) -> Tensor:
+    """Return a picture as float32 (1, 3, H, W) in [0, 1], its shorter side no longer than `size`."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().squeeze(0).movedim(0, -1).float().numpy()
+    pixels = images.to_tensor(
+        image if isinstance(image, Image.Image | np.ndarray) else images.read_image(image)
+    )
+    height, width = pixels.shape[2:]
+    shorter = min(height, width)
+    if shorter > size:
+        scaled = (max(size, round(width * size / shorter)), max(size, round(height * size / shorter)))
+        pixels = images.to_tensor(images.to_pil(pixels)[0].resize(scaled, Image.Resampling.BICUBIC))
+    elif shorter < patch:
+        raise RegionError(
+            f"An image must be at least {patch} pixels a side, which is one token, but is {width} × {height}."
+        )
+    return pixels
+
+
+def _margins(
+    added: dict[str, int],
+    canvas: Sequence[int] | None,
+    position: Sequence[int] | None,
+    width: int,
+    height: int,
+) -> tuple[int, int, int, int]:
+    """Return the pixels (left, right, top, bottom) around an image that is continued or put into a canvas."""
+    left, right, top, bottom = (check_count(name, n, 0, MAX_PIXELS) for name, n in added.items())
+    if canvas is None:
+        if position is not None:
+            raise RegionError("A position is that of the image in a canvas; give the canvas, too.")
+        if not left + right + top + bottom:
+            raise RegionError(
+                "Nothing is to be added; give pixels for left, right, top or bottom, or a canvas."
+            )
+        return left, right, top, bottom
+    if left + right + top + bottom:
+        raise RegionError("Give either a canvas or pixels for left, right, top and bottom, not both.")
+    wide, high = _pair("canvas", "(width, height)", canvas)
+    if (wide, high) == (width, height) or wide < width or high < height:
+        raise RegionError(
+            f"The canvas must be larger than the image, which has {width} × {height} pixels at the model's "
+            f"scale, but is {wide} × {high}."
+        )
+    middle = ((wide - width) // 2, (high - height) // 2)
+    x, y = middle if position is None else _pair("position", "(x, y)", position)
+    if x < 0 or y < 0 or x + width > wide or y + height > high:
+        raise RegionError(
+            f"The image of {width} × {height} pixels does not lie inside the canvas of {wide} × {high} at "
+            f"({x}, {y}); the position may be from (0, 0) to ({wide - width}, {high - height})."
+        )
+    return x, wide - width - x, y, high - height - y
+
+
+def _pair(name: str, meaning: str, values: Sequence[int]) -> tuple[int, int]:
+    if isinstance(values, str) or not isinstance(values, Iterable) or len(values := tuple(values)) != 2:
+        raise ConfigError(f"{name} must be two whole numbers {meaning}, but is {values!r}.")
+    first, second = (check_count(name, value, -MAX_PIXELS, MAX_PIXELS) for value in values)
+    return first, second
+
+
+def _axis(before: int, length: int, after: int, patch: int, side: int) -> tuple[int, int]:
+    """Return the tokens before an image and all tokens of the canvas, along one axis.
+
+    Tokens begin where the image begins. A canvas shorter than the model's grid is filled up to it, on the
+    side that is continued more.
+    """
+    first = math.ceil(before / patch)
+    total = first + math.ceil((length + after) / patch)
+    missing = max(0, side - total)
+    return first + (missing if before > after else 0), total + missing
+
+
+def _check_size(num_images: int, width: int, height: int, num_tokens: int) -> None:
+    if num_images * width * height > MAX_PIXELS or num_tokens > MAX_TOKENS:
+        raise RegionError(
+            f"{num_images} images of {width} × {height} pixels are more than {MAX_PIXELS:,} pixels, or one is "
+            f"of more than {MAX_TOKENS:,} tokens; make fewer or smaller ones."
+        )
+
+
+def _lay_over(
+    pixels: Tensor, photo: Tensor, margins: tuple[int, int, int, int], size: int, feather: float | None
+) -> None:
+    """Lay a photo (1, 3, h, w) over decoded canvases (B, 3, H, W), in place.
+
+    The tokenizer changes colours a little, which would show as a step around the photo. What it changed there
+    is taken back in the new parts as well, blurred, and the less the farther from the photo.
+    """
+    left, right, top, bottom = margins
+    height, width = photo.shape[2:]
+    inside = pixels[..., top : top + height, left : left + width]
+    lost = photo - inside
+    radius = size // 16
+    for _ in range(2):
+        lost = F.avg_pool2d(lost, 2 * radius + 1, 1, radius, count_include_pad=False)
+    reach = size // 4
+    rows = torch.arange(max(0, top - reach), min(pixels.shape[2], top + height + reach)) - top
+    columns = torch.arange(max(0, left - reach), min(pixels.shape[3], left + width + reach)) - left
+    near_rows, near_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    distance = torch.hypot((rows - near_rows)[:, None].float(), (columns - near_columns).float())
+    tint = lost[..., near_rows[:, None], near_columns] * _smooth(1 - distance / max(1, reach))
+    soft = size / 16 if feather is None else feather
+    weights = _fade(height, top, bottom, soft)[:, None] * _fade(width, left, right, soft)
+    around = pixels[..., top + int(rows[0]) : top + int(rows[-1]) + 1, left + int(columns[0]) :]
+    around = around[..., : len(columns)]
+    around.add_(tint).clamp_(0, 1)
+    inside.copy_(weights * photo + (1 - weights) * inside)
+
+
+def _fade(length: int, before: int, after: int, feather: float) -> Tensor:
+    """Return the photo's weight along one axis, float32 (length,), rising smoothly from edges continued."""
+    place = torch.arange(length) + 0.5
+    weight = torch.ones(length)
+    for distance, continued in ((place, before), (length - place, after)):
+        if continued and feather:
+            weight = weight * _smooth(distance / feather)
+    return weight
+
+
+def _smooth(rise: Tensor) -> Tensor:
+    """Return a curve from 0 at 0 to 1 at 1, level at both ends and beyond."""
+    rise = rise.clamp(0, 1)
+    return rise * rise * (3 - 2 * rise)
