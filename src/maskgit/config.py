@@ -237,6 +237,11 @@ class StepTables(Config):
         if any(after > before for before, after in pairwise(ratios)):
             raise ConfigError(f"tables.mask_ratio must never rise, but is {list(ratios)}.")
 
+    @property
+    def num_steps(self) -> int:
+        """The length of the longest table."""
+        return max(len(getattr(self, f.name) or ()) for f in dataclasses.fields(self))
+
     def check_length(self, steps: int) -> None:
         """Raise a `ConfigError` unless every table has a value for each step."""
         for f in dataclasses.fields(self):

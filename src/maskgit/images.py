@@ -331,7 +331,7 @@ def contact_sheet(
             large, (left + (width * scale - large.width) // 2, top + (height * scale - large.height) // 2)
         )
         if captions is not None:
-            text = _shorten(captions[i], draw, font, width * scale)
+            text = shorten(captions[i], draw, font, width * scale)
             middle = (left + width * scale / 2, top + height * scale + line / 2)
             draw.text(middle, text, "black", font, anchor="mm")
     return sheet
@@ -344,7 +344,8 @@ def _columns(count: int) -> int:
     return full[0] if full else side
 
 
-def _shorten(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
+def shorten(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
+    """Return text on one line that is at most `width` pixels wide in a font, cut with "…" where it must be."""
     text = " ".join(text.split())
     if draw.textlength(text, font) <= width:
         return text

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskgit import images
+from maskgit import images, outpainting
 from maskgit.classes import find_class
 from maskgit.config import ModelConfig, SamplerConfig, StepTables, check_count
 from maskgit.errors import ConfigError
@@ -130,7 +130,7 @@ class MaskGIT:
 
     def generate(
         self,
-        labels: Label | Sequence[Label],
+        labels: Label | Sequence[Label] | Tensor | np.ndarray,
         *,
         num_images: int = 1,
         seed: int = 0,
@@ -235,6 +235,9 @@ class MaskGIT:
         )
         blended = composite(pixels.expand_as(made.images), made.images, mask, self.tokenizer.patch_size)
         return replace(made, images=blended, token_mask=mask)
+
+    outpaint = outpainting.outpaint
+    panorama = outpainting.panorama
 
     def reconstruct(self, image: Picture) -> Output:
         """Return what the tokenizer keeps of an image: encoded to tokens and decoded again.

@@ -397,7 +397,7 @@ def test_dry_run_counts_the_discriminator_for_as_long_as_it_runs(config):
     assert flops[1] == pytest.approx((flops[0] + flops[2]) / 2, abs=0.006)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "smoke"])
+@pytest.mark.parametrize("name", ["cifar10", "fashion_mnist", "smoke"])
 def test_recipes_are_valid(name):
     path = Path(__file__).parents[2] / "recipes" / name / "tokenizer.toml"
     config = TokenizerTrainingConfig.from_dict(tomllib.loads(path.read_text("utf-8")))

@@ -6,14 +6,14 @@ torch and the model code are imported inside the commands, so that `--help` answ
 import signal
 import sys
 import threading
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
 
 from maskgit import __version__
+from maskgit.apps.flags import Model, Sampler
 from maskgit.apps.output import (
     MAX_COLUMNS,
     MAX_SHEET,
@@ -25,6 +25,7 @@ from maskgit.apps.output import (
     slug,
 )
 from maskgit.apps.training_commands import pack, tokenize, train
+from maskgit.apps.tuning_commands import tune
 from maskgit.errors import ConfigError, MaskGITError, OutputError
 
 if TYPE_CHECKING:
@@ -36,54 +37,6 @@ EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 app = tyro.extras.SubcommandApp()
-
-
-def _own(metavar: str) -> Any:
-    """Describe a flag that, when it is not given, leaves the choice to the model."""
-    return arg(metavar=metavar, help_behavior_hint="(default: the model's own)")
-
-
-@dataclass(frozen=True)
-class Model:
-    """Which model, and where it runs."""
-
-    model: str = "cifar10"
-    """A model's name (see `maskgit info`), its folder, or a Hugging Face id such as user/model."""
-    device: str = "auto"
-    """cuda, mps or cpu; auto takes the first that is there."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The type the networks compute in; float32 gives the same tokens everywhere."""
-
-    def load(self) -> "MaskGIT":
-        """Return the model on its device."""
-        import torch
-
-        from maskgit import hub
-        from maskgit.devices import choose_device
-
-        return hub.from_pretrained(
-            self.model, device=choose_device(self.device), dtype=getattr(torch, self.dtype)
-        )
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How tokens are decoded; what is not given is the model's own choice."""
-
-    steps: Annotated[int | None, _own("INT")] = None
-    """Forward passes; more is slower and usually better."""
-    choice_temperature: Annotated[float | None, _own("FLOAT")] = None
-    """Noise on the confidence that decides which tokens stay; more is more varied."""
-    temperature: Annotated[float | None, _own("FLOAT")] = None
-    """Divides the logits; below 1 plays safe, 0 takes the likeliest token."""
-    mask_schedule: Annotated[str | None, _own("NAME")] = None
-    """cosine, uniform, square, cubic, sqrt, log, exp, or powX such as pow2.5."""
-    guidance_scale: Annotated[float | None, _own("FLOAT")] = None
-    """Classifier-free guidance; 1 is none."""
-
-    def given(self) -> dict[str, Any]:
-        """Return the settings that were given."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
 @app.command
@@ -288,6 +241,29 @@ def convert(
 
 
 @app.command
+def policies() -> None:
+    """List the decoding policies with their parameters and sources."""
+    import inspect
+    from dataclasses import fields
+
+    from maskgit.policies import POLICIES
+
+    for name, policy in POLICIES.items():
+        about = inspect.getdoc(policy) or ""
+        print(f"{name}\n    {about.splitlines()[0]}\n    Source: {policy.source}")
+        described = about.partition("Attributes:")[2].split("\n    ")
+        for f in fields(policy):
+            text = next((line.strip() for line in described if line.strip().startswith(f"{f.name}")), f.name)
+            print(
+                f"    --policy-options {f.name}={str(f.default).lower() if f.type is bool else f.default}: "
+                f"{text.partition(': ')[2]}"
+            )
+        for setting, value in policy.defaults.items():
+            print(f"    brings --{setting.replace('_', '-')} {value}, unless another is given")
+        print()
+
+
+@app.command
 def info(model: Positional[str] = "", classes: bool = False) -> None:
     """Describe a model, or list the models that have names.
 
@@ -316,7 +292,7 @@ def info(model: Positional[str] = "", classes: bool = False) -> None:
             print(f"{number:5} {config.class_names[number] if config.class_names else ''}")
 
 
-for command in (pack, tokenize, train):
+for command in (pack, tokenize, train, tune):
     app.command(command)
 
 

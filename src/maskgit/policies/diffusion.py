@@ -43,7 +43,8 @@ class ReMDM(Policy):
     Attributes:
         form: "rescale", "cap" or "confidence".
         eta: how much is masked again; 0 is `mdlm`.
-        begin_at, end_at: tokens are masked again only while progress is between these.
+        begin_at: tokens are masked again from this progress on, in [0, 1].
+        end_at: and up to this one.
     """
 
     form: str = "rescale"

@@ -1,0 +1,105 @@
+"""Flags that several commands share: which model, and how it decodes."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from maskgit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from maskgit.pipeline import MaskGIT
+
+
+def _own(metavar: str) -> Any:
+    """Describe a flag that, when it is not given, leaves the choice to the model."""
+    return arg(metavar=metavar, help_behavior_hint="(default: the model's own)")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model, and where it runs."""
+
+    model: str = "cifar10"
+    """A model's name (see `maskgit info`), its folder, or a Hugging Face id such as user/model."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first that is there."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The type the networks compute in; float32 gives the same tokens everywhere."""
+
+    def load(self) -> "MaskGIT":
+        """Return the model on its device."""
+        import torch
+
+        from maskgit import hub
+        from maskgit.devices import choose_device
+
+        return hub.from_pretrained(
+            self.model, device=choose_device(self.device), dtype=getattr(torch, self.dtype)
+        )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are decoded; what is not given is the model's own choice."""
+
+    steps: Annotated[int | None, _own("INT")] = None
+    """Forward passes; more is slower and usually better. The limit of policies that adapt."""
+    policy: Annotated[str | None, _own("NAME")] = None
+    """Which tokens stay after a step; `maskgit policies` lists them."""
+    policy_options: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE", help_behavior_hint="")] = ()
+    """The policy's parameters."""
+    mask_schedule: Annotated[str | None, _own("NAME")] = None
+    """cosine, uniform, square, cubic, sqrt, log, exp, arccos, or powX such as pow2.5."""
+    temperature: Annotated[float | None, _own("FLOAT")] = None
+    """Divides the logits; below 1 plays safe, 0 takes the likeliest token."""
+    temperature_schedule: Annotated[str | None, _own("CURVE")] = None
+    """What the temperature is multiplied by: constant, linear[:FROM,TO], cosine[:FROM,TO],
+    power-cosine:POWER[,FROM,TO] or interval:LOW,HIGH, over progress from 0 to 1."""
+    choice_temperature: Annotated[float | None, _own("FLOAT")] = None
+    """Noise on the confidence that decides which tokens stay; more is more varied."""
+    choice_schedule: Annotated[str | None, _own("CURVE")] = None
+    """What it is multiplied by."""
+    guidance_scale: Annotated[float | None, _own("FLOAT")] = None
+    """Classifier-free guidance; 1 is none."""
+    guidance_schedule: Annotated[str | None, _own("CURVE")] = None
+    """How much of it is in force."""
+    force_guidance: bool = False
+    """Guide a model that was never trained without its class, too."""
+    tables: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A JSON file of values for each step in place of curves: mask_ratio, temperature, choice_temperature,
+    guidance_scale."""
+    preset: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A JSON file of settings, as `maskgit tune` writes; flags given beside it win."""
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that were given, by their names in `SamplerConfig`.
+
+        Raises:
+            ConfigError: a file cannot be read, or an option is not NAME=VALUE.
+        """
+        from maskgit.presets import read_preset, read_tables
+
+        settings = read_preset(self.preset) if self.preset else {}
+        if self.policy is not None and self.policy != settings.get("policy"):
+            settings.pop("policy_options", None)
+        if self.tables:
+            settings["tables"] = read_tables(self.tables)
+            settings["steps"] = settings["tables"].num_steps
+        if self.policy_options:
+            settings["policy_options"] = dict(_option(text) for text in self.policy_options)
+        plain = [f.name for f in fields(self) if f.name not in ("tables", "preset", "policy_options")]
+        settings |= {name: getattr(self, name) for name in plain if getattr(self, name) not in (None, False)}
+        return settings
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"A policy's parameter is written NAME=VALUE, such as eta=0.1, but is {text!r}.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
