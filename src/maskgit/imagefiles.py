@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -124,6 +124,24 @@ def _binary(source: Source) -> Any:
     return nullcontext(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
+def read(source: Source, max_pixels: int, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Read a picture of one frame, turned the way it is meant to be seen and without metadata.
+
+    Args:
+        source, max_pixels: as in `opened`.
+        convert: brings the pixels to another mode, before the picture's metadata is removed.
+
+    Raises:
+        ImageError: as in `opened`, or it is animated.
+    """
+    with opened(source, max_pixels) as (name, image):
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise ImageError(f"{name} is animated or has pages ({frames} frames); extract one frame first.")
+        image.load()
+        return upright(convert(image), orientation(image))
+
+
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8, of a decoded picture; 1 if it is missing or broken."""
     try:
@@ -155,6 +173,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white.alpha_composite(rgba)
         image = white
     return image.convert("RGB")
+
+
+def keep_alpha(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode in RGBA if it has transparency, else in RGB; see `to_rgb`."""
+    if image.mode == "La":
+        grey, alpha = image.split()
+        image = Image.merge("RGBa", (grey, grey, grey, alpha))
+    deep = image.mode == "F" or image.mode.startswith("I")
+    return image.convert("RGBA") if image.has_transparency_data and not deep else to_rgb(image)
 
 
 def _shallow(image: Image.Image) -> Image.Image:

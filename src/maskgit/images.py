@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
-from maskgit import files
+from maskgit import files, imagefiles
 from maskgit.config import check_range
 from maskgit.errors import ConfigError, ImageError, OutputError
-from maskgit.imagefiles import Source, decoding, opened, orientation, to_rgb, upright
+from maskgit.imagefiles import Source, decoding, opened, to_rgb, upright
 
 MAX_PIXELS = 100_000_000
 MAX_SETTINGS_CHARS = 2**20
@@ -45,12 +45,7 @@ def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageError: it cannot be read, is no picture of these formats, is damaged, too large, or animated.
     """
-    with opened(source, max_pixels) as (name, image):
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1:
-            raise ImageError(f"{name} is animated or has pages ({frames} frames); extract one frame first.")
-        image.load()
-        return upright(to_rgb(image), orientation(image))
+    return imagefiles.read(source, max_pixels, to_rgb)
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:

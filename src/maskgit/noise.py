@@ -19,7 +19,7 @@ from maskgit.config import check_count
 
 MASK32 = 0xFFFFFFFF
 # Streams keep draws for different purposes apart; a new purpose takes a new number below 256.
-TOKENS, CHOICE, ORDER, UNMASK, REMASK, FOLDS = 0, 1, 2, 3, 4, 5
+TOKENS, CHOICE, ORDER, UNMASK, REMASK, FOLDS, LABELS, VARY = range(8)
 NUM_STREAMS = 256
 
 # On a CPU, blocks are made in pieces that stay in its cache.

@@ -3,8 +3,7 @@
 Shapes: B images, S = N + 1 the sequence with its class token, K codes, h × w the token grid.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,15 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskgit import images, outpainting
+from maskgit import editing, images, likelihood, outpainting, variations
 from maskgit.classes import find_class
 from maskgit.config import ModelConfig, SamplerConfig, StepTables, check_count
 from maskgit.errors import ConfigError
 from maskgit.noise import ImageNoise
 from maskgit.policies import POLICIES
 from maskgit.policies.base import log_probs_of
-from maskgit.regions import box_to_token_mask, composite
-from maskgit.results import Callback, Output, Trace
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace
 from maskgit.sampler import Decoded, decode_steps
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
@@ -29,8 +27,6 @@ from maskgit.vocabulary import Vocabulary
 
 Label = int | str | None
 Picture = str | Path | Image.Image | np.ndarray | Tensor
-# So many images are decoded together when the caller does not say: enough to fill a GPU, little enough memory.
-DEFAULT_BATCH_SIZE = 16
 
 
 class MaskGIT:
@@ -104,6 +100,13 @@ class MaskGIT:
             return -1
         return find_class(query, self.class_names, self.config.transformer.num_classes)
 
+    def labels(self, queries: "Label | Sequence[Label] | Tensor | np.ndarray") -> list[int]:
+        """Return the class numbers that one or several names or numbers mean; see `label`."""
+        if isinstance(queries, Tensor | np.ndarray | np.generic):
+            queries = queries.tolist()
+        listed = isinstance(queries, Iterable) and not isinstance(queries, str)
+        return [self.label(query) for query in (queries if listed else [queries])]
+
     def sampler_config(self, **settings: Any) -> SamplerConfig:
         """Return the model's own sampler settings with those that are given (not None) in their place.
 
@@ -165,12 +168,9 @@ class MaskGIT:
         Source: paper §3.2; official inference.py, `generate_samples`.
         """
         num_images = check_count("num_images", num_images, 1, 1_000_000)
-        if isinstance(labels, Tensor | np.ndarray | np.generic):
-            labels = labels.tolist()
-        listed = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else [labels]
-        numbers = [self.label(label) for label in listed for _ in range(num_images)]
+        numbers = [number for number in self.labels(labels) for _ in range(num_images)]
         sequences = self.vocabulary.sequence(torch.tensor(numbers, dtype=torch.int64))
-        return self._decode(
+        return self.fill(
             sequences,
             self.sampler_config(**settings),
             seed=seed,
@@ -180,70 +180,23 @@ class MaskGIT:
             callback=callback,
         )
 
-    def edit(
-        self,
-        image: Picture,
-        box: Sequence[int],
-        label: Label,
-        *,
-        num_images: int = 1,
-        rule: str = "cover",
-        start_step: int | None = None,
-        seed: int = 0,
-        first_index: int = 0,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        return_steps: bool = False,
-        callback: Callback | None = None,
-        **settings: Any,
-    ) -> Output:
-        """Replace what is in a box by a class, and blend it into the image.
-
-        Args:
-            image: a path, a picture, an array or a tensor (see `maskgit.images`); cut to a square and
-                resized to the model's size if it has another.
-            box: (left, top, width, height) in pixels of the image at the model's size.
-            label: what is to appear in the box.
-            num_images: variants to make.
-            rule: which tokens the box masks, a name in `maskgit.regions.RULES`; `official` is the released
-                notebook's.
-            start_step: the step to begin decoding at; None is a sixth of the steps (official: 2 of 12).
-            seed, first_index, batch_size, return_steps, callback, **settings: as for `generate`.
-
-        Returns:
-            `Output`; its images differ from the given one only in and softly around the masked tokens.
-
-        Raises:
-            ConfigError, ImageError, RegionError: an argument is not allowed.
-
-        Source: official inference.py, `p_edit_samples` and `composite_outputs`.
-        """
-        num_images = check_count("num_images", num_images, 1, 1_000_000)
-        config = self.sampler_config(**settings)
-        pixels = self.prepare(image)
-        mask = box_to_token_mask(box, self.config.image_size, self.tokenizer.patch_size, rule)
-        tokens = self.tokenizer.encode(pixels.to(self.device)).cpu().expand(num_images, -1, -1)
-        labels = torch.full((num_images,), self.label(label))
-        made = self._decode(
-            self.vocabulary.sequence(labels, tokens, mask),
-            config,
-            start_step=config.steps // 6 if start_step is None else start_step,
-            seed=seed,
-            first_index=first_index,
-            batch_size=batch_size,
-            return_steps=return_steps,
-            callback=callback,
-        )
-        blended = composite(pixels.expand_as(made.images), made.images, mask, self.tokenizer.patch_size)
-        return replace(made, images=blended, token_mask=mask)
-
+    edit = editing.edit
+    inpaint = editing.inpaint
+    vary = variations.vary
+    interpolate_classes = variations.interpolate_classes
+    interpolate_images = variations.interpolate_images
     outpaint = outpainting.outpaint
     panorama = outpainting.panorama
+    log_likelihood = likelihood.log_likelihood
+    guess_class = likelihood.guess_class
+    generate_best = likelihood.generate_best
 
     def reconstruct(self, image: Picture) -> Output:
         """Return what the tokenizer keeps of an image: encoded to tokens and decoded again.
 
         Args:
-            image: as for `edit`.
+            image: a path, a picture, an array or a tensor (see `maskgit.images`); cut to a square and
+                resized to the model's size if it has another.
 
         Returns:
             `Output` with one image of the model's size.
@@ -251,8 +204,8 @@ class MaskGIT:
         Raises:
             ImageError: the image cannot be read.
         """
-        tokens = self.tokenizer.encode(self.prepare(image).to(self.device))
-        return Output(self._pixels(tokens), tokens.cpu())
+        tokens = self.encode_pixels(self.prepare(image))
+        return Output(self.decode_tokens(tokens), tokens)
 
     def prepare(self, image: Picture) -> Tensor:
         """Return a picture as float32 (1, 3, image_size, image_size) in [0, 1], cut and resized to fit.
@@ -274,33 +227,44 @@ class MaskGIT:
     def _sides(self) -> tuple[int, int]:
         return (self.config.image_size, self.config.image_size)
 
-    def _decode(
+    def fill(
         self,
         sequences: Tensor,
         config: SamplerConfig,
         *,
         start_step: int = 0,
-        seed: int,
-        first_index: int,
-        batch_size: int,
-        return_steps: bool,
-        callback: Callback | None,
+        switch: tuple[int, Tensor] | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        return_steps: bool = False,
+        callback: Callback | None = None,
     ) -> Output:
-        """Fill in masked sequences (B, S), a batch at a time, and turn the result into images."""
+        """Fill in masked sequences, a batch at a time, and turn the result into images.
+
+        Args:
+            sequences: int64 (B, S), as `Vocabulary.sequence` makes them.
+            config: how they are decoded.
+            start_step: the step to begin decoding at.
+            switch: (step, class tokens int64 (B,)) to go on with other classes from that step.
+            seed, first_index, batch_size, return_steps, callback: as for `generate`.
+
+        Returns:
+            `Output` with B images.
+
+        Raises:
+            ConfigError: a setting is out of range.
+        """
         batch_size = check_count("batch_size", batch_size, 1, 65_536)
         first_index = check_count("first_index", first_index, 0, 2**62)
         pixels, tokens, traces = [], [], []
         for start in range(0, len(sequences), batch_size):
-            batch = sequences[start : start + batch_size].to(self.device)
+            rows = slice(start, start + batch_size)
+            batch = sequences[rows].to(self.device)
             indices = torch.arange(first_index + start, first_index + start + len(batch), device=self.device)
-            steps = decode_steps(
-                self.predict_logits,
-                batch,
-                config,
-                mask_token=self.vocabulary.mask,
-                start_step=start_step,
-                noise=ImageNoise(seed, indices, batch.shape[1], self.vocabulary.num_codes),
-            )
+            noise = ImageNoise(seed, indices, batch.shape[1], self.vocabulary.num_codes)
+            part = None if switch is None else (switch[0], switch[1][rows].to(self.device))
+            steps = self._steps(batch, config, noise, start_step, part)
             history = []
             for made in steps:
                 grid = self.vocabulary.grid(made.tokens)
@@ -308,10 +272,37 @@ class MaskGIT:
                     history.append(self._record(made))
                 if callback is not None:
                     callback(made.step, indices, grid)
-            pixels.append(self._pixels(grid))
+            pixels.append(self.decode_tokens(grid))
             tokens.append(grid.cpu())
             traces.append(history)
         return Output(torch.cat(pixels), torch.cat(tokens), _join(traces) if return_steps else None)
+
+    def _steps(
+        self,
+        sequences: Tensor,
+        config: SamplerConfig,
+        noise: ImageNoise,
+        start_step: int,
+        switch: tuple[int, Tensor] | None,
+    ) -> Iterator[Decoded]:
+        """Give the steps of decoding; from the step of the switch on, the class tokens are others."""
+        options: dict[str, Any] = {
+            "mask_token": self.vocabulary.mask, "noise": noise, "start_step": start_step
+        }
+        state = None
+        if switch is not None:
+            step, classes = switch
+            if step > start_step:
+                for made in decode_steps(self.predict_logits, sequences, config, **options):
+                    yield made
+                    if made.state is None:
+                        return
+                    if made.state.step == step:
+                        break
+                state, sequences = made.state, made.state.sequence
+            sequences = torch.cat([classes[:, None], sequences[:, 1:]], dim=1)
+            state = None if state is None else state._replace(sequence=sequences)
+        yield from decode_steps(self.predict_logits, sequences, config, state=state, **options)
 
     def _record(self, made: Decoded) -> Trace:
         """Return what a trace keeps of one step."""
@@ -323,8 +314,13 @@ class MaskGIT:
         """Return the logits of the image codes: int64 (B, S) → float (B, S, num_codes)."""
         return self.transformer(sequence, codes=self.vocabulary.num_codes)
 
-    def _pixels(self, tokens: Tensor) -> Tensor:
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the images of tokens: int64 (B, h, w) → float32 (B, 3, H, W) in [0, 1], on the CPU."""
         return self.tokenizer.decode(tokens.to(self.device)).float().clamp(0, 1).cpu()
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the tokens of images: float (B, 3, H, W) in [0, 1] → int64 (B, h, w), on the CPU."""
+        return self.tokenizer.encode(pixels.to(self.device)).cpu()
 
 
 def _join(batches: list[list[Trace]]) -> Trace:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from maskgit.config import MAX_GRID, check_range
+from maskgit.config import MAX_GRID, check_count, check_range
 from maskgit.errors import RegionError, unknown_name
 
 Box = Sequence[int]
@@ -64,7 +65,7 @@ def box_to_token_mask(
     if rule not in RULES:
         raise unknown_name("rule", rule, RULES)
     image_width, image_height = _check_size(image_size, patch)
-    left, top, width, height = _check_box(box, image_width, image_height)
+    left, top, width, height = check_box(box, image_width, image_height)
     mask = torch.zeros(image_height // patch, image_width // patch, dtype=torch.bool)
     first_row, end_row = RULES[rule](top, height, patch)
     first_column, end_column = RULES[rule](left, width, patch)
@@ -91,17 +92,22 @@ def boxes_to_token_mask(
     return torch.stack([box_to_token_mask(box, image_size, patch, rule) for box in boxes]).any(0)
 
 
-def pixels_to_token_mask(pixels: Tensor, patch: int = 16) -> Tensor:
-    """Return the tokens that hold at least one masked pixel.
+def pixels_to_token_mask(
+    pixels: Tensor, patch: int = 16, *, share: float = 0.0, dilate: int = 0
+) -> Tensor:
+    """Return the tokens that hold masked pixels.
 
     Args:
         pixels: bool (H, W), True = to be replaced; H and W are multiples of `patch`.
         patch: pixels a token covers, in each direction.
+        share: what share of a token's pixels masks it, above 0 and up to 1; 0 means that any pixel does.
+        dilate: tokens by which the mask then grows in every direction, diagonals included.
 
     Returns:
         bool (h, w), True = to be predicted.
 
     Raises:
+        ConfigError: share or dilate is out of range.
         RegionError: the type or shape is another one.
     """
     if pixels.ndim != 2 or pixels.dtype != torch.bool:
@@ -109,7 +115,48 @@ def pixels_to_token_mask(pixels: Tensor, patch: int = 16) -> Tensor:
             f"A mask must be bool of shape (H, W), but is {pixels.dtype} of {tuple(pixels.shape)}."
         )
     width, height = _check_size((pixels.shape[1], pixels.shape[0]), patch)
-    return pixels.reshape(height // patch, patch, width // patch, patch).any(3).any(1)
+    return shares_to_token_mask(cell_shares(pixels.numpy(), (height // patch, width // patch)), share, dilate)
+
+
+def cell_shares(pixels: np.ndarray, grid: tuple[int, int]) -> Tensor:
+    """Return what share of each cell's pixels is masked, the pixels being dealt out evenly.
+
+    Args:
+        pixels: bool (H, W) of any size that is at least the grid's.
+        grid: (rows, columns) of cells; a pixel belongs to the one that its middle lies in.
+
+    Returns:
+        float64 (rows, columns) in [0, 1].
+    """
+    counts: np.ndarray = pixels
+    area = np.ones(())
+    for axis, cells in enumerate(grid):
+        # Pixel i has its middle in cell c where i + 1/2 ≥ c · length / cells.
+        length = pixels.shape[axis]
+        starts = (2 * np.arange(cells) * length + cells - 1) // (2 * cells)
+        counts = np.add.reduceat(counts, starts, axis=axis, dtype=np.int64)
+        area = np.multiply.outer(area, np.diff(starts, append=length))
+    return torch.from_numpy(counts / area)
+
+
+def shares_to_token_mask(shares: Tensor, share: float = 0.0, dilate: int = 0) -> Tensor:
+    """Return the tokens that shares of masked pixels mask: float64 (h, w) → bool (h, w).
+
+    Args:
+        shares: as `cell_shares` returns them, a cell a token.
+        share, dilate: as for `pixels_to_token_mask`.
+
+    Raises:
+        ConfigError: share or dilate is out of range.
+    """
+    check_range("share", share, 0, 1)
+    dilate = check_count("dilate", dilate, 0, MAX_GRID)
+    # A share such as 0.3 is not exact in binary, and no count of pixels comes near to it by chance.
+    mask = shares > 0 if share == 0 else shares >= share - 1e-9
+    if not dilate:
+        return mask
+    down = F.max_pool2d(mask.float()[None], (2 * dilate + 1, 1), 1, (dilate, 0))
+    return F.max_pool2d(down, (1, 2 * dilate + 1), 1, (0, dilate))[0] > 0
 
 
 def composite(
@@ -143,19 +190,36 @@ def composite(
     radius = max(0, min(height, width) // 16 - 1) if feather is None else feather
     check_range("feather", radius, 0, max(height, width))
     masks = token_mask.reshape(-1, *token_mask.shape[-2:]).cpu().numpy()
-    weights = torch.from_numpy(np.stack([_weights(mask, (width, height), radius) for mask in masks]))[:, None]
-    weights = weights.to(generated.device)
-    if token_mask.ndim == 2:
-        weights = weights[0]
-    return weights * generated.float() + (1 - weights) * image.to(generated.device).float()
+    stacked = np.stack([np.asarray(soft_mask(mask, (width, height), radius)) for mask in masks])
+    weights = torch.from_numpy(stacked)[:, None].to(generated.device)
+    return blend(image, generated, weights[0] if token_mask.ndim == 2 else weights)
 
 
-def _weights(mask: np.ndarray, size: tuple[int, int], radius: float) -> np.ndarray:
-    """Return float32 (H, W) in [0, 1], the weight of the generated image, from bool (h, w)."""
+def blend(image: Tensor, generated: Tensor, weights: Tensor) -> Tensor:
+    """Return w · generated + (1 − w) · image, in which a pixel of weight 0 stays exactly as it was.
+
+    Args:
+        image, generated: as for `composite`.
+        weights: uint8, 255 for w = 1, of a shape that broadcasts with theirs.
+
+    Returns:
+        float32, on the device of `generated`.
+    """
+    weight = weights.float() / 255
+    return weight * generated.float() + (1 - weight) * image.to(generated.device).float()
+
+
+def soft_mask(mask: np.ndarray, size: tuple[int, int], radius: float) -> Image.Image:
+    """Return a token mask as weights with a soft edge: bool (h, w) → mode L, 255 for a weight of 1.
+
+    Args:
+        size: (width, height) of the result.
+        radius: of the Gaussian blur, in pixels.
+
+    Source: official `composite_outputs`.
+    """
     soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
-    if radius:
-        soft = soft.filter(ImageFilter.GaussianBlur(radius))
-    return np.asarray(soft).astype(np.float32) / 255
+    return soft.filter(ImageFilter.GaussianBlur(radius)) if radius else soft
 
 
 def _whole_numbers(values: object, count: int) -> tuple[int, ...] | None:
@@ -181,7 +245,12 @@ def _check_size(image_size: int | tuple[int, int], patch: int) -> tuple[int, int
     return sides[0], sides[1]
 
 
-def _check_box(box: Box, image_width: int, image_height: int) -> tuple[int, int, int, int]:
+def check_box(box: Box, image_width: int, image_height: int) -> tuple[int, int, int, int]:
+    """Return a box as four ints.
+
+    Raises:
+        RegionError: it is no box inside the image.
+    """
     sides = _whole_numbers(box, 4)
     if sides is not None:
         left, top, width, height = sides

@@ -5,6 +5,7 @@ Shapes: B images, T steps, h × w the token grid.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -14,6 +15,8 @@ from maskgit import images
 
 # Called with the step's number, the indices int64 (B,) of the images and their tokens int64 (B, h, w) so far.
 Callback = Callable[[int, Tensor, Tensor], None]
+# So many images are decoded together when the caller does not say: enough to fill a GPU, little enough memory.
+DEFAULT_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -44,22 +47,45 @@ class Trace:
         return torch.where(fixed_at < 0, 1.0, found)
 
 
+class ClassGuess(NamedTuple):
+    """Which class an image is of, as the model sees it.
+
+    Attributes:
+        label: the likeliest class's number.
+        log_likelihoods: float32 (num_classes,), as `maskgit.likelihood.guess_class` returns them.
+    """
+
+    label: int
+    log_likelihoods: Tensor
+
+
 @dataclass(frozen=True)
 class Output:
     """What the pipeline makes.
 
     Attributes:
-        images: float32 (B, 3, H, W) in [0, 1], RGB, on the CPU.
+        images: float32 (B, 3, H, W) in [0, 1], RGB, on the CPU; of a photo, the part that the model saw, at the
+            model's size.
         tokens: int64 (B, h, w), what the images were decoded from, on the CPU.
         trace: how they came to be, if asked for.
-        token_mask: bool (h, w), True where an edit made new tokens, or None.
+        token_mask: bool (h, w), or (B, h, w) where images differ, True where an edit made new tokens, or None.
+        before: float32 (1, 3, H, W) in [0, 1], what an edit began with, or None.
+        photos: of an edit, the B whole photos with what is new in its place, RGB or RGBA, or None.
+        class_guess: which class an edit found, where it was asked to guess, or None.
+        scores: float32 (B,), of the images chosen by score, or None.
+        indices: int64 (B,), by which each of those can be made again alone (`first_index`), or None.
     """
 
     images: Tensor
     tokens: Tensor
     trace: Trace | None = None
     token_mask: Tensor | None = None
+    before: Tensor | None = None
+    photos: list[Image.Image] | None = None
+    class_guess: ClassGuess | None = None
+    scores: Tensor | None = None
+    indices: Tensor | None = None
 
     def to_pil(self) -> list[Image.Image]:
-        """Return the images as 8-bit RGB pictures."""
-        return images.to_pil(self.images)
+        """Return the photos, or else the images as 8-bit RGB pictures."""
+        return images.to_pil(self.images) if self.photos is None else list(self.photos)

@@ -30,8 +30,8 @@ def pack(
     """Read a data set once and keep its images, cropped to squares, in a folder that training maps into memory.
 
     Args:
-        source: A folder of folders of images, one a class; Parquet files; WebDataset tars; or a name on the
-            Hugging Face Hub.
+        source: A folder of folders of images, one a class; Parquet files; WebDataset tars; a folder of IDX files
+            (MNIST's format); or a name on the Hugging Face Hub.
         out: The folder to make.
         size: Pixels a side. Pack larger than the training size if it is to draw random crops.
         split: Which part, as the source names it.

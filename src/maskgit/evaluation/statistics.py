@@ -6,7 +6,7 @@ Two kinds of `.npz` files are read:
   over the whole data set, beside a sample of its images in `arr_0`; files with `mu` and `sigma` alone, such
   as those of pytorch-fid, too. They do not say which network made them.
 - our own: `format`, `mean`, `covariance`, `count`, `identity` (of the feature net), `resolution`, and, where
-  the net has them or they were asked for, `spatial_mean`, `spatial_covariance` and `features`.
+  the net has them or they were asked for, `spatial_mean`, `spatial_covariance`, `features` and their `labels`.
 
 Shapes: B batch, N images, D feature dimensions, S spatial dimensions, H × W pixels.
 """
@@ -48,6 +48,7 @@ class ImageStatistics:
         resolution: (height, width) of the images in pixels; None where the file does not say.
         features: float32 (n, D), pooled features of the first n images, for kernel distances and neighbours;
             None where none were kept.
+        labels: int32 (n,), the classes of those images; None where they are not known.
     """
 
     pooled: Gaussian
@@ -55,6 +56,7 @@ class ImageStatistics:
     identity: str | None = None
     resolution: tuple[int, int] | None = None
     features: NDArray[np.float32] | None = None
+    labels: NDArray[np.int32] | None = None
 
 
 class Collector:
@@ -148,12 +150,14 @@ def merge_statistics(parts: Sequence[ImageStatistics]) -> ImageStatistics:
     if len(spatial) not in (0, len(parts)):
         raise DataError("Only some of the statistics have spatial features: make them with one feature net.")
     kept = [part.features for part in parts if part.features is not None]
+    labels = [part.labels for part in parts if part.labels is not None]
     return ImageStatistics(
         _merged([part.pooled for part in parts]),
         _merged(spatial) if spatial else None,
         first.identity,
         first.resolution,
         np.concatenate(kept) if kept else None,
+        np.concatenate(labels) if kept and len(labels) == len(kept) else None,
     )
 
 
@@ -268,7 +272,12 @@ def _own(archive: Archive) -> ImageStatistics:
         features = archive.read("features", MAX_FEATURE_BYTES)
         if features.ndim != 2 or features.dtype != np.float32 or features.shape[1] != len(pooled.mean):
             raise DataError(f"{archive.path}: 'features' has the wrong shape or type: make it again.")
-    return ImageStatistics(pooled, spatial, str(identity), (height, width), features)
+    labels = None
+    if features is not None and "labels" in archive.names:
+        labels = archive.read("labels", 4 * len(features))
+        if labels.shape != (len(features),) or labels.dtype != np.int32:
+            raise DataError(f"{archive.path}: 'labels' has the wrong shape or type: make it again.")
+    return ImageStatistics(pooled, spatial, str(identity), (height, width), features, labels)
 
 
 def _vector(archive: Archive, name: str, size: int) -> NDArray[np.int64]:
@@ -329,6 +338,8 @@ def write_statistics(path: str | Path, statistics: ImageStatistics, *, overwrite
         arrays |= {"spatial_mean": spatial.mean, "spatial_covariance": spatial.covariance}
     if statistics.features is not None:
         arrays["features"] = statistics.features
+        if statistics.labels is not None:
+            arrays["labels"] = statistics.labels
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 

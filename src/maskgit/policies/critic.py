@@ -62,6 +62,7 @@ def scores_by_folds(
     uniform_BS: Tensor,
     folds: int,
     mask_token: int,
+    asked: int | None = None,
 ) -> Tensor:
     """Return each free token's log-probability given those of the other folds and the known ones.
 
@@ -72,13 +73,14 @@ def scores_by_folds(
         uniform_BS: decides the folds, which are of equal size to one token.
         folds: how many evaluations are made.
         mask_token: the number that stands for "masked".
+        asked: how many of the folds are scored; None is all.
 
     Returns:
-        float32 (B, S), 0 where a token is not free.
+        float32 (B, S), 0 where a token is not free or not asked for.
     """
     rank_BS = uniform_BS.masked_fill(~free_BS, torch.inf).argsort(-1).argsort(-1)
     scores_BS = torch.zeros_like(uniform_BS)
-    for fold in range(folds):
+    for fold in range(folds if asked is None else asked):
         asked_BS = free_BS & (rank_BS % folds == fold)
         logits_BSK = predict(tokens_BS.masked_fill(asked_BS, mask_token))
         scores_BS = torch.where(asked_BS, log_probs_of(logits_BSK, tokens_BS), scores_BS)

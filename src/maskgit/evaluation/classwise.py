@@ -1,0 +1,98 @@
+"""How each class fares, by a measure that is sound with a few images a class.
+
+Shapes: N samples, M real images, D feature dimensions, k neighbours.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskgit.evaluation.metrics import Interval
+from maskgit.evaluation.neighbours import nearest_neighbours
+from maskgit.evaluation.statistics import ImageStatistics
+
+# Neighbours that vote on an image's class.
+K_VOTES = 10
+
+
+class ClassScore(NamedTuple):
+    """How one class fares.
+
+    Attributes:
+        label: its number.
+        num_images: samples of it.
+        agreement: the share of them that look like it; see `class_agreement`.
+        interval: of the agreement, 95 %.
+        real: the same share of real images, the ceiling; None where the reference has none of it.
+    """
+
+    label: int
+    num_images: int
+    agreement: float
+    interval: Interval
+    real: float | None
+
+
+def class_agreement(
+    features: NDArray, labels: NDArray[np.int32], reference: ImageStatistics
+) -> tuple[NDArray[np.bool_], list[ClassScore]] | None:
+    """Return whether each sample looks like its class, and the shares by class.
+
+    The nearest ten real images vote, a tie going to the nearer ones. This needs no training and no covariance,
+    so it is sound with a few images a class, where a Fréchet distance is not. Real images are asked the same,
+    each without itself.
+
+    Args:
+        features: float (N, D), of samples.
+        labels: int32 (N,), the classes that were asked for.
+        reference: with features and labels.
+
+    Returns:
+        bool (N,) and one `ClassScore` for each class that has samples; None where the reference has no labels.
+    """
+    real, classes = reference.features, reference.labels
+    if real is None or classes is None or len(real) < 2:
+        return None
+    num_classes = int(max(labels.max(), classes.max())) + 1
+    votes = nearest_neighbours(features, real, k=min(K_VOTES, len(real))).indices
+    agreed = _elected(classes[votes], num_classes) == labels
+    own = nearest_neighbours(real, real, k=min(K_VOTES + 1, len(real))).indices
+    # Where images repeat, an image itself may not come first.
+    itself = own == np.arange(len(real))[:, None]
+    itself[~itself.any(1), -1] = True
+    real_agreed = _elected(classes[own[~itself].reshape(len(real), -1)], num_classes) == classes
+    table = []
+    for label in np.unique(labels):
+        mine, theirs = agreed[labels == label], real_agreed[classes == label]
+        ceiling = float(theirs.mean()) if len(theirs) else None
+        share = wilson_interval(int(mine.sum()), len(mine))
+        table.append(ClassScore(int(label), len(mine), float(mine.mean()), share, ceiling))
+    return agreed, table
+
+
+def _elected(votes: NDArray[np.int32], num_classes: int) -> NDArray[np.int64]:
+    """Return the class that most neighbours are of: int (N, k), nearest first → int64 (N,)."""
+    chosen = np.empty(len(votes), np.int64)
+    weights = 1 - 1e-3 * np.arange(votes.shape[1])
+    for row, classes in enumerate(votes):
+        chosen[row] = np.bincount(classes, weights, num_classes).argmax()
+    return chosen
+
+
+def wilson_interval(successes: int, total: int) -> Interval:
+    """Return the 95 % score interval of a share, which is sound for a few images and for shares of 0 and 1.
+
+    Source: Wilson: Probable Inference, the Law of Succession, and Statistical Inference, JASA 1927.
+    """
+    z = 1.959964
+    share, square = successes / total, z * z / total
+    middle = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * float(np.sqrt(share * (1 - share) / total + square / (4 * total)))
+    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+
+
+def best_and_worst(classes: list[ClassScore], count: int = 5) -> list[ClassScore]:
+    """Return the classes with the highest and the lowest agreement, best first; all where they are few."""
+    ordered = sorted(classes, key=lambda entry: (-entry.agreement, entry.label))
+    return ordered if len(ordered) <= 2 * count else ordered[:count] + ordered[-count:]

@@ -1,0 +1,267 @@
+"""A model's images, made, scored and written up by any number of processes.
+
+The report is a function of the finished units alone, which are read in their order, so that it is the same
+after a kill, and whoever made them.
+
+Shapes: N samples.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskgit.config import Config, check_range
+from maskgit.errors import ConfigError, DataError
+from maskgit.evaluation import memorisation
+from maskgit.evaluation.classification import classification_accuracy, kept_images
+from maskgit.evaluation.classwise import best_and_worst, class_agreement, wilson_interval
+from maskgit.evaluation.features import FeatureNet
+from maskgit.evaluation.pictures import Pictures, check_share
+from maskgit.evaluation.references import Reference, evaluator_identity, reference_statistics
+from maskgit.evaluation.report import Picture, Point, Report
+from maskgit.evaluation.running import Progress, run_works
+from maskgit.evaluation.sampling import RealImages, SampleConfig, Samples, gather
+from maskgit.evaluation.scores import Names, Score, distances, manifolds
+from maskgit.evaluation.statistics import ImageStatistics
+from maskgit.evaluation.units import Arrays, Units, Work
+from maskgit.pipeline import MaskGIT
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Config):
+    """How thoroughly images are scored.
+
+    Attributes:
+        splits: parts of the images that intervals are taken over.
+        num_training: training images that are searched for copies, spread evenly over them.
+        curve_images: images of each run of a curve.
+        epochs: passes over the samples when a classifier is trained on them.
+        num_examples: pictures of each class that is shown.
+        stale_seconds: the age at which another host's lock counts as left behind.
+    """
+
+    splits: int = 10
+    num_training: int = 50_000
+    curve_images: int = 1000
+    epochs: int = 14
+    num_examples: int = 4
+    stale_seconds: float = 300.0
+
+    def validate(self) -> None:
+        check_range("splits", self.splits, 2, 1000)
+        check_range("num_training", self.num_training, 2, 10_000_000)
+        check_range("curve_images", self.curve_images, 2, 10_000_000)
+        check_range("epochs", self.epochs, 1, 1000)
+        check_range("num_examples", self.num_examples, 1, 32)
+        check_range("stale_seconds", self.stale_seconds, 0.01, 1e6)
+
+
+@dataclass(frozen=True)
+class SampleEvaluation:
+    """An evaluation of a model's images.
+
+    Attributes:
+        model: the model.
+        name: what it is called.
+        weights: SHA-256 of its networks by name.
+        net: what features are computed with, and `features` its name in `FEATURE_NETS`.
+        reference: what samples are compared with.
+        images: which images are made.
+        sampler: the sampler's settings that are not the model's own.
+        config: how thoroughly they are scored.
+        training: the images that the model was trained on, searched for copies.
+        test: labelled real images for the classification accuracy score.
+        curve: sampler settings of smaller runs: all combinations of these values.
+    """
+
+    model: MaskGIT
+    name: str
+    weights: dict[str, str]
+    net: FeatureNet
+    features: str
+    reference: Reference
+    images: SampleConfig
+    sampler: dict[str, Any]
+    config: EvaluationConfig
+    training: Pictures | None = None
+    test: Pictures | None = None
+    curve: dict[str, Sequence[Any]] | None = None
+
+    def run(self, out: str | Path, progress: Progress | None = None) -> Path | None:
+        """Make the images, score them and write the report; see `run_works`.
+
+        Raises:
+            ConfigError: a setting is not allowed, or the folder was begun with others.
+            DataError: the reference does not belong to the net or the model, or data cannot be read.
+        """
+        side = self.model.config.image_size
+        self.reference.check(self.net, (side, side))
+        works: dict[str, Work] = {"samples": self._samples(self.images, {}, show=True)}
+        for name, data in (("reference", self.reference.images), ("training", self.training)):
+            if data is not None:
+                count = self.config.num_training if name == "training" else None
+                works[name] = RealImages(data, self.net, num_images=count)
+        if self.training is not None and self.training.resolution != (side, side):
+            raise DataError(
+                f"The training data {self.training.name} has {self.training.resolution[0]} × "
+                f"{self.training.resolution[1]} pixels and the samples {side} × {side}: pack it with --size {side}."
+            )
+        for point in self._points():
+            small = replace(self.images, num_images=self.config.curve_images, keep_images="none")
+            works[curve_name(point)] = self._samples(small, point, show=False)
+        seconds = self.config.stale_seconds
+        return run_works(Path(out), works, self._write, stale_seconds=seconds, progress=progress)
+
+    def _samples(self, images: SampleConfig, settings: dict[str, Any], *, show: bool) -> Samples:
+        given = dict(self.sampler)
+        if "policy" in settings:
+            given.pop("policy_options", None)
+        if show and self.test is not None:
+            if images.keep_images == "png":
+                raise ConfigError("The classification accuracy score reads samples kept as npz, not as png.")
+            images = replace(images, keep_images="npz")
+        counts = None
+        sources = [data for data in (self.training, self.reference.images) if data is not None]
+        if images.labels == "dataset":
+            counted = [data for data in sources if data.num_classes]
+            counts = counted[0].count_labels() if counted else None
+        return Samples(
+            self.model,
+            self.net,
+            images,
+            weights=self.weights,
+            sampler=self.model.sampler_config(**(given | settings)),
+            class_counts=counts,
+            show=show,
+        )
+
+    def _points(self) -> list[dict[str, Any]]:
+        axes = self.curve or {}
+        if not axes:
+            return []
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+    def _write(self, units: dict[str, Units]) -> Report:
+        """Turn finished units into a report."""
+        names = Names(self.features, self.net)
+        samples = gather(units["samples"])
+        arrays = samples.arrays
+        measured: ImageStatistics | None = None
+        skipped: list[str] = []
+        if self.reference.images is not None:
+            measured, skipped = reference_statistics(units["reference"], self.reference.images, self.net)
+        reference = self.reference.joined(measured)
+        scores, cautions = self._scores(arrays, reference, names)
+        work = units["samples"].work
+        assert isinstance(work, Samples)
+        found = class_agreement(arrays["pooled"], arrays["labels"], self._labelled(reference))
+        if found is not None:
+            agreed, classes = found
+            share = wilson_interval(int(agreed.sum()), len(agreed))
+            scores.append(names.score("class_agreement", float(agreed.mean()), share))
+        copies = None
+        if self.training is not None:
+            training = gather(units["training"])
+            check_share(
+                self.training.name,
+                units["training"].work.count,
+                training.skipped,
+                self.training.max_bad_share,
+            )
+            copies, score = memorisation.search(
+                arrays["pooled"], work.shown, lambda i: work.pictures(i, i + 1)[0], training.arrays,
+                self.training, measured, names, self.net.device,
+            )  # fmt: skip
+            scores.append(score)
+        if self.test is not None:
+            scores += classification_accuracy(
+                kept_images(units["samples"]), arrays["labels"], self.test, names,
+                num_classes=self.model.config.transformer.num_classes, training=self.training,
+                epochs=self.config.epochs, device=self.net.device,
+            )  # fmt: skip
+        names_of_classes = self.model.class_names or ()
+        report = Report(
+            title=self.name,
+            kind="samples",
+            num_images=len(arrays["pooled"]),
+            scores=scores,
+            cautions=cautions,
+            sheet=[],
+            settings=units["samples"].plan,
+            identities=self._identities(reference, names),
+            skipped=skipped,
+            classes=[] if found is None else classes,
+            class_names=names_of_classes,
+            memorisation=copies,
+            curves=self._curves(units, reference, names),
+            curve_images=self.config.curve_images,
+            run={"seconds": units["samples"].seconds(), "device": str(self.model.device)},
+        )
+        sheet = [
+            Picture(pixels, report.class_name(int(arrays["labels"][index])))
+            for index, pixels in zip(work.shown, arrays["shown"], strict=True)
+        ]
+        return replace(report, sheet=sheet, examples=self._examples(report, work, arrays["labels"]))
+
+    def _labelled(self, reference: ImageStatistics) -> ImageStatistics:
+        """Return the reference without labels where they are not of the model's classes."""
+        fits = (
+            reference.labels is not None
+            and reference.labels.max() < self.model.config.transformer.num_classes
+        )
+        return reference if fits else replace(reference, labels=None)
+
+    def _scores(
+        self, arrays: Arrays, reference: ImageStatistics, names: Names
+    ) -> tuple[list[Score], list[str]]:
+        splits = self.config.splits
+        scores, cautions = distances(arrays, reference, names, splits=splits)
+        scores += manifolds(arrays["pooled"], reference, names, splits=splits, device=self.net.device)
+        if self.net.published is False:
+            cautions.append(
+                f"The feature net's weights are not the published ones of {self.features}: its scores compare only with "
+                "scores made with the same file."
+            )
+        return scores, cautions
+
+    def _curves(self, units: dict[str, Units], reference: ImageStatistics, names: Names) -> list[Point]:
+        points = []
+        for settings in self._points():
+            arrays = gather(units[curve_name(settings)]).arrays
+            scores, _ = distances(arrays, reference, names, splits=self.config.splits)
+            found = class_agreement(arrays["pooled"], arrays["labels"], self._labelled(reference))
+            if found is not None:
+                share = wilson_interval(int(found[0].sum()), len(found[0]))
+                scores.append(names.score("class_agreement", float(found[0].mean()), share))
+            points.append(Point(settings, scores))
+        return points
+
+    def _examples(self, report: Report, work: Samples, labels: NDArray) -> dict[int, list[Picture]]:
+        """Return the first pictures by index of the best and the worst classes."""
+        examples = {}
+        for entry in best_and_worst(report.classes):
+            indices = np.flatnonzero(labels == entry.label)[: self.config.num_examples].tolist()
+            examples[entry.label] = [Picture(work.pictures(i, i + 1)[0], f"image {i}") for i in indices]
+        return examples
+
+    def _identities(self, reference: ImageStatistics, names: Names) -> dict[str, dict[str, Any]]:
+        found = {
+            "model": {"name": self.name, "weights": self.weights, "image_size": self.model.config.image_size},
+            "evaluator": evaluator_identity(names),
+            "reference": self.reference.identity(reference),
+        }
+        for name, data in (("training", self.training), ("test", self.test)):
+            if data is not None:
+                found[name] = {"name": data.name, "sha256": data.fingerprint, "num_images": len(data)}
+        return found
+
+
+def curve_name(settings: dict[str, Any]) -> str:
+    """Return the name of the work of one run of a curve."""
+    text = "-".join(f"{name}-{value}" for name, value in settings.items())
+    return "curve-" + "".join(c if c.isalnum() or c in "-._" else "_" for c in text)

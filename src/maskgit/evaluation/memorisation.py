@@ -1,0 +1,138 @@
+"""Whether a model repeats its training images: the nearest of them to its samples.
+
+Shapes: N samples, M training images, D feature dimensions, H × W pixels.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from maskgit.errors import DataError
+from maskgit.evaluation.classwise import wilson_interval
+from maskgit.evaluation.metrics import authenticity
+from maskgit.evaluation.neighbours import nearest_neighbours
+from maskgit.evaluation.pictures import Pictures
+from maskgit.evaluation.scores import Names, Score
+from maskgit.evaluation.statistics import ImageStatistics
+from maskgit.evaluation.units import Arrays
+
+NUM_ROWS = 8
+NUM_NEIGHBOURS = 5
+
+
+class Row(NamedTuple):
+    """A sample and the training images nearest to it.
+
+    Attributes:
+        sample: its index.
+        image: uint8 (H, W, 3).
+        numbers: of the training images, nearest first.
+        distances: theirs, Euclidean, of features.
+        neighbours: uint8 (H, W, 3) each.
+    """
+
+    sample: int
+    image: NDArray[np.uint8]
+    numbers: list[int]
+    distances: list[float]
+    neighbours: list[NDArray[np.uint8]]
+
+
+class Memorisation(NamedTuple):
+    """What the search for copies found.
+
+    Attributes:
+        num_training: training images searched.
+        random: samples drawn before any was made.
+        nearest: the samples nearest to a training image.
+        sample_distance: the median distance of a sample to its nearest training image.
+        real_distance: that of real images to theirs; None where the reference has no features.
+        real_authenticity: the authenticity of these real images; None likewise.
+    """
+
+    num_training: int
+    random: list[Row]
+    nearest: list[Row]
+    sample_distance: float
+    real_distance: float | None
+    real_authenticity: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the pictures as plain JSON values."""
+
+        def rows(chosen: list[Row]) -> list[dict[str, Any]]:
+            return [
+                {"sample": row.sample, "training_images": row.numbers, "distances": row.distances}
+                for row in chosen
+            ]
+
+        return self._asdict() | {"random": rows(self.random), "nearest": rows(self.nearest)}
+
+
+def search(
+    pooled: NDArray[np.float32],
+    shown: NDArray[np.int64],
+    picture: Callable[[int], NDArray[np.uint8]],
+    training: Arrays,
+    data: Pictures,
+    reference: ImageStatistics | None,
+    names: Names,
+    device: torch.device,
+) -> tuple[Memorisation, Score]:
+    """Look for training images among samples.
+
+    Args:
+        pooled: (N, D), the samples' features.
+        shown: indices of the samples of the random sheet.
+        picture: makes a sample's picture, uint8 (H, W, 3), from its index.
+        training: what `gather` returns of training images: `pooled` and `numbers`.
+        data: the training images themselves.
+        reference: real images to compare with, of which those with features are asked the same.
+        names: of scores.
+        device: where distances are computed.
+
+    Raises:
+        DataError: there are too few images.
+    """
+    gallery = training["pooled"]
+    if min(len(gallery), len(pooled)) < 2:
+        raise DataError("The search for copies needs at least two samples and two training images.")
+    count = min(NUM_NEIGHBOURS, len(gallery))
+    nearest = nearest_neighbours(pooled, gallery, k=1).distances[:, 0]
+    closest = np.argsort(nearest, kind="stable")[:NUM_ROWS]
+    where = torch.device("cpu") if device.type == "mps" else device
+
+    def rows(indices: NDArray[np.int64]) -> list[Row]:
+        found = nearest_neighbours(pooled[indices], gallery, k=count)
+        made = []
+        for index, places, distances in zip(indices.tolist(), found.indices, found.distances, strict=True):
+            numbers = training["numbers"][places].tolist()
+            made.append(Row(index, picture(index), numbers, distances.tolist(), _pictures(data, numbers)))
+        return made
+
+    real_distance = real_share = None
+    if reference is not None and reference.features is not None and len(reference.features) > 1:
+        real = reference.features
+        real_distance = float(np.median(nearest_neighbours(real, gallery, k=1).distances))
+        real_share = authenticity(gallery, real, device=where)
+    share = authenticity(gallery, pooled, device=where)
+    interval = wilson_interval(round(share * len(pooled)), len(pooled))
+    found = Memorisation(
+        len(gallery),
+        rows(shown[:: max(1, len(shown) // NUM_ROWS)][:NUM_ROWS]),
+        rows(closest),
+        float(np.median(nearest)),
+        real_distance,
+        real_share,
+    )
+    return found, names.score("authenticity", share, interval)
+
+
+def _pictures(data: Pictures, numbers: list[int]) -> list[NDArray[np.uint8]]:
+    """Return pictures in the order of their numbers, which the set reads in rising order."""
+    batch = data.read(sorted(set(numbers)))
+    by_number = dict(zip(batch.numbers.tolist(), batch.images, strict=True))
+    return [by_number[number] for number in numbers]

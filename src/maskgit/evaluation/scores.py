@@ -1,0 +1,321 @@
+"""From what was kept of images to numbers: what they are called, and how sure they are.
+
+Shapes: N samples, M real images, D feature dimensions.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from maskgit.errors import DataError
+from maskgit.evaluation.features import FeatureNet
+from maskgit.evaluation.metrics import (
+    FeatureStatistics,
+    Interval,
+    bootstrap_interval,
+    codebook_usage,
+    density_coverage,
+    frechet_report,
+    inception_score,
+    kernel_distance,
+    perplexity,
+    precision_recall,
+)
+from maskgit.evaluation.statistics import ImageStatistics, check_comparable
+from maskgit.evaluation.units import Arrays
+
+# Neighbours that decide precision and recall, as published scores have it, and density and coverage.
+K_PRECISION, K_DENSITY = 3, 5
+# The least images of a split: a few more than the neighbours that must lie within it.
+MIN_SPLIT = 16
+# So many real images' features are compared one by one.
+MAX_KEPT = 10_000
+
+Value = Callable[[NDArray[np.int64]], float]
+
+
+class Score(NamedTuple):
+    """One number of a report.
+
+    Attributes:
+        name: what it is called, such as "fid" or "fd_effnet-lite0".
+        value: of all images.
+        interval: where the value would lie for other samples, 95 %; None where there were too few images.
+        title: what people call it.
+        better: "lower", "higher", or "" where neither is.
+        about: what it says, in a sentence.
+    """
+
+    name: str
+    value: float
+    interval: Interval | None
+    title: str
+    better: str
+    about: str
+
+
+class Kind(NamedTuple):
+    """How a kind of score is called and read; see `Score`."""
+
+    title: str
+    inception: str
+    better: str
+    about: str
+
+
+KINDS = {
+    "fd": Kind("FD", "FID", "lower", "Fréchet distance of the features' means and covariances to the reference."),
+    "sfd": Kind("sFD", "sFID", "lower", "The same of features that keep their places: layout."),
+    "kd": Kind("KD", "KID", "lower", "Kernel distance; unbiased, so it may be compared across numbers of images."),
+    "inception_score": Kind("Inception Score", "Inception Score", "higher", "How sure and varied Inception's classes are."),
+    "precision": Kind("Precision", "Precision", "higher", "Share of samples that lie where real images do: fidelity."),
+    "recall": Kind("Recall", "Recall", "higher", "Share of real images that samples reach: variety."),
+    "density": Kind("Density", "Density", "higher", "How deep samples lie among real images; about 1 for real ones."),
+    "coverage": Kind("Coverage", "Coverage", "higher", "Share of real images that have a sample next to them."),
+    "authenticity": Kind("Authenticity", "Authenticity", "", "Share of samples that do not look like copies of training images."),
+    "class_agreement": Kind("Class agreement", "Class agreement", "higher", "Share of samples whose nearest real images are of their class."),
+    "rfd": Kind("rFD", "rFID", "lower", "Fréchet distance of reconstructions to their originals."),
+    "psnr": Kind("PSNR", "PSNR", "higher", "Nearness of reconstructions to originals, in decibels."),
+    "ssim": Kind("SSIM", "SSIM", "higher", "Structural similarity of reconstructions and originals."),
+    "lpips": Kind("LPIPS", "LPIPS", "lower", "Perceptual distance of reconstructions and originals."),
+    "codebook_usage": Kind("Codes in use", "Codes in use", "higher", "Share of the codes that the images use."),
+    "perplexity": Kind("Perplexity", "Perplexity", "higher", "How many codes used equally often would be as varied."),
+    "cas": Kind("Classification accuracy", "Classification accuracy", "higher", "Share of real test images that a classifier trained on samples alone gets right."),
+    "cas_real": Kind("… of real images", "… of real images", "", "The same classifier, trained on as many real images: the ceiling."),
+}  # fmt: skip
+# These do not depend on a feature net, and keep their names.
+PLAIN = frozenset(("psnr", "ssim", "codebook_usage", "perplexity", "cas", "cas_real", "lpips"))
+_INCEPTION = {"fd": "fid", "sfd": "sfid", "kd": "kid", "rfd": "rfid"}
+
+
+class Names:
+    """What scores made with a feature net are called: FID only where it is one."""
+
+    def __init__(self, features: str, net: FeatureNet) -> None:
+        """Take the net's name in `FEATURE_NETS` and the net."""
+        self.features, self.net = features, net
+        # Other weights, or another resize, make another number than the FID of papers.
+        self.is_inception = features == "inception" and net.published is True
+        self.is_pytorch_fid = features == "inception-pytorch-fid" and net.published is True
+
+    def name(self, kind: str) -> str:
+        """Return a score's name in a report."""
+        if kind in PLAIN:
+            return kind
+        if self.is_inception:
+            return _INCEPTION.get(kind, kind)
+        if self.is_pytorch_fid:
+            return f"{_INCEPTION.get(kind, kind)}_pytorch-fid"
+        return f"{kind}_{self.features}"
+
+    def title(self, kind: str) -> str:
+        """Return what people call a score."""
+        if kind in PLAIN or self.is_inception:
+            return KINDS[kind].inception
+        if self.is_pytorch_fid:
+            return f"{KINDS[kind].inception} (pytorch-fid)"
+        return f"{KINDS[kind].title} ({self.net.name})"
+
+    def score(self, kind: str, value: float, interval: Interval | None = None) -> Score:
+        """Return a score of a kind."""
+        about = KINDS[kind]
+        return Score(self.name(kind), value, interval, self.title(kind), about.better, about.about)
+
+
+def split_rows(count: int, splits: int, seed: int = 0) -> list[NDArray[np.int64]]:
+    """Return the rows of at most `splits` equal parts, drawn at random; none where too few images are there."""
+    splits = min(splits, count // MIN_SPLIT)
+    if splits < 2:
+        return []
+    return np.array_split(np.random.default_rng(seed).permutation(count), splits)
+
+
+def interval_around(value: float, parts: list[float], *, low: float = 0.0) -> Interval | None:
+    """Return the bootstrap interval over splits' scores, moved to lie around the score of all images.
+
+    The mean of the splits' scores varies from sample to sample about as much as the score of all does, but its
+    level is another: Fréchet distances and recall depend on the number of images.
+
+    Args:
+        value: the score of all images.
+        parts: the splits' scores.
+        low: the least that the score can be.
+    """
+    if len(parts) < 2:
+        return None
+    found, mean = bootstrap_interval(parts), float(np.mean(parts))
+    return Interval(max(low, value + found.low - mean), max(low, value + found.high - mean))
+
+
+def summarise(
+    pieces: Iterable[Arrays],
+    *,
+    total: int,
+    identity: str,
+    resolution: tuple[int, int],
+    keep: int = MAX_KEPT,
+) -> ImageStatistics:
+    """Return the statistics of images that come in pieces, with some images' features spread evenly over them.
+
+    Args:
+        pieces: arrays as `RealImages` makes them.
+        total: how many images there are to come.
+        identity: of the feature net.
+        resolution: (height, width) in pixels.
+        keep: how many images' features are kept.
+
+    Raises:
+        DataError: there were fewer than two images.
+    """
+    pooled = spatial = None
+    features, labels = [], []
+    seen, classless = 0, False
+    for arrays in pieces:
+        if "pooled" not in arrays:
+            continue
+        pooled = pooled or FeatureStatistics(arrays["pooled"].shape[1])
+        pooled.update(arrays["pooled"])
+        if "spatial" in arrays:
+            spatial = spatial or FeatureStatistics(arrays["spatial"].shape[1])
+            spatial.update(arrays["spatial"])
+        places = np.arange(seen, seen + len(arrays["pooled"]))
+        # Evenly spread, since images often lie class by class.
+        chosen = np.full(len(places), True) if keep >= total else (places * keep) % total < keep
+        features.append(arrays["pooled"][chosen])
+        labels.append(arrays["labels"][chosen])
+        classless = classless or bool((arrays["labels"] < 0).any())
+        seen += len(places)
+    if pooled is None:
+        raise DataError("There are no images to measure.")
+    return ImageStatistics(
+        pooled.gaussian(),
+        None if spatial is None else spatial.gaussian(),
+        identity,
+        resolution,
+        np.concatenate(features) if keep else None,
+        np.concatenate(labels) if keep and not classless else None,
+    )
+
+
+def _frechet(features: NDArray, reference: ImageStatistics, rows: NDArray, part: str = "pooled") -> float:
+    statistics = FeatureStatistics(features.shape[1])
+    statistics.update(features[rows])
+    return frechet_report(getattr(reference, part), statistics.gaussian()).distance
+
+
+def distances(
+    samples: Arrays, reference: ImageStatistics, names: Names, *, splits: int = 10
+) -> tuple[list[Score], list[str]]:
+    """Return the Fréchet and kernel distances of samples to a reference, and cautions.
+
+    Args:
+        samples: arrays as `gather` returns them: `pooled`, and `spatial` and `logits` where the net has them.
+        reference: statistics of real images; without its features there is no kernel distance.
+        names: of scores.
+        splits: parts that intervals are taken over.
+
+    Raises:
+        DataError: the reference is of another net.
+    """
+    pooled = samples["pooled"]
+    statistics = FeatureStatistics(pooled.shape[1])
+    statistics.update(pooled)
+    check_comparable(
+        reference, ImageStatistics(statistics.gaussian(), None, names.net.identity, reference.resolution)
+    )
+    parts = split_rows(len(pooled), splits)
+    whole = np.arange(len(pooled))
+    report = frechet_report(reference.pooled, statistics.gaussian(), ("reference", "sample"))
+
+    def over_splits(kind: str, value: float, of: Value, low: float = 0.0) -> Score:
+        return names.score(kind, value, interval_around(value, [of(part) for part in parts], low=low))
+
+    scores = [over_splits("fd", report.distance, lambda rows: _frechet(pooled, reference, rows))]
+    if reference.spatial is not None and "spatial" in samples:
+        spatial = samples["spatial"]
+        value = _frechet(spatial, reference, whole, "spatial")
+        scores.append(over_splits("sfd", value, lambda rows: _frechet(spatial, reference, rows, "spatial")))
+    real = reference.features
+    if real is not None and min(len(real), len(pooled)) >= 2:
+
+        def kernel(rows: NDArray[np.int64]) -> float:
+            size = min(1000, len(rows), len(real))
+            # More than one subset only says more where a subset is not all there is.
+            subsets = 100 if size < max(len(rows), len(real)) else 1
+            return kernel_distance(real, pooled[rows], subsets=subsets, subset_size=size).mean
+
+        scores.append(over_splits("kd", kernel(whole), kernel, low=-np.inf))
+    if names.is_inception and "logits" in samples:
+        logits = samples["logits"]
+        value = inception_score(logits, splits=min(10, len(logits))).mean
+        scores.append(
+            over_splits(
+                "inception_score", value, lambda rows: inception_score(logits[rows], splits=1).mean, 1.0
+            )
+        )
+    return scores, list(report.cautions)
+
+
+def manifolds(
+    pooled: NDArray, reference: ImageStatistics, names: Names, *, splits: int = 10, device: torch.device
+) -> list[Score]:
+    """Return precision, recall, density and coverage with intervals, where the reference has features enough."""
+    real = reference.features
+    if real is None or min(len(real), len(pooled)) <= K_DENSITY:
+        return []
+    # Distances are float64, which MPS does not know.
+    where = torch.device("cpu") if device.type == "mps" else device
+
+    def values(rows: NDArray[np.int64]) -> tuple[float, ...]:
+        precise = precision_recall(real, pooled[rows], k=K_PRECISION, device=where)
+        return (*precise, *density_coverage(real, pooled[rows], k=K_DENSITY, device=where))
+
+    whole = values(np.arange(len(pooled)))
+    parts = [values(rows) for rows in split_rows(len(pooled), splits)]
+    kinds = ("precision", "recall", "density", "coverage")
+    return [
+        names.score(kind, whole[i], interval_around(whole[i], [part[i] for part in parts]))
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def mean_scores(arrays: Arrays, names: Names, kinds: Iterable[str]) -> list[Score]:
+    """Return means over images of the kinds that there are, with bootstrap intervals."""
+    return [
+        names.score(
+            kind,
+            float(arrays[kind].mean(dtype=np.float64)),
+            bootstrap_interval(arrays[kind]) if len(arrays[kind]) > 1 else None,
+        )
+        for kind in kinds
+        if kind in arrays
+    ]
+
+
+def code_scores(counts: NDArray[np.int64], names: Names) -> list[Score]:
+    """Return how well the codebook is used by all images together."""
+    return [
+        names.score("codebook_usage", codebook_usage(counts)),
+        names.score("perplexity", perplexity(counts)),
+    ]
+
+
+def reconstruction_scores(arrays: Arrays, names: Names, *, splits: int = 10) -> tuple[list[Score], list[str]]:
+    """Return the scores of reconstructions beside their originals, and cautions."""
+    rebuilt, originals = arrays["pooled"], arrays["original_pooled"]
+    statistics = []
+    for features in (originals, rebuilt):
+        statistics.append(FeatureStatistics(features.shape[1]))
+        statistics[-1].update(features)
+    report = frechet_report(statistics[0].gaussian(), statistics[1].gaussian(), ("original", "reconstructed"))
+    parts = []
+    for rows in split_rows(len(rebuilt), splits):
+        reference = FeatureStatistics(originals.shape[1])
+        reference.update(originals[rows])
+        parts.append(_frechet(rebuilt, ImageStatistics(reference.gaussian()), rows))
+    scores = [names.score("rfd", report.distance, interval_around(report.distance, parts))]
+    scores += mean_scores(arrays, names, ("psnr", "ssim", "lpips"))
+    return scores + code_scores(arrays["codes"], names), list(report.cautions)

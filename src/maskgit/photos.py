@@ -1,0 +1,389 @@
+"""Photos as they are: of any size, turned as they are meant to be seen, transparent or grey.
+
+The model sees a square window around what is to be made new, scaled down to its own size; the result is put
+back into the photo with a soft edge, and every pixel outside that edge keeps its bytes.
+
+Shapes: W × H pixels of the photo, S × S of the model's image, h × w its tokens. Positions are pixels of the
+photo as seen, from its top left corner; a mask is True where something new is to be made.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from maskgit import imagefiles, images
+from maskgit.errors import ImageError, RegionError
+from maskgit.regions import Box, boxes_to_token_mask, cell_shares, check_box, shares_to_token_mask, soft_mask
+
+if TYPE_CHECKING:
+    from maskgit.pipeline import Picture
+
+MAX_PIXELS = images.MAX_PIXELS
+# The pixels of all photos that one call returns: 1.6 GB at most.
+MAX_OUTPUT_PIXELS = 4 * MAX_PIXELS
+# What is to be made new takes up at most this share of the window's side, where the photo has room around it.
+CONTEXT = 2
+# Blending takes some 30 bytes a pixel where there is transparency; so many are blended at once.
+_STRIP_PIXELS = 1 << 20
+
+
+class Photo(NamedTuple):
+    """A photo in 8 bits.
+
+    Attributes:
+        rgb: mode RGB; colours under transparency are as in the file.
+        alpha: mode L, 255 for opaque, or None.
+        exact: float32 (1, 3, H, W) in [0, 1], the same unrounded, where it was given as an opaque array or
+            tensor of another type than uint8; else None.
+    """
+
+    rgb: Image.Image
+    alpha: Image.Image | None = None
+    exact: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(W, H)."""
+        return self.rgb.size
+
+
+class Window(NamedTuple):
+    """A square part of a photo, which may reach beyond it: what is there mirrors what is inside.
+
+    Attributes:
+        left, top: its corner.
+        side: pixels a side.
+    """
+
+    left: int
+    top: int
+    side: int
+
+
+def read_photo(image: "Picture") -> Photo:
+    """Read a photo.
+
+    Args:
+        image: a path to a file, which is turned as its EXIF orientation says; or a PIL image, an array or a
+            tensor, taken as its pixels lie (see `maskgit.images.to_tensor`).
+
+    Returns:
+        A `Photo` of at most 100 million pixels.
+
+    Raises:
+        ImageError: it cannot be read, is animated or too large, or has another shape or range.
+    """
+    exact = None
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().squeeze(0).movedim(0, -1).float().numpy()
+    if isinstance(image, np.ndarray):
+        _check_pixels(image.shape[1::-1])
+        picture, exact = _from_array(image)
+    elif isinstance(image, Image.Image):
+        _check_pixels(image.size)
+        with imagefiles.decoding("The image"):
+            picture = imagefiles.keep_alpha(image)
+    else:
+        picture = imagefiles.read(image, MAX_PIXELS, imagefiles.keep_alpha)
+    if picture.mode == "RGBA":
+        return Photo(picture.convert("RGB"), picture.getchannel("A"))
+    return Photo(picture, exact=exact)
+
+
+def _check_pixels(size: Sequence[int]) -> None:
+    if len(size) == 2 and size[0] * size[1] > MAX_PIXELS:
+        raise ImageError(
+            f"The photo has {size[0]} × {size[1]} pixels, but {MAX_PIXELS:,} are the limit; make it smaller first."
+        )
+
+
+def _from_array(array: np.ndarray) -> tuple[Image.Image, Tensor | None]:
+    """Return an array as a picture of mode RGB or RGBA, and its exact values."""
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype == np.uint8 and array.ndim in (2, 3) and channels in (1, 3, 4) and 0 not in array.shape:
+        return imagefiles.keep_alpha(Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)), None
+    exact = images.to_tensor(array)
+    if channels != 4:
+        return images.to_pil(exact)[0], exact
+    picture, alpha = (images.to_pil(images.to_tensor(part))[0] for part in (array[..., :3], array[..., 3]))
+    picture.putalpha(alpha.convert("L"))
+    return picture, None
+
+
+def read_mask(mask: Any, photo: Photo) -> np.ndarray:
+    """Read a painted mask.
+
+    Args:
+        mask: a path to a picture, a PIL image, an array or a tensor (H, W) of the photo's size: bool; uint8,
+            whose values are 0 and 1 or from 0 to 255; or float in [0, 1]. Half or more of white masks a pixel;
+            a picture's brightest colour counts, and transparent parts of it count as black. The word "alpha" is
+            the photo's own transparency: all pixels that are not opaque.
+        photo: what it belongs to.
+
+    Returns:
+        bool (H, W).
+
+    Raises:
+        ImageError: the picture cannot be read.
+        RegionError: the size, type or range is another one, or the photo has no transparency.
+    """
+    if isinstance(mask, str) and mask == "alpha":
+        if photo.alpha is None:
+            raise RegionError("The photo has no transparency that could be filled in; give a painted mask.")
+        return np.asarray(photo.alpha) < 255
+    if isinstance(mask, Tensor):
+        mask = mask.detach().cpu()
+        mask = (mask.float() if mask.is_floating_point() else mask).numpy()
+    if isinstance(mask, np.ndarray):
+        values = mask.reshape([side for side in mask.shape if side != 1]) if mask.ndim == 3 else mask
+        painted = _threshold(values)
+    else:
+        if isinstance(mask, Image.Image):
+            _check_pixels(mask.size)
+            with imagefiles.decoding("The mask"):
+                picture = imagefiles.keep_alpha(mask)
+        else:
+            picture = imagefiles.read(mask, MAX_PIXELS, imagefiles.keep_alpha)
+        if picture.mode == "RGBA":
+            black = Image.new("RGB", picture.size)
+            black.paste(picture, mask=picture)
+            picture = black
+        painted = _threshold(np.asarray(picture).max(2))
+    if painted.shape != photo.size[::-1]:
+        size = " × ".join(str(side) for side in painted.shape[::-1])
+        raise RegionError(
+            f"The mask has {size} pixels, but the photo, as it is seen, has {photo.size[0]} × {photo.size[1]}; "
+            "paint the mask on the photo itself."
+        )
+    return painted
+
+
+def _threshold(values: np.ndarray) -> np.ndarray:
+    """Return where a mask's numbers are at least half."""
+    if values.dtype == np.bool_:
+        return values
+    if values.dtype == np.uint8:
+        return values >= (128 if values.size and values.max() > 1 else 1)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise RegionError(f"A mask must be of type bool, uint8 or float, but is {values.dtype}.")
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if not (low >= 0 and high <= 1):
+        raise RegionError(f"A float mask must be within [0, 1], but runs from {low} to {high}.")
+    return values >= 0.5
+
+
+def paint_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> np.ndarray:
+    """Return boxes (left, top, width, height) in a photo of size (W, H) as a mask, bool (H, W).
+
+    Raises:
+        RegionError: there are none, or one does not lie inside the photo.
+    """
+    painted = np.zeros(size[::-1], np.bool_)
+    for box in boxes:
+        left, top, width, height = check_box(box, *size)
+        painted[top : top + height, left : left + width] = True
+    return painted
+
+
+def window_around(mask: np.ndarray, image_size: int) -> Window:
+    """Choose what part of a photo the model sees.
+
+    The window covers the whole mask, and twice its length and height where the photo is large enough; it is
+    never smaller than the model's image, so that the photo is never scaled up, and stays inside the photo if it
+    can. Around an empty mask, it is in the middle.
+
+    Args:
+        mask: bool (H, W).
+        image_size: S.
+    """
+    high, wide = mask.shape
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, bottom = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (high // 2, high // 2)
+    left, right = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (wide // 2, wide // 2)
+    longest = max(bottom - top, right - left)
+    side = max(image_size, longest, min(CONTEXT * longest, min(wide, high)))
+    return Window(_place(left, right, side, wide), _place(top, bottom, side, high), side)
+
+
+def _place(low: int, high: int, side: int, length: int) -> int:
+    """Return where a window of `side` begins that is centred on [low, high), moved into [0, length)."""
+    if side >= length:
+        return (length - side) // 2
+    return min(max((low + high - side) // 2, 0), length - side)
+
+
+def _inside(window: Window, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the part of the window inside a photo: left, top, right, bottom."""
+    left, top, side = window
+    return max(0, left), max(0, top), min(size[0], left + side), min(size[1], top + side)
+
+
+def _mirror(array: np.ndarray, window: Window) -> np.ndarray:
+    """Return what a window shows of (H, W, …), without a copy if it lies inside."""
+    left, top, right, bottom = _inside(window, (array.shape[1], array.shape[0]))
+    for axis, (start, first, end) in enumerate(((window.top, top, bottom), (window.left, left, right))):
+        length = array.shape[axis]
+        if end - first == window.side:
+            part = np.arange(start, start + window.side) if axis else None
+            array = array[first:end] if part is None else array[:, first:end]
+        else:
+            # Beyond the edge the photo is mirrored, and beyond its mirror image again.
+            place = np.arange(start, start + window.side) % (2 * length)
+            array = array.take(np.minimum(place, 2 * length - 1 - place), axis)
+    return array
+
+
+def cut(photo: Photo, window: Window, size: int) -> Tensor:
+    """Return what the model sees of a photo: float32 (1, 3, S, S) in [0, 1].
+
+    Transparent parts show the colours around them, so that nothing of what lies under them is seen.
+    """
+    if photo.exact is not None and window == (0, 0, size) and photo.size == (size, size):
+        return photo.exact
+    part = _resized(_mirror(np.asarray(photo.rgb), window), size, photo.alpha, window)
+    if part.mode == "RGBA":
+        part = _grow(part)
+    return images.to_tensor(part)
+
+
+def _resized(array: np.ndarray, size: int, alpha: Image.Image | None, window: Window) -> Image.Image:
+    """Return (side, side, 3) as a picture of S × S, with the alpha of the photo that it was cut from."""
+    picture = Image.fromarray(np.ascontiguousarray(array))
+    if alpha is not None:
+        picture.putalpha(Image.fromarray(np.ascontiguousarray(_mirror(np.asarray(alpha), window))))
+    if picture.size == (size, size):
+        return picture
+    return picture.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _grow(picture: Image.Image) -> Image.Image:
+    """Return an RGBA picture in RGB, its transparent parts filled with the colours near them."""
+    # Each half-size copy reaches twice as far; from the coarsest to the finest, each is laid over the last.
+    levels = [picture]
+    while max(levels[-1].size) > 1:
+        half = tuple(max(1, side // 2) for side in levels[-1].size)
+        levels.append(levels[-1].resize(half, Image.Resampling.BOX))
+    grown = Image.new("RGBA", levels[-1].size, "grey")
+    for level in reversed(levels):
+        # Half-transparent means half known in a smaller copy, whose colour is sure all the same.
+        known = level if level is picture else level.copy()
+        if level is not picture:
+            known.putalpha(level.getchannel("A").point(lambda a: min(255, 4 * a)))
+        grown = Image.alpha_composite(grown.resize(level.size, Image.Resampling.BILINEAR), known)
+    return grown.convert("RGB")
+
+
+def painted_tokens(
+    mask: np.ndarray, window: Window, grid: int, share: float, dilate: int
+) -> Tensor:
+    """Return the tokens that a painted mask (H, W) masks in a window, bool (h, w), h = w = grid.
+
+    A pixel belongs to the token that its middle lies in; beyond the photo, the mask is mirrored as the photo is.
+    """
+    return shares_to_token_mask(cell_shares(_mirror(mask, window), (grid, grid)), share, dilate)
+
+
+def boxed_tokens(
+    boxes: Sequence[Box], mask: np.ndarray, window: Window, size: int, patch: int, rule: str
+) -> Tensor:
+    """Return the tokens that boxes of a photo mask in a window by a rule, bool (h, w).
+
+    Args:
+        boxes: (left, top, width, height) inside the photo; scaled to the model's image, they are widened to
+            whole pixels.
+        mask: the same as `paint_boxes` returns it.
+        size, patch: S, and pixels that a token covers of it.
+        rule: a name in `regions.RULES`.
+    """
+    scaled = []
+    for left, top, width, height in boxes:
+        ends = []
+        for start, length, origin in ((left, width, window.left), (top, height, window.top)):
+            first = (start - origin) * size // window.side
+            ends.append((first, -(-(start + length - origin) * size // window.side) - first))
+        scaled.append((ends[0][0], ends[1][0], ends[0][1], ends[1][1]))
+    tokens = boxes_to_token_mask(scaled, size, patch, rule)
+    left, top, right, bottom = _inside(window, mask.shape[::-1])
+    if (right - left, bottom - top) != (window.side, window.side):
+        mirrored = _mirror(mask, window).copy()
+        mirrored[top - window.top : bottom - window.top, left - window.left : right - window.left] = False
+        tokens |= shares_to_token_mask(cell_shares(mirrored, (size // patch, size // patch)))
+    return tokens
+
+
+def soft_weights(
+    token_mask: Tensor, painted: np.ndarray | None, side: int, radius: float
+) -> np.ndarray:
+    """Return the weights of what is new, uint8 (side, side), 255 for all new.
+
+    Tokens have the official soft edge, of weight one half at their border. Painted pixels are new entirely, and
+    fade outwards.
+
+    Args:
+        token_mask: bool (h, w).
+        painted: bool (side, side), the painted pixels, or None.
+        side: pixels of the window.
+        radius: of the blur, in the same pixels.
+    """
+    weights = np.asarray(soft_mask(token_mask.numpy(), (side, side), radius))
+    if painted is None:
+        return weights
+    grid = token_mask.shape[0]
+    cells = (2 * np.arange(side) + 1) * grid // (2 * side)
+    kept = painted & token_mask.numpy()[cells[:, None], cells]
+    soft = Image.fromarray(kept.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(radius))
+    # A blurred straight edge is at one half, so that twice the blur is 1 in all of the mask but its points.
+    grown = soft.point(lambda value: min(255, 2 * value))
+    return np.maximum(np.maximum(weights, np.asarray(grown)), kept.astype(np.uint8) * 255)
+
+
+def paste(photo: Photo, window: Window, new: Image.Image, weights: np.ndarray) -> Image.Image:
+    """Put a window's new picture into a copy of a photo.
+
+    Args:
+        photo: it is left as it was.
+        window: where the new picture belongs.
+        new: mode RGB, S × S.
+        weights: uint8 (side, side), of the new picture.
+
+    Returns:
+        RGB, or RGBA if the photo has transparency: what is new is opaque. A pixel of weight 0 keeps its bytes.
+    """
+    left, top, right, bottom = _inside(window, photo.size)
+    within = (left - window.left, top - window.top, right - window.left, bottom - window.top)
+    weights = weights[within[1] : within[3], within[0] : within[2]]
+    result = photo.rgb.copy()
+    if weights.any():
+        if new.size != (window.side, window.side):
+            # Larger than the window itself, in no direction; Pillow cuts what lies outside the photo for free.
+            scale = new.width / window.side
+            source = tuple(edge * scale for edge in within)
+            new = new.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box=source)
+        else:
+            new = new.crop(within)
+        if photo.alpha is None:
+            result.paste(new, (left, top), Image.fromarray(weights))
+        else:
+            shown = _over(weights, np.asarray(photo.alpha)[top:bottom, left:right])
+            result.paste(new, (left, top), Image.fromarray(shown))
+    if photo.alpha is not None:
+        alpha = photo.alpha.copy()
+        alpha.paste(255, (left, top, right, bottom), Image.fromarray(weights))
+        result.putalpha(alpha)
+    return result
+
+
+def _over(weights: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Return the share of what is new in the colour of a pixel, w / (w + (1 − w) · a), uint8 for uint8."""
+    shown = np.empty_like(weights)
+    rows = max(1, _STRIP_PIXELS // weights.shape[1])
+    for start in range(0, len(weights), rows):
+        part = slice(start, start + rows)
+        w, a = weights[part].astype(np.float32), alpha[part].astype(np.float32)
+        total = w + (255 - w) * a / 255
+        shown[part] = np.rint(255 * w / np.maximum(total, 1))
+    return shown
