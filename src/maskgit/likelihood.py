@@ -99,8 +99,9 @@ def guess_class(
         raise RegionError("Nothing of the image is known that its class could be guessed from; name a class.")
 
     def scored(labels: Tensor, asked: int) -> Tensor:
-        rows = (part.expand(len(labels), -1) for part in (sequence, known))
-        return _score(model, *rows, labels, folds, asked, seed, batch_size)
+        count = len(labels)
+        rows, where = sequence.expand(count, -1), known.expand(count, -1)
+        return _score(model, rows, where, labels, folds, asked, seed, batch_size)
 
     every = torch.arange(model.vocabulary.num_classes)
     # With two classes for each on the list, a first look saves nothing at two folds.
@@ -176,9 +177,7 @@ def generate_best(
     return Output(pixels, tokens, scores=scores, indices=indices)
 
 
-def _judge(
-    model: "MaskGIT", made: Output, labels: Tensor, scorer: Scorer | None, batch_size: int
-) -> Tensor:
+def _judge(model: "MaskGIT", made: Output, labels: Tensor, scorer: Scorer | None, batch_size: int) -> Tensor:
     """Return the scores of images, float32 (B,), on the CPU."""
     if scorer is None:
         sequences, known = _known(model, made.tokens, None)

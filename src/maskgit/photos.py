@@ -7,17 +7,17 @@ Shapes: W × H pixels of the photo, S × S of the model's image, h × w its toke
 photo as seen, from its top left corner; a mask is True where something new is to be made.
 """
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
 from maskgit import imagefiles, images
 from maskgit.errors import ImageError, RegionError
-from maskgit.regions import Box, boxes_to_token_mask, cell_shares, check_box, shares_to_token_mask, soft_mask
+from maskgit.regions import Box, boxes_to_token_mask, cell_shares, shares_to_token_mask, soft_mask
 
 if TYPE_CHECKING:
     from maskgit.pipeline import Picture
@@ -83,15 +83,26 @@ def read_photo(image: "Picture") -> Photo:
     if isinstance(image, np.ndarray):
         _check_pixels(image.shape[1::-1])
         picture, exact = _from_array(image)
-    elif isinstance(image, Image.Image):
-        _check_pixels(image.size)
-        with imagefiles.decoding("The image"):
-            picture = imagefiles.keep_alpha(image)
     else:
-        picture = imagefiles.read(image, MAX_PIXELS, imagefiles.keep_alpha)
+        picture = open_picture(image, "photo")
     if picture.mode == "RGBA":
         return Photo(picture.convert("RGB"), picture.getchannel("A"))
     return Photo(picture, exact=exact)
+
+
+def open_picture(image: Any, name: str) -> Image.Image:
+    """Return a file, turned as it is meant to be seen, or a PIL image, as its pixels lie, as RGB or RGBA.
+
+    Raises:
+        ImageError: it is something else, cannot be read, is animated or too large.
+    """
+    if isinstance(image, Image.Image):
+        _check_pixels(image.size)
+        with imagefiles.decoding(f"The {name}"):
+            return imagefiles.keep_alpha(image)
+    if isinstance(image, str | bytes | os.PathLike) or hasattr(image, "read"):
+        return imagefiles.read(image, MAX_PIXELS, imagefiles.keep_alpha)
+    raise ImageError(f"A {name} must be a path, a PIL image, an array or a tensor, but is {image!r:.80}.")
 
 
 def _check_pixels(size: Sequence[int]) -> None:
@@ -105,88 +116,15 @@ def _from_array(array: np.ndarray) -> tuple[Image.Image, Tensor | None]:
     """Return an array as a picture of mode RGB or RGBA, and its exact values."""
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype == np.uint8 and array.ndim in (2, 3) and channels in (1, 3, 4) and 0 not in array.shape:
-        return imagefiles.keep_alpha(Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)), None
+        return imagefiles.keep_alpha(
+            Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)
+        ), None
     exact = images.to_tensor(array)
     if channels != 4:
         return images.to_pil(exact)[0], exact
     picture, alpha = (images.to_pil(images.to_tensor(part))[0] for part in (array[..., :3], array[..., 3]))
     picture.putalpha(alpha.convert("L"))
     return picture, None
-
-
-def read_mask(mask: Any, photo: Photo) -> np.ndarray:
-    """Read a painted mask.
-
-    Args:
-        mask: a path to a picture, a PIL image, an array or a tensor (H, W) of the photo's size: bool; uint8,
-            whose values are 0 and 1 or from 0 to 255; or float in [0, 1]. Half or more of white masks a pixel;
-            a picture's brightest colour counts, and transparent parts of it count as black. The word "alpha" is
-            the photo's own transparency: all pixels that are not opaque.
-        photo: what it belongs to.
-
-    Returns:
-        bool (H, W).
-
-    Raises:
-        ImageError: the picture cannot be read.
-        RegionError: the size, type or range is another one, or the photo has no transparency.
-    """
-    if isinstance(mask, str) and mask == "alpha":
-        if photo.alpha is None:
-            raise RegionError("The photo has no transparency that could be filled in; give a painted mask.")
-        return np.asarray(photo.alpha) < 255
-    if isinstance(mask, Tensor):
-        mask = mask.detach().cpu()
-        mask = (mask.float() if mask.is_floating_point() else mask).numpy()
-    if isinstance(mask, np.ndarray):
-        values = mask.reshape([side for side in mask.shape if side != 1]) if mask.ndim == 3 else mask
-        painted = _threshold(values)
-    else:
-        if isinstance(mask, Image.Image):
-            _check_pixels(mask.size)
-            with imagefiles.decoding("The mask"):
-                picture = imagefiles.keep_alpha(mask)
-        else:
-            picture = imagefiles.read(mask, MAX_PIXELS, imagefiles.keep_alpha)
-        if picture.mode == "RGBA":
-            black = Image.new("RGB", picture.size)
-            black.paste(picture, mask=picture)
-            picture = black
-        painted = _threshold(np.asarray(picture).max(2))
-    if painted.shape != photo.size[::-1]:
-        size = " × ".join(str(side) for side in painted.shape[::-1])
-        raise RegionError(
-            f"The mask has {size} pixels, but the photo, as it is seen, has {photo.size[0]} × {photo.size[1]}; "
-            "paint the mask on the photo itself."
-        )
-    return painted
-
-
-def _threshold(values: np.ndarray) -> np.ndarray:
-    """Return where a mask's numbers are at least half."""
-    if values.dtype == np.bool_:
-        return values
-    if values.dtype == np.uint8:
-        return values >= (128 if values.size and values.max() > 1 else 1)
-    if not np.issubdtype(values.dtype, np.floating):
-        raise RegionError(f"A mask must be of type bool, uint8 or float, but is {values.dtype}.")
-    low, high = (values.min(), values.max()) if values.size else (0, 0)
-    if not (low >= 0 and high <= 1):
-        raise RegionError(f"A float mask must be within [0, 1], but runs from {low} to {high}.")
-    return values >= 0.5
-
-
-def paint_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> np.ndarray:
-    """Return boxes (left, top, width, height) in a photo of size (W, H) as a mask, bool (H, W).
-
-    Raises:
-        RegionError: there are none, or one does not lie inside the photo.
-    """
-    painted = np.zeros(size[::-1], np.bool_)
-    for box in boxes:
-        left, top, width, height = check_box(box, *size)
-        painted[top : top + height, left : left + width] = True
-    return painted
 
 
 def window_around(mask: np.ndarray, image_size: int) -> Window:
@@ -199,6 +137,9 @@ def window_around(mask: np.ndarray, image_size: int) -> Window:
     Args:
         mask: bool (H, W).
         image_size: S.
+
+    Raises:
+        RegionError: the window would have more than 100 million pixels.
     """
     high, wide = mask.shape
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -206,6 +147,11 @@ def window_around(mask: np.ndarray, image_size: int) -> Window:
     left, right = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (wide // 2, wide // 2)
     longest = max(bottom - top, right - left)
     side = max(image_size, longest, min(CONTEXT * longest, min(wide, high)))
+    if side**2 > MAX_PIXELS:
+        raise RegionError(
+            f"The mask is {longest} pixels long, and a square of {side} pixels around it would have more than "
+            f"{MAX_PIXELS:,}; make less of the photo new at a time, or cut or shrink the photo first."
+        )
     return Window(_place(left, right, side, wide), _place(top, bottom, side, high), side)
 
 
@@ -223,13 +169,11 @@ def _inside(window: Window, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def _mirror(array: np.ndarray, window: Window) -> np.ndarray:
-    """Return what a window shows of (H, W, …), without a copy if it lies inside."""
-    left, top, right, bottom = _inside(window, (array.shape[1], array.shape[0]))
-    for axis, (start, first, end) in enumerate(((window.top, top, bottom), (window.left, left, right))):
+    """Return what a window shows of (H, W, …): (side, side, …), without a copy if it lies inside."""
+    for axis, start in enumerate((window.top, window.left)):
         length = array.shape[axis]
-        if end - first == window.side:
-            part = np.arange(start, start + window.side) if axis else None
-            array = array[first:end] if part is None else array[:, first:end]
+        if start >= 0 and start + window.side <= length:
+            array = array.swapaxes(0, axis)[start : start + window.side].swapaxes(0, axis)
         else:
             # Beyond the edge the photo is mirrored, and beyond its mirror image again.
             place = np.arange(start, start + window.side) % (2 * length)
@@ -265,7 +209,7 @@ def _grow(picture: Image.Image) -> Image.Image:
     # Each half-size copy reaches twice as far; from the coarsest to the finest, each is laid over the last.
     levels = [picture]
     while max(levels[-1].size) > 1:
-        half = tuple(max(1, side // 2) for side in levels[-1].size)
+        half = (max(1, levels[-1].width // 2), max(1, levels[-1].height // 2))
         levels.append(levels[-1].resize(half, Image.Resampling.BOX))
     grown = Image.new("RGBA", levels[-1].size, "grey")
     for level in reversed(levels):
@@ -277,9 +221,7 @@ def _grow(picture: Image.Image) -> Image.Image:
     return grown.convert("RGB")
 
 
-def painted_tokens(
-    mask: np.ndarray, window: Window, grid: int, share: float, dilate: int
-) -> Tensor:
+def painted_tokens(mask: np.ndarray, window: Window, grid: int, share: float, dilate: int) -> Tensor:
     """Return the tokens that a painted mask (H, W) masks in a window, bool (h, w), h = w = grid.
 
     A pixel belongs to the token that its middle lies in; beyond the photo, the mask is mirrored as the photo is.
@@ -316,29 +258,35 @@ def boxed_tokens(
 
 
 def soft_weights(
-    token_mask: Tensor, painted: np.ndarray | None, side: int, radius: float
+    token_mask: Tensor, painted: np.ndarray | None, window: Window, side: int, radius: float
 ) -> np.ndarray:
     """Return the weights of what is new, uint8 (side, side), 255 for all new.
 
-    Tokens have the official soft edge, of weight one half at their border. Painted pixels are new entirely, and
-    fade outwards.
+    Tokens have the official soft edge, of weight one half at their border. Painted pixels of masked tokens are
+    new entirely, and fade outwards.
 
     Args:
         token_mask: bool (h, w).
-        painted: bool (side, side), the painted pixels, or None.
-        side: pixels of the window.
+        painted: the photo's mask, bool (H, W), or None.
+        window: what the tokens show of it.
+        side: pixels a side of the result, at most the window's.
         radius: of the blur, in the same pixels.
     """
     weights = np.asarray(soft_mask(token_mask.numpy(), (side, side), radius))
     if painted is None:
         return weights
-    grid = token_mask.shape[0]
-    cells = (2 * np.arange(side) + 1) * grid // (2 * side)
-    kept = painted & token_mask.numpy()[cells[:, None], cells]
-    soft = Image.fromarray(kept.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(radius))
+    shown = _mirror(painted, window)
+    if side != window.side:
+        shown = cell_shares(shown, (side, side)).numpy() > 0
+    cells = (2 * np.arange(side) + 1) * token_mask.shape[0] // (2 * side)
+    kept = (shown & token_mask.numpy()[cells[:, None], cells]).astype(np.uint8) * 255
     # A blurred straight edge is at one half, so that twice the blur is 1 in all of the mask but its points.
-    grown = soft.point(lambda value: min(255, 2 * value))
-    return np.maximum(np.maximum(weights, np.asarray(grown)), kept.astype(np.uint8) * 255)
+    soft = (
+        Image.fromarray(kept)
+        .filter(ImageFilter.GaussianBlur(radius))
+        .point(lambda value: min(255, 2 * value))
+    )
+    return np.maximum(np.maximum(weights, np.asarray(soft)), kept)
 
 
 def paste(photo: Photo, window: Window, new: Image.Image, weights: np.ndarray) -> Image.Image:
@@ -359,9 +307,8 @@ def paste(photo: Photo, window: Window, new: Image.Image, weights: np.ndarray) -
     result = photo.rgb.copy()
     if weights.any():
         if new.size != (window.side, window.side):
-            # Larger than the window itself, in no direction; Pillow cuts what lies outside the photo for free.
             scale = new.width / window.side
-            source = tuple(edge * scale for edge in within)
+            source = (within[0] * scale, within[1] * scale, within[2] * scale, within[3] * scale)
             new = new.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box=source)
         else:
             new = new.crop(within)

@@ -100,12 +100,13 @@ class MaskGIT:
             return -1
         return find_class(query, self.class_names, self.config.transformer.num_classes)
 
-    def labels(self, queries: "Label | Sequence[Label] | Tensor | np.ndarray") -> list[int]:
+    def labels(self, queries: Label | Sequence[Label] | Tensor | np.ndarray) -> list[int]:
         """Return the class numbers that one or several names or numbers mean; see `label`."""
         if isinstance(queries, Tensor | np.ndarray | np.generic):
             queries = queries.tolist()
-        listed = isinstance(queries, Iterable) and not isinstance(queries, str)
-        return [self.label(query) for query in (queries if listed else [queries])]
+        if isinstance(queries, Iterable) and not isinstance(queries, str):
+            return [self.label(query) for query in queries]
+        return [self.label(queries)]
 
     def sampler_config(self, **settings: Any) -> SamplerConfig:
         """Return the model's own sampler settings with those that are given (not None) in their place.
@@ -287,7 +288,9 @@ class MaskGIT:
     ) -> Iterator[Decoded]:
         """Give the steps of decoding; from the step of the switch on, the class tokens are others."""
         options: dict[str, Any] = {
-            "mask_token": self.vocabulary.mask, "noise": noise, "start_step": start_step
+            "mask_token": self.vocabulary.mask,
+            "noise": noise,
+            "start_step": start_step,
         }
         state = None
         if switch is not None:
@@ -295,11 +298,12 @@ class MaskGIT:
             if step > start_step:
                 for made in decode_steps(self.predict_logits, sequences, config, **options):
                     yield made
-                    if made.state is None:
+                    state = made.state
+                    if state is None:
                         return
-                    if made.state.step == step:
+                    if state.step == step:
+                        sequences = state.sequence
                         break
-                state, sequences = made.state, made.state.sequence
             sequences = torch.cat([classes[:, None], sequences[:, 1:]], dim=1)
             state = None if state is None else state._replace(sequence=sequences)
         yield from decode_steps(self.predict_logits, sequences, config, state=state, **options)

@@ -92,9 +92,7 @@ def boxes_to_token_mask(
     return torch.stack([box_to_token_mask(box, image_size, patch, rule) for box in boxes]).any(0)
 
 
-def pixels_to_token_mask(
-    pixels: Tensor, patch: int = 16, *, share: float = 0.0, dilate: int = 0
-) -> Tensor:
+def pixels_to_token_mask(pixels: Tensor, patch: int = 16, *, share: float = 0.0, dilate: int = 0) -> Tensor:
     """Return the tokens that hold masked pixels.
 
     Args:

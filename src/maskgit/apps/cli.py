@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from maskgit import __version__
+from maskgit.apps.evaluation_commands import compare, evaluate, stats
 from maskgit.apps.flags import Model, Sampler
 from maskgit.apps.output import (
     MAX_COLUMNS,
@@ -292,7 +293,7 @@ def info(model: Positional[str] = "", classes: bool = False) -> None:
             print(f"{number:5} {config.class_names[number] if config.class_names else ''}")
 
 
-for command in (pack, tokenize, train, tune):
+for command in (pack, tokenize, train, evaluate, stats, compare, tune):
     app.command(command)
 
 

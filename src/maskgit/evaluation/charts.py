@@ -3,7 +3,7 @@
 Lengths are in units of the drawing, WIDTH × HEIGHT, which the page stretches to its column.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ def number(value: float) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def line_chart(lines: dict[str, Sequence[Mark]], x_title: str, label: str) -> str:
+def line_chart(lines: Mapping[str, Sequence[Mark]], x_title: str, label: str) -> str:
     """Return a chart of lines by name as an SVG element.
 
     Args:
@@ -78,7 +78,13 @@ def colour(index: int) -> str:
     return f"var(--c{index % NUM_COLOURS + 1})"
 
 
-def _line(line, places, at, stroke: str, offset: float) -> list[str]:  # type: ignore[no-untyped-def]
+def _line(
+    line: Sequence[Mark],
+    places: dict[float | str, float],
+    at: Callable[[float], float],
+    stroke: str,
+    offset: float,
+) -> list[str]:
     points = [(places[mark.x], at(mark.y)) for mark in line]
     parts = []
     for mark, (x, _) in zip(line, points, strict=True):
@@ -99,7 +105,7 @@ def _places(values: Sequence[float | str]) -> dict[float | str, float]:
     """Return where each value lies on the horizontal axis: numbers to scale, words evenly."""
     left, right = LEFT + 14, WIDTH - RIGHT - 10
     words = any(isinstance(value, str) for value in values)
-    order: list[float | str] = list(dict.fromkeys(values)) if words else sorted(set(values))  # type: ignore[type-var]
+    order: list[float | str] = list(dict.fromkeys(values)) if words else sorted(set(values))
     if len(order) == 1:
         return {order[0]: (left + right) / 2}
     if words:

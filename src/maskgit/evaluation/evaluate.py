@@ -7,7 +7,7 @@ Shapes: N samples.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class SampleEvaluation:
     config: EvaluationConfig
     training: Pictures | None = None
     test: Pictures | None = None
-    curve: dict[str, Sequence[Any]] | None = None
+    curve: Mapping[str, Sequence[Any]] | None = None
 
     def run(self, out: str | Path, progress: Progress | None = None) -> Path | None:
         """Make the images, score them and write the report; see `run_works`.
@@ -173,9 +173,11 @@ class SampleEvaluation:
                 training.skipped,
                 self.training.max_bad_share,
             )
+            # Training images are their own nearest, which says nothing.
+            held_out = None if self.reference.digest == self.training.fingerprint else reference
             copies, score = memorisation.search(
                 arrays["pooled"], work.shown, lambda i: work.pictures(i, i + 1)[0], training.arrays,
-                self.training, measured, names, self.net.device,
+                self.training, held_out, names, self.net.device,
             )  # fmt: skip
             scores.append(score)
         if self.test is not None:

@@ -121,14 +121,14 @@ def _sheet(report: Report) -> str:
         note = f"{len(report.sheet) // 2} images spread at random, each before its reconstruction. Nothing was chosen."
         return (
             f'<section id="images"><h2>Before and after</h2><p class="lede">{note}</p>'
-            f'<div class="sheet pairs" style="--cell: 150px">\n{figures}\n</div></section>'
+            f'<div class="sheet pairs" style="--columns: 4">\n{figures}\n</div></section>'
         )
     figures = "\n".join(_figure(*picture) for picture in report.sheet)
-    cell = 76 if max(report.sheet[0].pixels.shape[:2]) <= SMALL_SIDE else 118
+    columns = 16 if max(report.sheet[0].pixels.shape[:2]) <= SMALL_SIDE else 8
     note = f"{len(report.sheet)} of {report.num_images:,}, drawn by index before any was made. Nothing was chosen."
     return (
         f'<section id="images"><h2>Random samples</h2><p class="lede">{note}</p>'
-        f'<div class="sheet" style="--cell: {cell}px">\n{figures}\n</div></section>'
+        f'<div class="sheet" style="--columns: {columns}">\n{figures}\n</div></section>'
     )
 
 

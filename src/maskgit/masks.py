@@ -1,0 +1,85 @@
+"""What a user marks on a photo, as pixels: painted masks, the photo's own transparency, boxes.
+
+Shapes: W × H pixels of the photo as it is seen; a mask is True where something new is to be made.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from maskgit.errors import RegionError
+from maskgit.photos import Photo, open_picture
+from maskgit.regions import Box, check_box
+
+
+def read_mask(mask: Any, photo: Photo) -> np.ndarray:
+    """Read a painted mask.
+
+    Args:
+        mask: a path to a picture, a PIL image, an array or a tensor (H, W) of the photo's size: bool; uint8,
+            whose values are 0 and 1 or from 0 to 255; or float in [0, 1]. Half or more of white masks a pixel;
+            a picture's brightest colour counts, and transparent parts of it count as black. The word "alpha" is
+            the photo's own transparency: all pixels that are not opaque.
+        photo: what it belongs to.
+
+    Returns:
+        bool (H, W).
+
+    Raises:
+        ImageError: the picture cannot be read.
+        RegionError: the size, type or range is another one, or the photo has no transparency.
+    """
+    if isinstance(mask, str) and mask == "alpha":
+        if photo.alpha is None:
+            raise RegionError("The photo has no transparency that could be filled in; give a painted mask.")
+        return np.asarray(photo.alpha) < 255
+    if isinstance(mask, Tensor):
+        mask = mask.detach().cpu()
+        mask = (mask.float() if mask.is_floating_point() else mask).numpy()
+    if isinstance(mask, np.ndarray):
+        values = mask.reshape([side for side in mask.shape if side != 1]) if mask.ndim == 3 else mask
+        painted = _threshold(values)
+    else:
+        picture = open_picture(mask, "mask")
+        if picture.mode == "RGBA":
+            black = Image.new("RGB", picture.size)
+            black.paste(picture, mask=picture)
+            picture = black
+        painted = _threshold(np.asarray(picture).max(2))
+    if painted.shape != photo.size[::-1]:
+        size = " × ".join(str(side) for side in painted.shape[::-1])
+        raise RegionError(
+            f"The mask has {size} pixels, but the photo, as it is seen, has {photo.size[0]} × {photo.size[1]}; "
+            "paint the mask on the photo itself."
+        )
+    return painted
+
+
+def _threshold(values: np.ndarray) -> np.ndarray:
+    """Return where a mask's numbers are at least half."""
+    if values.dtype == np.bool_:
+        return values
+    if values.dtype == np.uint8:
+        return values >= (128 if values.size and values.max() > 1 else 1)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise RegionError(f"A mask must be of type bool, uint8 or float, but is {values.dtype}.")
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if not (low >= 0 and high <= 1):
+        raise RegionError(f"A float mask must be within [0, 1], but runs from {low} to {high}.")
+    return values >= 0.5
+
+
+def paint_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> np.ndarray:
+    """Return boxes (left, top, width, height) in a photo of size (W, H) as a mask, bool (H, W).
+
+    Raises:
+        RegionError: there are none, or one does not lie inside the photo.
+    """
+    painted = np.zeros(size[::-1], np.bool_)
+    for box in boxes:
+        left, top, width, height = check_box(box, *size)
+        painted[top : top + height, left : left + width] = True
+    return painted

@@ -1,0 +1,206 @@
+"""Numbers, their names and intervals, against closed forms and slower ways."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_evaluation import DIM, toy_net
+
+from maskgit.errors import DataError
+from maskgit.evaluation.classwise import best_and_worst, class_agreement, wilson_interval
+from maskgit.evaluation.metrics import Gaussian, frechet_distance
+from maskgit.evaluation.scores import (
+    Names,
+    distances,
+    interval_around,
+    manifolds,
+    reconstruction_scores,
+    split_distance,
+    split_rows,
+    summarise,
+)
+from maskgit.evaluation.statistics import ImageStatistics, read_statistics, write_statistics
+
+
+def gaussian(features):
+    return Gaussian(features.mean(0), np.cov(features, rowvar=False), len(features))
+
+
+def reference(features, labels=None):
+    return ImageStatistics(
+        gaussian(features),
+        None,
+        toy_net().identity,
+        (32, 32),
+        features.astype(np.float32),
+        None if labels is None else np.asarray(labels, np.int32),
+    )
+
+
+@given(st.integers(2, 60), st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_the_distance_of_a_split_is_that_of_its_covariance(count, seed):
+    rng = np.random.default_rng(seed)
+    real = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12)) + 1
+    split = rng.normal(size=(count, 12)) * rng.uniform(0.1, 3, 12)
+    ours = gaussian(split)
+    expected = frechet_distance(real.mean(0), np.cov(real, rowvar=False), ours.mean, ours.covariance)
+    assert split_distance(split, gaussian(real)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_scores_are_those_of_all_images_and_lie_within_their_intervals():
+    rng = np.random.default_rng(0)
+    real, made = rng.normal(size=(300, DIM)), rng.normal(0.4, 1, size=(200, DIM)).astype(np.float32)
+    names = Names("toy", toy_net())
+    scores, cautions = distances({"pooled": made}, reference(real), names, splits=8)
+    by_name = {score.name: score for score in scores}
+    assert list(by_name) == ["fd_toy", "kd_toy"]
+    assert cautions == []
+    expected = frechet_distance(
+        real.mean(0), np.cov(real, rowvar=False), made.mean(0), np.cov(made.astype(float), rowvar=False)
+    )
+    assert by_name["fd_toy"].value == pytest.approx(expected)
+    scores += manifolds(made, reference(real), names, splits=8, device=toy_net().device)
+    assert [score.name for score in scores[2:]] == [
+        "precision_toy",
+        "recall_toy",
+        "density_toy",
+        "coverage_toy",
+    ]
+    for score in scores:
+        assert score.interval.low <= score.value <= score.interval.high
+        assert score.interval.high > score.interval.low
+
+
+def test_an_interval_is_as_wide_as_other_samples_differ():
+    # The distance of means alone: its spread over new samples is known by making them.
+    rng = np.random.default_rng(1)
+    real = gaussian(rng.normal(size=(5000, 3)))
+    values, widths = [], []
+    for _ in range(60):
+        made = rng.normal(1.0, 1, size=(400, 3))
+        value = split_distance(made, real)
+        interval = interval_around(value, [split_distance(made[rows], real) for rows in split_rows(400, 10)])
+        values.append(value)
+        widths.append(interval.high - interval.low)
+    assert np.median(widths) == pytest.approx(3.92 * np.std(values), rel=0.35)
+
+
+def test_few_images_have_no_interval():
+    assert split_rows(31, 10) == []
+    assert [len(part) for part in split_rows(35, 10)] == [18, 17]
+    assert sorted(np.concatenate(split_rows(100, 3)).tolist()) == list(range(100))
+    assert interval_around(1.0, [1.0]) is None
+    assert interval_around(0.99, [0.5, 0.9, 0.7], high=1.0).high == 1.0
+
+
+@pytest.mark.parametrize(
+    ("features", "published", "kinds"),
+    [
+        (
+            "inception",
+            True,
+            {"fd": "fid", "sfd": "sfid", "kd": "kid", "rfd": "rfid", "precision": "precision"},
+        ),
+        ("inception", False, {"fd": "fd_inception", "kd": "kd_inception", "recall": "recall_inception"}),
+        ("inception-pytorch-fid", True, {"fd": "fid_pytorch-fid", "kd": "kid_pytorch-fid"}),
+        ("effnet-lite0", True, {"fd": "fd_effnet-lite0", "kd": "kd_effnet-lite0", "rfd": "rfd_effnet-lite0"}),
+        ("dinov2", None, {"fd": "fd_dinov2"}),
+    ],
+)
+def test_only_inceptions_scores_are_called_fid(features, published, kinds):
+    net = toy_net()
+    net.published = published
+    names = Names(features, net)
+    assert {kind: names.name(kind) for kind in kinds} == kinds
+    assert names.name("psnr") == "psnr"
+    assert ("FID" in names.title("fd")) == ("fid" in names.name("fd").split("_")[0])
+
+
+def test_inception_has_an_inception_score_and_others_have_none():
+    rng = np.random.default_rng(0)
+    arrays = {"pooled": rng.normal(size=(64, DIM)), "logits": rng.normal(size=(64, 10))}
+    net = toy_net()
+    real = reference(rng.normal(size=(64, DIM)))
+    names = [score.name for score in distances(arrays, real, Names("inception", net), splits=2)[0]]
+    assert names == ["fid", "kid", "inception_score"]
+    assert len(distances(arrays, real, Names("effnet-lite0", net), splits=2)[0]) == 2
+
+
+def test_a_reference_of_another_net_is_refused():
+    other = dataclasses.replace(reference(np.eye(DIM)), identity="Other net")
+    with pytest.raises(DataError, match="different feature nets"):
+        distances({"pooled": np.eye(DIM)}, other, Names("toy", toy_net()))
+
+
+def test_statistics_of_pieces_keep_features_of_all_parts(tmp_path):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(100, DIM)).astype(np.float32)
+    labels = np.repeat(np.arange(10), 10).astype(np.int32)
+    pieces = [{"pooled": features[i : i + 7], "labels": labels[i : i + 7]} for i in range(0, 100, 7)]
+    found = summarise([*pieces, {}], total=100, identity="x", resolution=(8, 8), keep=20)
+    assert np.allclose(found.pooled.covariance, np.cov(features.astype(float), rowvar=False))
+    assert np.bincount(found.labels).tolist() == [2] * 10
+    assert (found.features == features[::5]).all()
+    write_statistics(tmp_path / "s.npz", found)
+    assert (read_statistics(tmp_path / "s.npz").labels == found.labels).all()
+    assert summarise(pieces, total=100, identity="x", resolution=(8, 8), keep=0).features is None
+    unlabelled = [piece | {"labels": np.full(len(piece["labels"]), -1)} for piece in pieces]
+    assert summarise(unlabelled, total=100, identity="x", resolution=(8, 8)).labels is None
+    with pytest.raises(DataError, match="no images"):
+        summarise([], total=0, identity="x", resolution=(8, 8))
+
+
+def test_classes_agree_where_samples_lie_among_theirs():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(3, DIM)) * 20
+    classes = np.arange(90) % 3
+    real = reference(centres[classes] + rng.normal(size=(90, DIM)), classes)
+    asked = np.arange(60) % 3
+    shown = np.where(np.arange(60) < 30, asked, 0)
+    agreed, table = class_agreement(centres[shown] + rng.normal(size=(60, DIM)), asked.astype(np.int32), real)
+    assert (agreed == (shown == asked)).all()
+    assert [entry.agreement for entry in table] == [1.0, 0.5, 0.5]
+    assert [entry.real for entry in table] == [1.0] * 3
+    assert all(entry.interval.low < entry.agreement <= entry.interval.high for entry in table)
+    assert best_and_worst(table)[0].label == 0
+    assert class_agreement(centres, np.arange(3), reference(centres)) is None
+
+
+def test_a_real_image_does_not_vote_for_itself():
+    # Two classes that lie on top of each other in pairs: without itself, each has the other's as its neighbour.
+    places = np.repeat(np.arange(20.0), 2)[:, None] * 100 + np.tile([0.0, 1.0], 20)[:, None]
+    real = reference(np.hstack([places, np.zeros((40, DIM - 1))]), np.arange(40) % 2)
+    _, table = class_agreement(real.features, real.labels, real)
+    assert table[0].agreement > table[0].real
+
+
+def test_wilsons_interval():
+    # Newcombe, Statistics in Medicine 1998, table I, method 3.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
+    assert wilson_interval(29, 29) == pytest.approx((0.8830, 1.0), abs=5e-5)
+
+
+def test_reconstructions_are_scored_beside_their_originals():
+    rng = np.random.default_rng(0)
+    originals = rng.normal(size=(80, DIM))
+    rebuilt = originals + rng.normal(0.1, 0.1, size=(80, DIM))
+    arrays = {
+        "pooled": rebuilt,
+        "original_pooled": originals,
+        "psnr": rng.normal(25, 1, 80),
+        "codes": np.array([5, 5, 0, 0]),
+    }
+    scores, _ = reconstruction_scores(arrays, Names("inception", toy_net()), splits=4)
+    found = {score.name: score.value for score in scores}
+    a, b = gaussian(originals), gaussian(rebuilt)
+    assert found == {
+        "rfid": pytest.approx(frechet_distance(a.mean, a.covariance, b.mean, b.covariance)),
+        "psnr": pytest.approx(arrays["psnr"].mean()),
+        "codebook_usage": 0.5,
+        "perplexity": pytest.approx(2),
+    }

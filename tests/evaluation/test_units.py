@@ -1,0 +1,188 @@
+"""Work that processes share: claimed, committed whole, found damaged, made again."""
+
+import json
+import os
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from maskgit.errors import ConfigError, DataError, OutputError
+from maskgit.evaluation import units as module
+from maskgit.evaluation.units import Made, Units, claim
+
+
+class Squares:
+    """The squares of ten numbers, three a unit."""
+
+    def __init__(self, power=2):
+        self.plan = {"power": power, "sub": {"a": 1}}
+        self.count, self.unit_size = 10, 3
+        self.power, self.asked = power, []
+
+    def make(self, first, stop):
+        self.asked.append((first, stop))
+        return Made({"x": np.arange(first, stop) ** self.power}, {"first": first}, {"text": b"hello"})
+
+
+def values(units):
+    return np.concatenate([units.read(i).arrays["x"] for i in range(len(units))]).tolist()
+
+
+def test_units_cover_the_work_and_are_not_made_twice(tmp_path):
+    work = Squares()
+    seen = []
+    units = Units(tmp_path, work)
+    units.run(lambda done, total: seen.append((done, total)))
+    assert values(units) == [i**2 for i in range(10)]
+    assert work.asked == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert seen[0] == (0, 4)
+    assert seen[-1] == (4, 4)
+    assert units.read(1).notes == {"first": 3}
+    assert (tmp_path / "unit-00000" / "text").read_bytes() == b"hello"
+    assert (tmp_path / "unit-00000").stat().st_mode & 0o777 == 0o777 & ~_umask()
+    Units(tmp_path, Squares()).run()
+    assert len(work.asked) == 4
+    assert units.seconds() >= 0
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path):
+    class Stops(Squares):
+        def make(self, first, stop):
+            if first == 6:
+                raise KeyboardInterrupt
+            return super().make(first, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        Units(tmp_path, Stops()).run()
+    assert not list(tmp_path.glob("*.lock"))
+    work = Squares()
+    units = Units(tmp_path, work)
+    units.run()
+    assert work.asked == [(6, 9), (9, 10)]
+    assert values(units) == [i**2 for i in range(10)]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no arrays", "no manifest", "other plan", "other file"])
+def test_damage_is_found_and_mended(tmp_path, damage):
+    units = Units(tmp_path, Squares())
+    units.run()
+    unit = tmp_path / "unit-00001"
+    arrays, manifest = unit / "arrays.npz", unit / "manifest.json"
+    if damage == "flip":
+        data = bytearray(arrays.read_bytes())
+        data[len(data) // 2] ^= 1
+        arrays.write_bytes(bytes(data))
+    elif damage == "cut":
+        arrays.write_bytes(arrays.read_bytes()[:50])
+    elif damage == "no arrays":
+        arrays.unlink()
+    elif damage == "no manifest":
+        manifest.write_text("{")
+    elif damage == "other plan":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"plan": "0" * 64}))
+    else:
+        (unit / "text").write_bytes(b"hallo")
+    if damage != "other file":
+        with pytest.raises(DataError, match="run the same command again"):
+            units.read(1)
+    assert units.mend() == 1
+    assert values(units) == [i**2 for i in range(10)]
+    assert units.mend() == 0
+    assert (unit / "text").read_bytes() == b"hello"
+
+
+def test_another_plan_is_refused_and_told(tmp_path):
+    Units(tmp_path, Squares())
+    with pytest.raises(ConfigError, match=r"other settings \(power 2, not 3\).*choose another folder"):
+        Units(tmp_path, Squares(3))
+    (tmp_path / "plan.json").write_text("[")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Units(tmp_path, Squares())
+
+
+def test_a_living_process_keeps_its_lock(tmp_path):
+    lock = tmp_path / "x.lock"
+    lock.write_text(json.dumps({"host": socket.gethostname(), "process": os.getppid()}))
+    with claim(lock) as own:
+        assert not own
+    assert lock.exists()
+    lock.write_text(json.dumps({"host": "elsewhere", "process": 1}))
+    with claim(lock) as own:
+        assert not own
+
+
+@pytest.mark.parametrize("left", ["dead", "own number", "old", "old and torn"])
+def test_a_lock_that_was_left_behind_is_taken_over(tmp_path, left):
+    lock = tmp_path / "x.lock"
+    holder = {"host": socket.gethostname(), "process": os.getpid() if left == "own number" else 2**22 + 1}
+    if left.startswith("old"):
+        holder["host"] = "elsewhere"
+    lock.write_text("{" if left == "old and torn" else json.dumps(holder))
+    if left.startswith("old"):
+        os.utime(lock, (time.time() - 1000, time.time() - 1000))
+    with claim(lock, 300) as own:
+        assert own
+        assert json.loads(lock.read_text())["process"] == os.getpid()
+    assert not lock.exists()
+
+
+def test_a_held_lock_is_kept_young(tmp_path):
+    lock = tmp_path / "x.lock"
+    with claim(lock, 0.25) as own:
+        assert own
+        os.utime(lock, (0, 0))
+        deadline = time.time() + 5
+        while lock.stat().st_mtime < 1 and time.time() < deadline:
+            time.sleep(0.02)
+        assert lock.stat().st_mtime > 1
+
+
+def test_work_done_twice_does_no_harm(tmp_path):
+    class Raced(Squares):
+        """Another process takes over its lock and finishes each unit first."""
+
+        def make(self, first, stop):
+            other = Units(tmp_path, Squares())
+            other._commit(first // 3, Squares().make(first, stop), 0.0)
+            return super().make(first, stop)
+
+    units = Units(tmp_path, Raced())
+    units.run()
+    assert values(units) == [i**2 for i in range(10)]
+    assert units.mend() == 0
+
+
+def test_it_waits_for_units_that_others_make(tmp_path, monkeypatch):
+    work = Squares()
+    units = Units(tmp_path, work)
+    lock = tmp_path / "unit-00002.lock"
+    lock.write_text(json.dumps({"host": socket.gethostname(), "process": os.getppid()}))
+
+    def other_finishes(seconds):
+        lock.unlink()
+
+    monkeypatch.setattr(module.time, "sleep", other_finishes)
+    units.run()
+    assert work.asked == [(0, 3), (3, 6), (9, 10), (6, 9)]
+    units.tidy()
+    (tmp_path / ".unit-00001.abc").mkdir()
+    lock.write_text("{}")
+    units.tidy()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "plan.json",
+        *(f"unit-0000{i}" for i in range(4)),
+    ]
+
+
+def test_a_file_in_the_way_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="a file stands where a folder should be"):
+        Units(tmp_path / "file" / "work", Squares())

@@ -1,0 +1,255 @@
+"""`maskgit evaluate`, `stats` and `compare` as a user calls them, and the places that images are read from."""
+
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskgit.apps import cli
+from maskgit.apps.evaluation_commands import _axis
+from maskgit.apps.picture_sets import open_pictures, open_reference
+from maskgit.errors import ConfigError, DataError
+from maskgit.evaluation.statistics import read_statistics
+
+pytest.importorskip("efficientnet_lite_pytorch")
+SMALL = ("--feature-size", 32, "--device", "cpu")
+
+
+def run(*arguments) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def write(folder, count, *, seed=0, side=32, classes=2):
+    """Write smooth random pictures, one sub folder a class, or none for 0 classes; return their pixels in order."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, side // 8, side // 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    for i, image in enumerate(images):
+        home = folder / f"class{i * classes // count}" if classes else folder
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(home / f"{i:03}.png")
+    return images
+
+
+@pytest.fixture(scope="module")
+def place(tiny, tmp_path_factory):
+    """A folder with a model, two sets of pictures, and statistics of the first."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny.save_pretrained(folder / "model")
+    write(folder / "real", 40)
+    write(folder / "other", 40, seed=1, classes=0)
+    assert run("stats", folder / "real", "--out", folder / "real.npz", *SMALL) == 0
+    return folder
+
+
+def test_statistics_say_what_they_are_of(place):
+    found = read_statistics(place / "real.npz")
+    assert found.pooled.num_images == 40
+    assert found.resolution == (32, 32)
+    assert found.identity.startswith("EffNet-Lite0, antialiased resize to 32 × 32")
+    assert found.features.shape == (40, 1280)
+    assert np.bincount(found.labels).tolist() == [20, 20]
+
+
+def test_evaluate_writes_both_reports_and_refuses_other_settings(place, tmp_path, capsys):
+    command = (
+        "evaluate",
+        place / "model",
+        "--reference",
+        place / "real.npz",
+        "--num-images",
+        34,
+        "--steps",
+        2,
+    )
+    command = (
+        *command,
+        "--training-data",
+        place / "other",
+        "--out",
+        tmp_path,
+        "--unit-size",
+        10,
+        "--splits",
+        2,
+        *SMALL,
+    )
+    assert run(*command) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "fd_effnet-lite0" in printed
+    assert str(tmp_path / "report.html") in printed
+    assert list(report["metrics"]) == [
+        f"{kind}_effnet-lite0"
+        for kind in (
+            "fd",
+            "kd",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+            "class_agreement",
+            "authenticity",
+        )
+    ]
+    assert not any("fid" in name for name in report["metrics"])
+    assert report["settings"]["sampler"]["steps"] == 2
+    assert "compare only scores of as many images" in report["cautions"][0]
+    assert run(*command, "--seed", 3) == 2
+    assert "images.seed 0, not 3" in capsys.readouterr().err
+
+
+def test_evaluate_scores_reconstructions(place, tmp_path, capsys):
+    command = (
+        "evaluate",
+        place / "model",
+        "--reconstruction",
+        "--reference",
+        place / "real",
+        "--out",
+        tmp_path,
+        *SMALL,
+    )
+    assert run(*command) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["metrics"]) == ["rfd_effnet-lite0", "psnr", "ssim", "codebook_usage", "perplexity"]
+    assert report["num_images"] == 40
+
+
+def test_compare_prints_a_table_or_json(place, capsys):
+    assert run("compare", place / "real", place / "other", *SMALL) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["score", "value", "95", "%", "interval", "better"]
+    assert table[1].split()[0] == "fd_effnet-lite0"
+    # A set is nearer to itself than to another.
+    assert run("compare", place / "real.npz", place / "real", "--json", *SMALL) == 0
+    itself = json.loads(capsys.readouterr().out)
+    assert itself["metrics"]["fd_effnet-lite0"] == pytest.approx(0, abs=1e-6) < float(table[1].split()[1])
+    assert itself["metrics"]["precision_effnet-lite0"] == 1
+    assert any("the same images" in caution for caution in itself["cautions"])
+
+
+def test_torn_pictures_are_counted_listed_and_refused_above_a_share(tmp_path, capsys):
+    write(tmp_path / "a", 20, classes=0)
+    (tmp_path / "a" / "005.png").write_bytes(b"torn")
+    command = ("stats", tmp_path / "a", "--out", tmp_path / "a.npz", *SMALL)
+    assert run(*command) == 2
+    error = capsys.readouterr().err
+    assert "1 of the 20 images" in error
+    assert "005.png" in error
+    assert not (tmp_path / "a.npz").exists()
+    assert run(*command, "--max-bad-share", 0.05) == 0
+    printed = capsys.readouterr().out
+    assert "1 images could not be read" in printed
+    assert "005.png" in printed
+    assert read_statistics(tmp_path / "a.npz").pooled.num_images == 19
+    assert run(*command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_wrong_places_are_told(place, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "mixed", 4, classes=0)
+    Image.new("RGB", (20, 10)).save(tmp_path / "mixed" / "x.png")
+    write(tmp_path / "small", 6, side=16, classes=0)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "a.png").write_bytes(b"")
+    np.savez(tmp_path / "nothing.npz", x=np.zeros(3))
+    to = ("--out", tmp_path / "out.npz")
+    report = ("--out", tmp_path / "report", "--num-images", 4)
+    cases = [
+        (("stats", tmp_path / "empty", *to), "is empty"),
+        (("stats", tmp_path / "gone", *to), "gone"),
+        (("stats", tmp_path / "torn", *to), "None of the 1 images"),
+        (("stats", tmp_path / "mixed", *to), "of 32 × 32 and of 10 × 20 pixels"),
+        (("stats", place / "real", "--out", "x.txt"), "choose another name"),
+        (("stats", place / "real", *to, "--num-images", 99), "num_images must be between 2 and 40"),
+        (("compare", place / "real", tmp_path / "small"), "32 × 32 pixels and the samples of 16 × 16"),
+        (("compare", tmp_path / "nothing.npz", place / "real"), "holds no statistics"),
+        (("compare", place / "real.npz", place / "other", "--feature-size", 64), "different feature nets"),
+        (("evaluate", place / "model", "--reference", tmp_path / "small", *report), "16 × 16 pixels and the samples"),
+        (("evaluate", place / "model", "--reference", place / "real.npz", "--features", "inception", *report), "needs its weights"),
+        (("evaluate", place / "model", "--reference", place / "real.npz", "--features", "fid", *report), "Choose from"),
+        (("evaluate", place / "model", "--reference", place / "real.npz", "--feature-size", 64, *report), "different feature nets"),
+        (("evaluate", place / "model", "--reference", place / "real.npz", "--reconstruction", *report), "not statistics"),
+        (("evaluate", place / "model", "--reference", place / "real", "--reconstruction", "--curve", "steps=1", *report), "--curve is about samples"),
+        (("evaluate", place / "model", "--reference", place / "real", "--lpips", "alex", *report), "say --reconstruction"),
+        (("evaluate", place / "model", "--reference", place / "real.npz", "--labels", "dataset", *report), "give --training-data"),
+        (("evaluate", place / "model", "--reference", place / "real.npz", "--curve", "stepz=1,2", *report), "Did you mean 'steps'"),
+        (("evaluate", place / "model", "--reference", place / "real.npz", "--curve", "steps", *report), "takes KEY=A,B"),
+    ]  # fmt: skip
+    for command, message in cases:
+        flags = () if "--feature-size" in command or "inception" in command else ("--feature-size", 32)
+        flags = () if "fid" in command else flags
+        assert run(*command, *flags, "--device", "cpu") == 2, command
+        assert message in capsys.readouterr().err, command
+    assert not (tmp_path / "report").exists()
+    # Brought to one size, mixed pictures are a set.
+    assert run("stats", tmp_path / "mixed", *to, "--size", 16, *SMALL) == 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "classes", "packed", "npz", "parquet", "idx"])
+def test_images_are_read_by_their_numbers_from_every_place(kind, tmp_path):
+    images = write(tmp_path / "pictures", 12, side=16, classes=0 if kind == "folder" else 3)
+    where, labels = tmp_path / "pictures", np.arange(12) // 4
+    if kind == "packed":
+        pytest.importorskip("datasets")
+        assert run("pack", where, tmp_path / "cache", "--size", 16) == 0
+        where = tmp_path / "cache"
+    elif kind == "npz":
+        where = tmp_path / "images.npz"
+        np.savez(where, arr_0=images)
+    elif kind == "parquet":
+        pytest.importorskip("datasets")
+        pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        rows = {"image": [f.read_bytes() for f in sorted(where.rglob("*.png"))], "label": labels.tolist()}
+        where = tmp_path / "images.parquet"
+        pq.write_table(pa.table(rows), where)
+    elif kind == "idx":
+        images = images[..., :1].repeat(3, -1)
+        where = tmp_path / "idx"
+        where.mkdir()
+        for name, head, data in (
+            ("train-images-idx3-ubyte.gz", (2051, 12, 16, 16), images[..., 0]),
+            ("train-labels-idx1-ubyte.gz", (2049, 12), labels.astype(np.uint8)),
+        ):
+            packed = struct.pack(f">{len(head)}I", *head) + np.ascontiguousarray(data).tobytes()
+            (where / name).write_bytes(gzip.compress(packed))
+    found = open_pictures(where)
+    assert (len(found), found.resolution) == (12, (16, 16))
+    for numbers in ([0, 5, 11], [3], [4, 5], list(range(12))):
+        batch = found.read(numbers)
+        assert batch.numbers.tolist() == numbers
+        assert (batch.images == images[numbers]).all()
+        if kind in ("folder", "npz"):
+            assert (batch.labels == -1).all()
+        else:
+            assert (batch.labels == labels[numbers]).all()
+    if kind not in ("folder", "npz"):
+        assert found.num_classes == 3
+        assert found.count_labels().tolist() == [4, 4, 4]
+    assert open_pictures(where).fingerprint == found.fingerprint
+    assert len(found.fingerprint) == 64
+
+
+def test_an_adm_reference_gives_its_statistics_and_its_images(tmp_path):
+    images = write(tmp_path / "pictures", 8, classes=0)
+    np.savez(tmp_path / "adm.npz", arr_0=images, mu=np.zeros(4), sigma=np.eye(4))
+    found = open_reference(tmp_path / "adm.npz")
+    assert found.statistics.pooled.mean.shape == (4,)
+    assert (found.images.read([2, 7]).images == images[[2, 7]]).all()
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(4), sigma=np.eye(4))
+    assert open_reference(tmp_path / "moments.npz").images is None
+    with pytest.raises(DataError, match="taken as they are"):
+        open_pictures(tmp_path / "adm.npz", size=16)
+
+
+def test_curves_are_read():
+    assert _axis("steps=4,8") == ("steps", (4, 8))
+    assert _axis("policy=confidence,halton") == ("policy", ("confidence", "halton"))
+    assert _axis("guidance-scale=1.5") == ("guidance_scale", (1.5,))
+    for wrong in ("steps", "steps=", "=4", "steps=4,,8"):
+        with pytest.raises(ConfigError, match="--curve takes"):
+            _axis(wrong)
