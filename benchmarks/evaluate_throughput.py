@@ -1,10 +1,10 @@
-"""How fast images are scored: images a second through each part of `maskgit evaluate`, beside generation itself.
+"""How fast images are scored: each part of `maskgit evaluate` in images a second, beside generation itself.
 
     python benchmarks/evaluate_throughput.py [--model cifar10] [--images 128] [--scored 5000] [--json FILE]
 
 Features, the 8-bit rounding and the committing of units are timed on the model's own samples; the metrics on
-random features, whose values do not change the time. It prints the share that scoring adds to generating, how much
-faster a split's Fréchet distance is than the whole one, and what one thread does of two processes' work.
+random features, whose values do not change the time. It prints what scoring adds to generating, and how
+much faster a split's Fréchet distance is than the whole one.
 """
 
 import argparse

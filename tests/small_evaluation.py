@@ -1,7 +1,7 @@
-"""An evaluation that takes a second: the tiny golden model, a feature net of a few numbers, twenty-odd real images.
+"""An evaluation that takes a second: the tiny golden model, a feature net of a few numbers, forty real images.
 
-As a program, `python small_evaluation.py OUT [SECONDS]`, it is one of the processes that share the work, of which
-each unit takes SECONDS longer.
+As a program, `python small_evaluation.py OUT [SECONDS]`, it is one of the processes that share the work, of
+which each unit takes SECONDS longer.
 """
 
 import sys

@@ -97,6 +97,50 @@ def test_a_painted_box_masks_the_same_tokens(drawn):
     assert torch.equal(painted, regions.box_to_token_mask(box, size, patch))
 
 
+@given(
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.floats(0, 1),
+    st.integers(0, 7),
+    st.integers(0),
+)
+def test_a_share_of_painted_pixels_masks_a_token_and_its_neighbours(
+    patch, rows, columns, share, dilate, seed
+):
+    pixels = torch.from_numpy(np.random.default_rng(seed).random((rows * patch, columns * patch)) < 0.4)
+    mask = regions.pixels_to_token_mask(pixels, patch, share=share, dilate=dilate)
+    for row in range(rows):
+        for column in range(columns):
+            near = [
+                pixels[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch]
+                for y in range(max(0, row - dilate), min(rows, row + dilate + 1))
+                for x in range(max(0, column - dilate), min(columns, column + dilate + 1))
+            ]
+            enough = [int(cell.sum()) >= max(1, share * patch**2 - 1e-6) for cell in near]
+            assert bool(mask[row, column]) == any(enough)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.data())
+def test_pixels_are_dealt_to_the_cell_that_their_middle_lies_in(height, width, data):
+    grid = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
+    pixels = np.random.default_rng(height * width).random((height, width)) < 0.5
+    cells = [[] for _ in range(grid[0] * grid[1])]
+    for y, x in np.ndindex(height, width):
+        row, column = (2 * y + 1) * grid[0] // (2 * height), (2 * x + 1) * grid[1] // (2 * width)
+        cells[row * grid[1] + column].append(pixels[y, x])
+    expected = torch.tensor([np.mean(cell) for cell in cells], dtype=torch.float64)
+    torch.testing.assert_close(regions.cell_shares(pixels, grid).flatten(), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"share": -0.1}, {"share": 1.1}, {"share": float("nan")}, {"dilate": -1}]
+)
+def test_shares_and_growths_that_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        regions.pixels_to_token_mask(torch.ones(16, 16) > 0, **options)
+
+
 @given(boxes_in_images(), st.sampled_from(sorted(regions.RULES)))
 def test_every_rule_masks_something_and_transposes_with_the_image(drawn, rule):
     (left, top, width, height), size, patch = drawn

@@ -1,7 +1,7 @@
 """Editing photos: what is in boxes replaced by a class, and painted masks filled in.
 
-Each function is a method of `MaskGIT`. The tokens that the model sees and keeps are never changed; the new ones
-are decoded as in any generation, and the result is blended into the photo (see `photos`).
+Each function is a method of `MaskGIT`. The tokens that the model sees and keeps are never changed; the new
+ones are decoded as in any generation, and the result is blended into the photo (see `photos`).
 
 Shapes: B images, h × w the token grid, S × S pixels of the model's image.
 Source: paper §4.3; official inference.py.
@@ -119,8 +119,8 @@ def inpaint(
 
     Args:
         image: as for `edit`.
-        mask: where the photo is to be made new: a path to a black and white picture, a PIL image, or an array or
-            tensor (H, W), of the photo's size; "alpha" for the photo's own transparent parts. See
+        mask: where the photo is to be made new: a path to a black and white picture, a PIL image, or an array
+            or tensor (H, W), of the photo's size; "alpha" for the photo's own transparent parts. See
             `maskgit.masks.read_mask`.
         label: what the photo is of: a class name or number, None for no class, which takes a model trained
             with label dropout; "guess" is the class that the model finds likeliest given what is known.
@@ -133,8 +133,9 @@ def inpaint(
 
     Returns:
         `Output`; its photos differ from the given one only in and softly around the masked tokens. Its
-        class_guess says how likely each class was, if it was to be guessed. Where nothing is painted, the photo
-        comes back; where all is, the images are what `MaskGIT.generate` makes of the same label and settings.
+        class_guess says how likely each class was, if it was to be guessed. Where nothing is painted, the
+        photo comes back; where all is, the images are what `MaskGIT.generate` makes of the same label and
+        settings.
 
     Raises:
         ConfigError, ImageError, RegionError: an argument is not allowed, or nothing is known to guess from.
@@ -193,11 +194,17 @@ def _renew(
     )
     made = model.fill(sequences, config, start_step=start_step, **options)
 
-    scale = window.side / size
-    weights = photos.soft_weights(token_mask, painted, window, window.side, radius * scale)
-    small = photos.soft_weights(token_mask, painted, window, size, radius) if scale != 1 else weights
-    blended = blend(before, made.images, torch.from_numpy(small.copy()))
-    whole = [photos.paste(photo, window, new, weights) for new in to_pil(made.images)]
+    large, small = (
+        photos.soft_weights(token_mask, painted, window, photo.size, side, radius * side / size)
+        for side in (window.side, size)
+    )
+    blended = blend(before, made.images, torch.from_numpy(small))
+    if window.side == size and photo.alpha is None:
+        # Nothing is to be resized: the photos show the blended images to the bit.
+        layers, large = to_pil(blended), np.where(small > 0, 255, 0).astype(np.uint8)
+    else:
+        layers = to_pil(made.images)
+    whole = [photos.paste(photo, window, layer, large) for layer in layers]
     return replace(
         made, images=blended, token_mask=token_mask, before=before, photos=whole, class_guess=guess
     )

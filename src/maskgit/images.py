@@ -172,7 +172,7 @@ def save_png(
 
     Args:
         path: a name that ends in .png; missing folders are made.
-        image: a PIL image of any mode, written as RGB.
+        image: a PIL image of any mode, written as RGB, or as RGBA if it is that.
         settings: JSON values, kept in a text chunk under the key "maskgit"; `read_settings` returns them.
         overwrite: whether a file of that name may be replaced.
 
@@ -191,7 +191,7 @@ def save_png(
     if settings is not None:
         chunks.add_text(SETTINGS_KEY, _dump(settings))
     data = io.BytesIO()
-    upright(to_rgb(image), 1).save(data, "PNG", pnginfo=chunks)
+    (image if image.mode == "RGBA" else upright(to_rgb(image), 1)).save(data, "PNG", pnginfo=chunks)
     files.write_bytes(path, data.getvalue())
 
 

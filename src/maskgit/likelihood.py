@@ -152,6 +152,8 @@ def generate_best(
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
     config = model.sampler_config(**settings)
     numbers = torch.tensor(model.labels(labels), dtype=torch.int64)
+    if not len(numbers):
+        raise ConfigError("There are no labels; give at least one class.")
     kept = []
     for place, number in enumerate(numbers):
         best: list[Tensor] = []
@@ -192,7 +194,7 @@ def _judge(model: "MaskGIT", made: Output, labels: Tensor, scorer: Scorer | None
 
 
 def _known(model: "MaskGIT", tokens: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return sequences int64 (B, S), without their classes yet, and where their tokens are known, bool (B, S)."""
+    """Return sequences int64 (B, S), their classes still open, and their known tokens, bool (B, S)."""
     grid = (model.vocabulary.grid_size,) * 2
     if tokens.ndim != 3 or tokens.shape[1:] != grid or tokens.dtype != torch.int64 or not len(tokens):
         raise RegionError(

@@ -20,9 +20,9 @@ def read_mask(mask: Any, photo: Photo) -> np.ndarray:
 
     Args:
         mask: a path to a picture, a PIL image, an array or a tensor (H, W) of the photo's size: bool; uint8,
-            whose values are 0 and 1 or from 0 to 255; or float in [0, 1]. Half or more of white masks a pixel;
-            a picture's brightest colour counts, and transparent parts of it count as black. The word "alpha" is
-            the photo's own transparency: all pixels that are not opaque.
+            whose values are 0 and 1 or from 0 to 255; or float in [0, 1]. Half or more of white masks a
+            pixel; a picture's brightest colour counts, and transparent parts of it count as black. The word
+            "alpha" is the photo's own transparency: all pixels that are not opaque.
         photo: what it belongs to.
 
     Returns:
@@ -52,8 +52,8 @@ def read_mask(mask: Any, photo: Photo) -> np.ndarray:
     if painted.shape != photo.size[::-1]:
         size = " × ".join(str(side) for side in painted.shape[::-1])
         raise RegionError(
-            f"The mask has {size} pixels, but the photo, as it is seen, has {photo.size[0]} × {photo.size[1]}; "
-            "paint the mask on the photo itself."
+            f"The mask has {size} pixels, but the photo, as it is seen, has {photo.size[0]} × "
+            f"{photo.size[1]}; paint the mask on the photo itself."
         )
     return painted
 

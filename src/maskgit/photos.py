@@ -7,6 +7,7 @@ Shapes: W × H pixels of the photo, S × S of the model's image, h × w its toke
 photo as seen, from its top left corner; a mask is True where something new is to be made.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 MAX_PIXELS = images.MAX_PIXELS
 # The pixels of all photos that one call returns: 1.6 GB at most.
 MAX_OUTPUT_PIXELS = 4 * MAX_PIXELS
-# What is to be made new takes up at most this share of the window's side, where the photo has room around it.
-CONTEXT = 2
+# The window is so many times as long as what is to be made new: the first where it fits into the photo, the
+# second where the photo is long enough for it in one direction at least.
+CONTEXT, LEAST_CONTEXT = 2, 1.25
 # Blending takes some 30 bytes a pixel where there is transparency; so many are blended at once.
 _STRIP_PIXELS = 1 << 20
 
@@ -108,7 +110,8 @@ def open_picture(image: Any, name: str) -> Image.Image:
 def _check_pixels(size: Sequence[int]) -> None:
     if len(size) == 2 and size[0] * size[1] > MAX_PIXELS:
         raise ImageError(
-            f"The photo has {size[0]} × {size[1]} pixels, but {MAX_PIXELS:,} are the limit; make it smaller first."
+            f"The photo has {size[0]} × {size[1]} pixels, but {MAX_PIXELS:,} are the limit; "
+            "make it smaller first."
         )
 
 
@@ -130,9 +133,10 @@ def _from_array(array: np.ndarray) -> tuple[Image.Image, Tensor | None]:
 def window_around(mask: np.ndarray, image_size: int) -> Window:
     """Choose what part of a photo the model sees.
 
-    The window covers the whole mask, and twice its length and height where the photo is large enough; it is
-    never smaller than the model's image, so that the photo is never scaled up, and stays inside the photo if it
-    can. Around an empty mask, it is in the middle.
+    The window covers the whole mask, and twice its longer side where the photo is large enough; it is never
+    smaller than the model's image, so that the photo is never scaled up, and stays inside the photo if it
+    can. Where it ends inside the photo, there is at least a sixteenth of it between its edge and the mask.
+    Around an empty mask, it is in the middle.
 
     Args:
         mask: bool (H, W).
@@ -146,11 +150,12 @@ def window_around(mask: np.ndarray, image_size: int) -> Window:
     top, bottom = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (high // 2, high // 2)
     left, right = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (wide // 2, wide // 2)
     longest = max(bottom - top, right - left)
-    side = max(image_size, longest, min(CONTEXT * longest, min(wide, high)))
+    least = min(max(wide, high), math.ceil(LEAST_CONTEXT * longest))
+    side = max(image_size, min(CONTEXT * longest, max(least, min(wide, high))))
     if side**2 > MAX_PIXELS:
         raise RegionError(
-            f"The mask is {longest} pixels long, and a square of {side} pixels around it would have more than "
-            f"{MAX_PIXELS:,}; make less of the photo new at a time, or cut or shrink the photo first."
+            f"The mask is {longest} pixels long, and a square of {side} pixels around it would have more "
+            f"than {MAX_PIXELS:,}; make less of the photo new at a time, or cut or shrink the photo first."
         )
     return Window(_place(left, right, side, wide), _place(top, bottom, side, high), side)
 
@@ -181,6 +186,13 @@ def _mirror(array: np.ndarray, window: Window) -> np.ndarray:
     return array
 
 
+def _shown(picture: Image.Image, window: Window) -> np.ndarray:
+    """Return what a window shows of a picture: (side, side, …), at no more memory than that."""
+    left, top, right, bottom = _inside(window, picture.size)
+    part = np.asarray(picture.crop((left, top, right, bottom)))
+    return _mirror(part, Window(window.left - left, window.top - top, window.side))
+
+
 def cut(photo: Photo, window: Window, size: int) -> Tensor:
     """Return what the model sees of a photo: float32 (1, 3, S, S) in [0, 1].
 
@@ -188,20 +200,12 @@ def cut(photo: Photo, window: Window, size: int) -> Tensor:
     """
     if photo.exact is not None and window == (0, 0, size) and photo.size == (size, size):
         return photo.exact
-    part = _resized(_mirror(np.asarray(photo.rgb), window), size, photo.alpha, window)
-    if part.mode == "RGBA":
-        part = _grow(part)
-    return images.to_tensor(part)
-
-
-def _resized(array: np.ndarray, size: int, alpha: Image.Image | None, window: Window) -> Image.Image:
-    """Return (side, side, 3) as a picture of S × S, with the alpha of the photo that it was cut from."""
-    picture = Image.fromarray(np.ascontiguousarray(array))
-    if alpha is not None:
-        picture.putalpha(Image.fromarray(np.ascontiguousarray(_mirror(np.asarray(alpha), window))))
-    if picture.size == (size, size):
-        return picture
-    return picture.resize((size, size), Image.Resampling.BICUBIC)
+    part = Image.fromarray(_shown(photo.rgb, window))
+    if photo.alpha is not None:
+        part.putalpha(Image.fromarray(_shown(photo.alpha, window)))
+    if window.side != size:
+        part = part.resize((size, size), Image.Resampling.BICUBIC)
+    return images.to_tensor(part if photo.alpha is None else _grow(part))
 
 
 def _grow(picture: Image.Image) -> Image.Image:
@@ -224,7 +228,8 @@ def _grow(picture: Image.Image) -> Image.Image:
 def painted_tokens(mask: np.ndarray, window: Window, grid: int, share: float, dilate: int) -> Tensor:
     """Return the tokens that a painted mask (H, W) masks in a window, bool (h, w), h = w = grid.
 
-    A pixel belongs to the token that its middle lies in; beyond the photo, the mask is mirrored as the photo is.
+    A pixel belongs to the token that its middle lies in; beyond the photo, the mask is mirrored as the photo
+    is.
     """
     return shares_to_token_mask(cell_shares(_mirror(mask, window), (grid, grid)), share, dilate)
 
@@ -258,35 +263,50 @@ def boxed_tokens(
 
 
 def soft_weights(
-    token_mask: Tensor, painted: np.ndarray | None, window: Window, side: int, radius: float
+    token_mask: Tensor,
+    painted: np.ndarray | None,
+    window: Window,
+    size: tuple[int, int],
+    side: int,
+    radius: float,
 ) -> np.ndarray:
     """Return the weights of what is new, uint8 (side, side), 255 for all new.
 
-    Tokens have the official soft edge, of weight one half at their border. Painted pixels of masked tokens are
-    new entirely, and fade outwards.
+    Tokens have the official soft edge, of weight one half at their border. Painted pixels of masked tokens
+    are new entirely, and fade outwards. Where the window ends inside the photo, nothing new reaches its edge.
 
     Args:
         token_mask: bool (h, w).
         painted: the photo's mask, bool (H, W), or None.
-        window: what the tokens show of it.
+        window: what the tokens show of the photo.
+        size: (W, H) of the photo.
         side: pixels a side of the result, at most the window's.
         radius: of the blur, in the same pixels.
     """
-    weights = np.asarray(soft_mask(token_mask.numpy(), (side, side), radius))
-    if painted is None:
-        return weights
-    shown = _mirror(painted, window)
-    if side != window.side:
-        shown = cell_shares(shown, (side, side)).numpy() > 0
-    cells = (2 * np.arange(side) + 1) * token_mask.shape[0] // (2 * side)
-    kept = (shown & token_mask.numpy()[cells[:, None], cells]).astype(np.uint8) * 255
-    # A blurred straight edge is at one half, so that twice the blur is 1 in all of the mask but its points.
-    soft = (
-        Image.fromarray(kept)
-        .filter(ImageFilter.GaussianBlur(radius))
-        .point(lambda value: min(255, 2 * value))
-    )
-    return np.maximum(np.maximum(weights, np.asarray(soft)), kept)
+    weights = np.array(soft_mask(token_mask.numpy(), (side, side), radius))
+    kept = np.zeros_like(weights)
+    if painted is not None:
+        shown = _mirror(painted, window)
+        if side != window.side:
+            shown = cell_shares(shown, (side, side)).numpy() > 0
+        cells = (2 * np.arange(side) + 1) * token_mask.shape[0] // (2 * side)
+        kept[shown & token_mask.numpy()[cells[:, None], cells]] = 255
+        blurred = Image.fromarray(kept).filter(ImageFilter.GaussianBlur(radius))
+        # A blurred straight edge is at one half, so that twice the blur is 1 in all of the mask but its
+        # points.
+        weights = np.maximum(weights, np.asarray(blurred.point(lambda value: min(255, 2 * value))))
+    across = _fade(side, window.left > 0, window.left + window.side < size[0])
+    down = _fade(side, window.top > 0, window.top + window.side < size[1])
+    if min(across.min(), down.min()) < 1:
+        weights = np.rint(weights * down[:, None] * across).astype(np.uint8)
+    return np.maximum(weights, kept)
+
+
+def _fade(side: int, at_start: bool, at_end: bool) -> np.ndarray:
+    """Return weights along one axis, float32 (side,), that fall to 0 at some of its ends."""
+    rise = np.minimum((np.arange(side) + 0.5) * 16 / side, 1).astype(np.float32)
+    level = np.ones_like(rise)
+    return np.minimum(rise if at_start else level, rise[::-1] if at_end else level)
 
 
 def paste(photo: Photo, window: Window, new: Image.Image, weights: np.ndarray) -> Image.Image:
@@ -299,7 +319,8 @@ def paste(photo: Photo, window: Window, new: Image.Image, weights: np.ndarray) -
         weights: uint8 (side, side), of the new picture.
 
     Returns:
-        RGB, or RGBA if the photo has transparency: what is new is opaque. A pixel of weight 0 keeps its bytes.
+        RGB, or RGBA if the photo has transparency: what is new is opaque. A pixel of weight 0 keeps its
+        bytes.
     """
     left, top, right, bottom = _inside(window, photo.size)
     within = (left - window.left, top - window.top, right - window.left, bottom - window.top)
@@ -315,7 +336,7 @@ def paste(photo: Photo, window: Window, new: Image.Image, weights: np.ndarray) -
         if photo.alpha is None:
             result.paste(new, (left, top), Image.fromarray(weights))
         else:
-            shown = _over(weights, np.asarray(photo.alpha)[top:bottom, left:right])
+            shown = _over(weights, np.asarray(photo.alpha.crop((left, top, right, bottom))))
             result.paste(new, (left, top), Image.fromarray(shown))
     if photo.alpha is not None:
         alpha = photo.alpha.copy()

@@ -328,7 +328,7 @@ class MaskGIT:
 
 
 def _join(batches: list[list[Trace]]) -> Trace:
-    """Join the steps of batches; one that was done early repeats its last step, in which nothing is unknown."""
+    """Join the steps of batches; one that was done early repeats its last step, with nothing unknown."""
     steps = max(len(history) for history in batches)
     joined: dict[str, list[Tensor]] = {"tokens": [], "unknown": [], "confidence": []}
     for history in batches:

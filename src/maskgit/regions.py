@@ -150,7 +150,7 @@ def shares_to_token_mask(shares: Tensor, share: float = 0.0, dilate: int = 0) ->
     check_range("share", share, 0, 1)
     dilate = check_count("dilate", dilate, 0, MAX_GRID)
     # A share such as 0.3 is not exact in binary, and no count of pixels comes near to it by chance.
-    mask = shares > 0 if share == 0 else shares >= share - 1e-9
+    mask = (shares > 0) & (shares >= share - 1e-9)
     if not dilate:
         return mask
     down = F.max_pool2d(mask.float()[None], (2 * dilate + 1, 1), 1, (dilate, 0))

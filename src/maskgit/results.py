@@ -15,7 +15,8 @@ from maskgit import images
 
 # Called with the step's number, the indices int64 (B,) of the images and their tokens int64 (B, h, w) so far.
 Callback = Callable[[int, Tensor, Tensor], None]
-# So many images are decoded together when the caller does not say: enough to fill a GPU, little enough memory.
+# So many images are decoded together when the caller does not say: enough to fill a GPU, little enough
+# memory.
 DEFAULT_BATCH_SIZE = 16
 
 
@@ -64,11 +65,12 @@ class Output:
     """What the pipeline makes.
 
     Attributes:
-        images: float32 (B, 3, H, W) in [0, 1], RGB, on the CPU; of a photo, the part that the model saw, at the
-            model's size.
+        images: float32 (B, 3, H, W) in [0, 1], RGB, on the CPU; of a photo, the part that the model saw, at
+            the model's size.
         tokens: int64 (B, h, w), what the images were decoded from, on the CPU.
         trace: how they came to be, if asked for.
-        token_mask: bool (h, w), or (B, h, w) where images differ, True where an edit made new tokens, or None.
+        token_mask: bool (h, w), or (B, h, w) where images differ, True where an edit made new tokens, or
+            None.
         before: float32 (1, 3, H, W) in [0, 1], what an edit began with, or None.
         photos: of an edit, the B whole photos with what is new in its place, RGB or RGBA, or None.
         class_guess: which class an edit found, where it was asked to guess, or None.

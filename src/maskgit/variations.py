@@ -1,7 +1,7 @@
 """Variations of an image, and images between two classes or two images.
 
-Each function is a method of `MaskGIT`. What is random here, which tokens change, is drawn from the seed and the
-image's index, as everything else is.
+Each function is a method of `MaskGIT`. What is random here, which tokens change, is drawn from the seed and
+the image's index, as everything else is.
 
 Shapes: B images, N = h · w tokens.
 """
@@ -100,8 +100,8 @@ def interpolate_classes(
 
     Args:
         first, second: class names or numbers, None for no class.
-        switch: the share of steps that are the first class's, in [0, 1]; 1 is what `MaskGIT.generate` makes of
-            the first, 0 of the second.
+        switch: the share of steps that are the first class's, in [0, 1]; 1 is what `MaskGIT.generate` makes
+            of the first, 0 of the second.
         num_images: images to make.
         seed, first_index, batch_size, return_steps, callback, **settings: as for `MaskGIT.generate`.
 
@@ -199,8 +199,8 @@ def interpolate_images(
 def resumed(config: SamplerConfig, share: float, num_tokens: int) -> tuple[SamplerConfig, int]:
     """Return the settings and the first step to decode images of which a share of tokens is masked.
 
-    The sampler's schedule counts in shares of what is masked at the start; here it goes on as if the whole image
-    had been, so that each step makes as many tokens as it would have.
+    The sampler's schedule counts in shares of what is masked at the start; here it goes on as if the whole
+    image had been, so that each step makes as many tokens as it would have.
 
     Args:
         config: for whole images.

@@ -17,6 +17,7 @@ from maskgit.evaluation.charts import _ticks as ticks
 from maskgit.evaluation.evaluate import EvaluationConfig
 from maskgit.evaluation.metrics import Interval, frechet_distance
 from maskgit.evaluation.reconstruction import ReconstructionEvaluation
+from maskgit.evaluation.references import Reference
 from maskgit.evaluation.report import plain
 from maskgit.evaluation.sampling import measured
 
@@ -158,6 +159,17 @@ def test_a_report_of_reconstructions(tiny, tmp_path):
             tiny.tokenizer, "tiny", {}, toy_net(), "toy",
             real_images(20, side=20).__class__(np.zeros((4, 18, 18, 3), np.uint8)), EvaluationConfig(),
         ).run(tmp_path / "other")  # fmt: skip
+
+
+def test_a_reference_of_other_classes_is_told(tiny, tmp_path):
+    pictures = real_images()
+    pictures.labels = pictures.labels % 3
+    reference = Reference("three classes", None, pictures, pictures.fingerprint)
+    evaluation(tiny, reference=reference, training=False).run(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "not of the model's 10 classes" in report["cautions"][-1]
+    assert report["classes"] == []
+    assert "class_agreement_toy" not in report["metrics"]
 
 
 def test_samples_as_png_cannot_teach_a_classifier(tiny, tmp_path):

@@ -1,4 +1,4 @@
-"""Images made for an evaluation: functions of their index, whoever makes them and however often they are killed."""
+"""Images made for an evaluation: functions of their index, whoever makes them and however often killed."""
 
 import io
 import json

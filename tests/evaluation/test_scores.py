@@ -170,7 +170,7 @@ def test_classes_agree_where_samples_lie_among_theirs():
 
 
 def test_a_real_image_does_not_vote_for_itself():
-    # Two classes that lie on top of each other in pairs: without itself, each has the other's as its neighbour.
+    # Two classes that lie in pairs: without itself, each image has one of the other class as its neighbour.
     places = np.repeat(np.arange(20.0), 2)[:, None] * 100 + np.tile([0.0, 1.0], 20)[:, None]
     real = reference(np.hstack([places, np.zeros((40, DIM - 1))]), np.arange(40) % 2)
     _, table = class_agreement(real.features, real.labels, real)
@@ -193,7 +193,7 @@ def test_reconstructions_are_scored_beside_their_originals():
         "pooled": rebuilt,
         "original_pooled": originals,
         "psnr": rng.normal(25, 1, 80),
-        "codes": np.array([5, 5, 0, 0]),
+        "codes": np.array([[5, 0, 0, 0], [0, 5, 0, 0]]),
     }
     scores, _ = reconstruction_scores(arrays, Names("inception", toy_net()), splits=4)
     found = {score.name: score.value for score in scores}

@@ -99,6 +99,14 @@ def test_damage_is_found_and_mended(tmp_path, damage):
     assert (unit / "text").read_bytes() == b"hello"
 
 
+def test_a_unit_without_its_manifest_is_made_again(tmp_path):
+    units = Units(tmp_path, Squares())
+    units.run()
+    (tmp_path / "unit-00002" / "manifest.json").unlink()
+    units.run()
+    assert values(units) == [i**2 for i in range(10)]
+
+
 def test_another_plan_is_refused_and_told(tmp_path):
     Units(tmp_path, Squares())
     with pytest.raises(ConfigError, match=r"other settings \(power 2, not 3\).*choose another folder"):

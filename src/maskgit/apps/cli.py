@@ -7,12 +7,13 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional, arg
 
 from maskgit import __version__
+from maskgit.apps.editing_commands import edit, inpaint, interpolate, outpaint, panorama, vary
 from maskgit.apps.evaluation_commands import compare, evaluate, stats
 from maskgit.apps.flags import Model, Sampler
 from maskgit.apps.output import (
@@ -20,8 +21,10 @@ from maskgit.apps.output import (
     MAX_SHEET,
     Making,
     Progress,
+    label_of,
     numbered,
     picture_paths,
+    save_explained,
     save_sheet,
     slug,
 )
@@ -46,11 +49,15 @@ def generate(
     model: Model,
     sampler: Sampler,
     making: Making,
+    candidates: Annotated[int, arg(metavar="INT", help_behavior_hint="(default: as many as are kept)")] = 0,
+    explain: bool = False,
 ) -> None:
     """Make new images of one or more classes: single PNGs and a sheet of all.
 
     Args:
         classes: Names or numbers; "none" for no class, where the model can.
+        candidates: Images made for each class, of which the num-images that the model finds likeliest are kept.
+        explain: Show how the first images were decoded: explain.png, and forming.gif as an animation.
     """
     from maskgit import images
 
@@ -58,15 +65,12 @@ def generate(
     pipe = model.load()
     config = pipe.sampler_config(**sampler.given())
     names = [name for name in classes for _ in range(making.num_images)]
-    labels = [_label(pipe, name) for name in names]
-    paths = picture_paths(making.out, making.overwrite, numbered(making, names))
-    settings = {
-        "maskgit": __version__,
-        "command": "generate",
-        "model": model.model,
-        "dtype": model.dtype,
-        **config.to_dict(),
-    }
+    labels = [label_of(pipe, name) for name in names]
+    paths = picture_paths(making.out, making.overwrite, numbered(making, names), explain)
+    if candidates:
+        _generate_best(pipe, classes, names, paths, model, sampler, making, candidates)
+        return
+    settings = model.recorded("generate") | config.to_dict()
     sheet: list[Image.Image] = []
     with Progress(config.steps, len(paths), making) as progress:
         # Each batch is written as soon as it is made, so that an interrupt loses little.
@@ -77,84 +81,55 @@ def generate(
                 seed=making.seed,
                 first_index=making.first_index + start,
                 batch_size=making.batch_size,
+                return_steps=explain and not start,
                 callback=progress,
                 **sampler.given(),
-            ).to_pil()
-            for number, picture in enumerate(made, start):
+            )
+            if made.trace is not None:
+                save_explained(pipe, made, making)
+            for number, picture in enumerate(made.to_pil(), start):
                 recorded = settings | {"class": names[number], **making.recorded(number)}
                 images.save_png(paths[number], picture, settings=recorded, overwrite=making.overwrite)
-            sheet += made[: MAX_SHEET - len(sheet)]
+            sheet += made.to_pil()[: MAX_SHEET - len(sheet)]
     columns = making.num_images if len(classes) > 1 and 1 < making.num_images <= MAX_COLUMNS else None
     save_sheet(sheet, len(paths), making.out, columns=columns)
 
 
-@app.command
-def edit(
-    photo: Positional[Path],
-    box: Annotated[tuple[int, int, int, int], arg(metavar="LEFT TOP WIDTH HEIGHT")],
-    class_: Annotated[str, arg(name="class", metavar="NAME|NUMBER")],
+def _generate_best(
+    pipe: "MaskGIT",
+    classes: tuple[str, ...],
+    names: list[str],
+    paths: list[Path],
     model: Model,
     sampler: Sampler,
     making: Making,
-    rule: Literal["cover", "official"] = "cover",
-    start_step: Annotated[
-        int | None, arg(metavar="INT", help_behavior_hint="(default: a sixth of the steps)")
-    ] = None,
+    candidates: int,
 ) -> None:
-    """Replace what is in a box of a photograph by a class; writes the results and a before / mask / after sheet.
-
-    Args:
-        photo: A picture; cut to a square and resized to the model's size if it has another.
-        box: In pixels of the picture at the model's size.
-        class_: What is to appear there.
-        rule: Which tokens the box masks: all that it touches, or as in the official notebook.
-        start_step: The step to begin decoding at.
-    """
+    """Write the likeliest of many candidates."""
     from maskgit import images
-    from maskgit.download import sha256
 
-    making.check()
-    pipe = model.load()
     config = pipe.sampler_config(**sampler.given())
-    start_step = config.steps // 6 if start_step is None else start_step
-    label = _label(pipe, class_)
-    before = pipe.prepare(photo)
-    paths = picture_paths(
-        making.out, making.overwrite, numbered(making, [f"{photo.stem}-{class_}"] * making.num_images)
-    )
-    with Progress(config.steps - start_step, len(paths), making) as progress:
-        made = pipe.edit(
-            before,
-            box,
-            label,
+    with Progress(config.steps, candidates * len(classes), making) as progress:
+        made = pipe.generate_best(
+            [label_of(pipe, name) for name in classes],
+            candidates=candidates,
             num_images=making.num_images,
-            rule=rule,
-            start_step=start_step,
             seed=making.seed,
             first_index=making.first_index,
             batch_size=making.batch_size,
             callback=progress,
             **sampler.given(),
         )
-    settings = {
-        "maskgit": __version__,
-        "command": "edit",
-        "model": model.model,
-        "dtype": model.dtype,
-        **config.to_dict(),
-    }
-    settings |= {"class": class_, "box": list(box), "rule": rule, "start_step": start_step}
-    settings |= {"photo": photo.name, "photo_sha256": sha256(photo)}
-    for number, (path, picture) in enumerate(zip(paths, made.to_pil(), strict=True)):
-        images.save_png(
-            path, picture, settings=settings | making.recorded(number), overwrite=making.overwrite
-        )
-    assert made.token_mask is not None, "an edit returns its mask"
-    after = made.to_pil()[: MAX_COLUMNS - 2]
-    row = [*images.to_pil(before), images.overlay_mask(before, made.token_mask), *after]
-    save_sheet(
-        row, len(row), making.out, columns=len(row), captions=["before", "mask", *["after"] * len(after)]
-    )
+    assert made.indices is not None, "the best say which they are"
+    settings = model.recorded("generate") | config.to_dict() | {"candidates": candidates, "seed": making.seed}
+    for path, picture, name, index in zip(paths, made.to_pil(), names, made.indices.tolist(), strict=True):
+        recorded = settings | {"class": name, "index": index}
+        images.save_png(path, picture, settings=recorded, overwrite=making.overwrite)
+    save_sheet(made.to_pil()[:MAX_SHEET], len(paths), making.out)
+
+
+for command in (edit, inpaint, outpaint, panorama, vary, interpolate):
+    app.command(command)
 
 
 @app.command
@@ -181,12 +156,7 @@ def reconstruct(
     sheet: list[Image.Image] = []
     for photo, pixels, path in zip(photos, before, paths, strict=True):
         made = pipe.reconstruct(pixels).to_pil()
-        settings = {
-            "maskgit": __version__,
-            "command": "reconstruct",
-            "model": model.model,
-            "dtype": model.dtype,
-        }
+        settings = model.recorded("reconstruct")
         images.save_png(path, made[0], settings=settings | {"photo": photo.name}, overwrite=overwrite)
         sheet += [*images.to_pil(pixels), *made][: MAX_SHEET - len(sheet)]
     save_sheet(
@@ -295,12 +265,6 @@ def info(model: Positional[str] = "", classes: bool = False) -> None:
 
 for command in (pack, tokenize, train, evaluate, stats, compare, tune):
     app.command(command)
-
-
-def _label(pipe: "MaskGIT", name: str) -> int | None:
-    """Return the class that a name on the command line means; "none" is no class."""
-    number = pipe.label(None if name == "none" else name)
-    return None if number < 0 else number
 
 
 def _stop(*_: object) -> None:

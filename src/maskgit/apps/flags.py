@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from maskgit import __version__
 from maskgit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class Model:
         return hub.from_pretrained(
             self.model, device=choose_device(self.device), dtype=getattr(torch, self.dtype)
         )
+
+    def recorded(self, command: str) -> dict[str, str]:
+        """Return what a picture's metadata says of the model and of what made it."""
+        return {"maskgit": __version__, "command": command, "model": self.model, "dtype": self.dtype}
 
 
 @dataclass(frozen=True)

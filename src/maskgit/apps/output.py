@@ -13,7 +13,13 @@ from maskgit.errors import OutputError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from maskgit.pipeline import MaskGIT
+    from maskgit.results import Output
+
 SHEET = "sheet.png"
+EXPLAINED, FORMING = "explain.png", "forming.gif"
+# Images that are explained: more would not fit a screen.
+MAX_EXPLAINED = 8
 # A sheet that can be looked at.
 MAX_SHEET, MAX_COLUMNS = 400, 20
 
@@ -76,7 +82,7 @@ def numbered(making: Making, names: list[str]) -> list[str]:
     return [f"{slug(name)}-{making.seed}-{making.first_index + i:05}" for i, name in enumerate(names)]
 
 
-def picture_paths(out: Path, overwrite: bool, stems: list[str]) -> list[Path]:
+def picture_paths(out: Path, overwrite: bool, stems: list[str], explain: bool = False) -> list[Path]:
     """Return a path for each picture, before any work is done for one that could not be written."""
     from maskgit.files import check_writable
 
@@ -86,7 +92,8 @@ def picture_paths(out: Path, overwrite: bool, stems: list[str]) -> list[Path]:
     for stem in stems:
         seen[stem] += 1
         paths.append(out / (f"{stem}.png" if seen[stem] == 1 else f"{stem}-{seen[stem]}.png"))
-    for path in [*paths, out / SHEET]:
+    others = [SHEET, *([EXPLAINED, FORMING] if explain else [])]
+    for path in [*paths, *(out / name for name in others)]:
         if path.exists() and not overwrite:
             raise OutputError(f"{path} is there already; choose another --out, or say --overwrite.")
     return paths
@@ -98,3 +105,32 @@ def save_sheet(pictures: "list[Image.Image]", made: int, out: Path, **layout: An
 
     images.save_png(out / SHEET, images.contact_sheet(pictures, **layout))
     print(out / SHEET if made <= len(pictures) else f"{out / SHEET} (the first {len(pictures)} of {made})")
+
+
+def save_explained(pipe: "MaskGIT", made: "Output", making: Making) -> None:
+    """Write how the first images were decoded, as a picture and as an animation, and print the paths."""
+    from dataclasses import replace
+
+    from maskgit import explain, images
+    from maskgit.results import Trace
+
+    count, trace = MAX_EXPLAINED, made.trace
+    assert trace is not None, "asked for"
+    # The part of a photo that the model saw is what its tokens explain.
+    first = replace(
+        made,
+        images=made.images[:count],
+        tokens=made.tokens[:count],
+        trace=Trace(trace.tokens[:count], trace.unknown[:count], trace.confidence[:count]),
+        photos=None,
+    )
+    images.save_png(making.out / EXPLAINED, explain.explain(first), overwrite=making.overwrite)
+    explain.save_animation(making.out / FORMING, explain.animation(pipe, first), overwrite=making.overwrite)
+    print(making.out / EXPLAINED)
+    print(making.out / FORMING)
+
+
+def label_of(pipe: "MaskGIT", name: str) -> int | None:
+    """Return the class that a name on the command line means; "none" is no class."""
+    number = pipe.label(None if name == "none" else name)
+    return None if number < 0 else number

@@ -43,12 +43,12 @@ def open_pictures(
     """Open a set of images by where it lies.
 
     Args:
-        place: a folder that `maskgit pack` made; a folder of pictures, of one class a sub folder or of none; an
-            `.npz` file of images; or what `maskgit pack` reads: Parquet, WebDataset and IDX files, and names on
-            the hub.
+        place: a folder that `maskgit pack` made; a folder of pictures, of one class a sub folder or of none;
+            an `.npz` file of images; or what `maskgit pack` reads: Parquet, WebDataset and IDX files, and
+            names on the hub.
         split: which part of a source that has several.
-        size: cut the middle square of each picture and resize it to so many pixels a side; None takes pictures as
-            they are, which must then be of one size.
+        size: cut the middle square of each picture and resize it to so many pixels a side; None takes
+            pictures as they are, which must then be of one size.
         max_bad_share: largest share of pictures that may be unreadable, in [0, 1].
 
     Raises:
@@ -60,8 +60,8 @@ def open_pictures(
         made: Pictures = _Packed(path) if path.is_dir() else _Arrays(path)
         if size is not None and made.resolution != (size, size):
             raise DataError(
-                f"{path} holds images of {made.resolution[0]} × {made.resolution[1]} pixels, which are taken as they "
-                f"are: leave --size out, or pack the source again with --size {size}."
+                f"{path} holds images of {made.resolution[0]} × {made.resolution[1]} pixels, which are taken "
+                f"as they are: leave --size out, or pack the source again with --size {size}."
             )
         return made
     loose = _loose_pictures(path) if path.is_dir() else []
@@ -70,8 +70,14 @@ def open_pictures(
     return _Streamed(str(place), split, size, max_bad_share)
 
 
-def open_reference(place: str | Path, *, split: str | None = None) -> Reference:
+def open_reference(
+    place: str | Path, *, size: int | None = None, max_bad_share: float = MAX_BAD_SHARE
+) -> Reference:
     """Open statistics in an `.npz` file, or a set of images that are yet to be measured.
+
+    Args:
+        place: such a file, or what `open_pictures` takes.
+        size, max_bad_share: as for `open_pictures`, for images that are not in an `.npz` file.
 
     Raises:
         DataError: there is nothing, or nothing that can be read.
@@ -85,7 +91,7 @@ def open_reference(place: str | Path, *, split: str | None = None) -> Reference:
         if statistics is None and images is None:
             read_statistics(path)  # which says what is wrong
         return Reference(str(place), statistics, images, sha256(path))
-    pictures = open_pictures(place, split=split)
+    pictures = open_pictures(place, size=size, max_bad_share=max_bad_share)
     return Reference(pictures.name, None, pictures, pictures.fingerprint)
 
 
@@ -182,9 +188,9 @@ class _Decoder:
         if self.resolution not in (None, found):
             assert self.resolution is not None
             raise DataError(
-                f"{self.name} holds images of {self.resolution[0]} × {self.resolution[1]} and of {found[0]} × "
-                f"{found[1]} pixels, but scores compare images of one size: bring them to one, with `--size N` of "
-                "maskgit stats, compare or pack."
+                f"{self.name} holds images of {self.resolution[0]} × {self.resolution[1]} and of {found[0]} "
+                f"× {found[1]} pixels, but scores compare images of one size: bring them to one, with "
+                "`--size N` of maskgit stats, compare or pack."
             )
         return array
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from maskgit.evaluation.metrics import Interval
 
-WIDTH, HEIGHT = 400, 250
+WIDTH, HEIGHT = 320, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 38
 NUM_COLOURS = 6
 
@@ -93,7 +93,8 @@ def _line(
             side = x + 2.5 * offset
             top, bottom = at(mark.interval.high), at(mark.interval.low)
             parts.append(
-                f'<line class="whisker" stroke="{stroke}" x1="{side:.1f}" x2="{side:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+                f'<line class="whisker" stroke="{stroke}" x1="{side:.1f}" x2="{side:.1f}" y1="{top:.1f}" '
+                f'y2="{bottom:.1f}"/>'
             )
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     parts.append(f'<polyline class="series" stroke="{stroke}" points="{path}"/>')

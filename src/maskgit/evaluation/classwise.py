@@ -39,9 +39,9 @@ def class_agreement(
 ) -> tuple[NDArray[np.bool_], list[ClassScore]] | None:
     """Return whether each sample looks like its class, and the shares by class.
 
-    The nearest ten real images vote, a tie going to the nearer ones. This needs no training and no covariance,
-    so it is sound with a few images a class, where a Fréchet distance is not. Real images are asked the same,
-    each without itself.
+    The nearest ten real images vote, a tie going to the nearer ones. This needs no training and no
+    covariance, so it is sound with a few images a class, where a Fréchet distance is not. Real images are
+    asked the same, each without itself.
 
     Args:
         features: float (N, D), of samples.
@@ -49,7 +49,8 @@ def class_agreement(
         reference: with features and labels.
 
     Returns:
-        bool (N,) and one `ClassScore` for each class that has samples; None where the reference has no labels.
+        bool (N,) and one `ClassScore` for each class that has samples; None where the reference has no
+        labels.
     """
     real, classes = reference.features, reference.labels
     if real is None or classes is None or len(real) < 2:

@@ -19,7 +19,7 @@ from maskgit.config import Config, check_range
 from maskgit.errors import ConfigError, DataError
 from maskgit.evaluation import memorisation
 from maskgit.evaluation.classification import classification_accuracy, kept_images
-from maskgit.evaluation.classwise import best_and_worst, class_agreement, wilson_interval
+from maskgit.evaluation.classwise import ClassScore, best_and_worst, class_agreement, wilson_interval
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.pictures import Pictures, check_share
 from maskgit.evaluation.references import Reference, evaluator_identity, reference_statistics
@@ -109,7 +109,8 @@ class SampleEvaluation:
         if self.training is not None and self.training.resolution != (side, side):
             raise DataError(
                 f"The training data {self.training.name} has {self.training.resolution[0]} × "
-                f"{self.training.resolution[1]} pixels and the samples {side} × {side}: pack it with --size {side}."
+                f"{self.training.resolution[1]} pixels and the samples {side} × {side}: pack it with "
+                f"--size {side}."
             )
         for point in self._points():
             small = replace(self.images, num_images=self.config.curve_images, keep_images="none")
@@ -148,61 +149,34 @@ class SampleEvaluation:
 
     def _write(self, units: dict[str, Units]) -> Report:
         """Turn finished units into a report."""
-        names = Names(self.features, self.net)
-        samples = gather(units["samples"])
-        arrays = samples.arrays
+        names, done = Names(self.features, self.net), units["samples"]
+        work = done.work
+        assert isinstance(work, Samples)
+        arrays = gather(done).arrays
         measured: ImageStatistics | None = None
         skipped: list[str] = []
         if self.reference.images is not None:
             measured, skipped = reference_statistics(units["reference"], self.reference.images, self.net)
-        reference = self.reference.joined(measured)
+        reference, notes = self._labelled(self.reference.joined(measured))
         scores, cautions = self._scores(arrays, reference, names)
-        work = units["samples"].work
-        assert isinstance(work, Samples)
-        found = class_agreement(arrays["pooled"], arrays["labels"], self._labelled(reference))
-        if found is not None:
-            agreed, classes = found
-            share = wilson_interval(int(agreed.sum()), len(agreed))
-            scores.append(names.score("class_agreement", float(agreed.mean()), share))
-        copies = None
-        if self.training is not None:
-            training = gather(units["training"])
-            check_share(
-                self.training.name,
-                units["training"].work.count,
-                training.skipped,
-                self.training.max_bad_share,
-            )
-            # Training images are their own nearest, which says nothing.
-            held_out = None if self.reference.digest == self.training.fingerprint else reference
-            copies, score = memorisation.search(
-                arrays["pooled"], work.shown, lambda i: work.pictures(i, i + 1)[0], training.arrays,
-                self.training, held_out, names, self.net.device,
-            )  # fmt: skip
-            scores.append(score)
-        if self.test is not None:
-            scores += classification_accuracy(
-                kept_images(units["samples"]), arrays["labels"], self.test, names,
-                num_classes=self.model.config.transformer.num_classes, training=self.training,
-                epochs=self.config.epochs, device=self.net.device,
-            )  # fmt: skip
-        names_of_classes = self.model.class_names or ()
+        agreement, classes = self._agreement(arrays, reference, names)
+        copies, authenticity = self._copies(units, arrays, reference, names)
         report = Report(
             title=self.name,
             kind="samples",
             num_images=len(arrays["pooled"]),
-            scores=scores,
-            cautions=cautions,
+            scores=scores + agreement + authenticity + self._accuracy(done, arrays, names),
+            cautions=cautions + notes,
             sheet=[],
-            settings=units["samples"].plan,
+            settings=done.plan,
             identities=self._identities(reference, names),
             skipped=skipped,
-            classes=[] if found is None else classes,
-            class_names=names_of_classes,
+            classes=classes,
+            class_names=self.model.class_names or (),
             memorisation=copies,
             curves=self._curves(units, reference, names),
             curve_images=self.config.curve_images,
-            run={"seconds": units["samples"].seconds(), "device": str(self.model.device)},
+            run={"seconds": done.seconds(), "device": str(self.model.device)},
         )
         sheet = [
             Picture(pixels, report.class_name(int(arrays["labels"][index])))
@@ -210,13 +184,65 @@ class SampleEvaluation:
         ]
         return replace(report, sheet=sheet, examples=self._examples(report, work, arrays["labels"]))
 
-    def _labelled(self, reference: ImageStatistics) -> ImageStatistics:
-        """Return the reference without labels where they are not of the model's classes."""
-        fits = (
-            reference.labels is not None
-            and reference.labels.max() < self.model.config.transformer.num_classes
+    def _labelled(self, reference: ImageStatistics) -> tuple[ImageStatistics, list[str]]:
+        """Return the reference, without labels that are not of all the model's classes, and a caution."""
+        num_classes = self.model.config.transformer.num_classes
+        if reference.labels is None or np.array_equal(np.unique(reference.labels), np.arange(num_classes)):
+            return reference, []
+        caution = (
+            f"The reference's labels are not of the model's {num_classes:,} classes, so that samples are not "
+            "asked for their class."
         )
-        return reference if fits else replace(reference, labels=None)
+        return replace(reference, labels=None), [caution]
+
+    def _agreement(
+        self, arrays: Arrays, reference: ImageStatistics, names: Names
+    ) -> tuple[list[Score], list[ClassScore]]:
+        """Return the share of samples that look like their class, of all and by class, where it is known."""
+        found = class_agreement(arrays["pooled"], arrays["labels"], reference)
+        if found is None:
+            return [], []
+        agreed, classes = found
+        share = wilson_interval(int(agreed.sum()), len(agreed))
+        return [names.score("class_agreement", float(agreed.mean()), share)], classes
+
+    def _copies(
+        self, units: dict[str, Units], arrays: Arrays, reference: ImageStatistics, names: Names
+    ) -> tuple[memorisation.Memorisation | None, list[Score]]:
+        """Return what the search for copies of training images found, if these were given."""
+        if self.training is None:
+            return None, []
+        work = units["samples"].work
+        assert isinstance(work, Samples)
+        training = gather(units["training"])
+        total = units["training"].work.count
+        check_share(self.training.name, total, training.skipped, self.training.max_bad_share)
+        found, score = memorisation.search(
+            arrays["pooled"],
+            work.shown,
+            lambda i: work.pictures(i, i + 1)[0],
+            training.arrays,
+            self.training,
+            # Training images are their own nearest, which says nothing.
+            None if self.reference.digest == self.training.fingerprint else reference,
+            names,
+        )
+        return found, [score]
+
+    def _accuracy(self, samples: Units, arrays: Arrays, names: Names) -> list[Score]:
+        """Return the classification accuracy score, if test images were given."""
+        if self.test is None:
+            return []
+        return classification_accuracy(
+            kept_images(samples),
+            arrays["labels"],
+            self.test,
+            names,
+            num_classes=self.model.config.transformer.num_classes,
+            training=self.training,
+            epochs=self.config.epochs,
+            device=self.net.device,
+        )
 
     def _scores(
         self, arrays: Arrays, reference: ImageStatistics, names: Names
@@ -226,8 +252,8 @@ class SampleEvaluation:
         scores += manifolds(arrays["pooled"], reference, names, splits=splits, device=self.net.device)
         if self.net.published is False:
             cautions.append(
-                f"The feature net's weights are not the published ones of {self.features}: its scores compare only with "
-                "scores made with the same file."
+                f"The feature net's weights are not the published ones of {self.features}: its scores "
+                "compare only with scores made with the same file."
             )
         return scores, cautions
 
@@ -236,10 +262,7 @@ class SampleEvaluation:
         for settings in self._points():
             arrays = gather(units[curve_name(settings)]).arrays
             scores, _ = distances(arrays, reference, names, splits=self.config.splits)
-            found = class_agreement(arrays["pooled"], arrays["labels"], self._labelled(reference))
-            if found is not None:
-                share = wilson_interval(int(found[0].sum()), len(found[0]))
-                scores.append(names.score("class_agreement", float(found[0].mean()), share))
+            scores += self._agreement(arrays, reference, names)[0]
             points.append(Point(settings, scores))
         return points
 

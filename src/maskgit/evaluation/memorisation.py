@@ -7,13 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from maskgit.errors import DataError
 from maskgit.evaluation.classwise import wilson_interval
-from maskgit.evaluation.metrics import authenticity
-from maskgit.evaluation.neighbours import nearest_neighbours
+from maskgit.evaluation.neighbours import Neighbours, nearest_neighbours
 from maskgit.evaluation.pictures import Pictures
 from maskgit.evaluation.scores import Names, Score
 from maskgit.evaluation.statistics import ImageStatistics
@@ -80,7 +78,6 @@ def search(
     data: Pictures,
     reference: ImageStatistics | None,
     names: Names,
-    device: torch.device,
 ) -> tuple[Memorisation, Score]:
     """Look for training images among samples.
 
@@ -92,7 +89,6 @@ def search(
         data: the training images themselves.
         reference: real images to compare with, of which those with features are asked the same.
         names: of scores.
-        device: where distances are computed.
 
     Raises:
         DataError: there are too few images.
@@ -101,9 +97,8 @@ def search(
     if min(len(gallery), len(pooled)) < 2:
         raise DataError("The search for copies needs at least two samples and two training images.")
     count = min(NUM_NEIGHBOURS, len(gallery))
-    nearest = nearest_neighbours(pooled, gallery, k=1).distances[:, 0]
-    closest = np.argsort(nearest, kind="stable")[:NUM_ROWS]
-    where = torch.device("cpu") if device.type == "mps" else device
+    nearest = nearest_neighbours(pooled, gallery)
+    closest = np.argsort(nearest.distances[:, 0], kind="stable")[:NUM_ROWS]
 
     def rows(indices: NDArray[np.int64]) -> list[Row]:
         found = nearest_neighbours(pooled[indices], gallery, k=count)
@@ -116,19 +111,32 @@ def search(
     real_distance = real_share = None
     if reference is not None and reference.features is not None and len(reference.features) > 1:
         real = reference.features
-        real_distance = float(np.median(nearest_neighbours(real, gallery, k=1).distances))
-        real_share = authenticity(gallery, real, device=where)
-    share = authenticity(gallery, pooled, device=where)
+        theirs = nearest_neighbours(real, gallery)
+        real_distance, real_share = float(np.median(theirs.distances)), authentic_share(theirs, gallery)
+    share = authentic_share(nearest, gallery)
     interval = wilson_interval(round(share * len(pooled)), len(pooled))
     found = Memorisation(
         len(gallery),
         rows(shown[:: max(1, len(shown) // NUM_ROWS)][:NUM_ROWS]),
         rows(closest),
-        float(np.median(nearest)),
+        float(np.median(nearest.distances)),
         real_distance,
         real_share,
     )
     return found, names.score("authenticity", share, interval)
+
+
+def authentic_share(nearest: Neighbours, gallery: NDArray[np.float32]) -> float:
+    """Return the authenticity of vectors whose nearest ones of a gallery are known.
+
+    It is `metrics.authenticity`, but asks only those gallery vectors for their own neighbours that are
+    nearest to something, which are few where the gallery is large.
+    """
+    places, back = np.unique(nearest.indices[:, 0], return_inverse=True)
+    # The first neighbour of a gallery vector is itself, or a copy of it.
+    limit = nearest_neighbours(gallery[places], gallery, k=2).distances[:, 1]
+    found = nearest.distances[:, 0]
+    return float(((found >= limit[back]) & (found > 0)).mean())
 
 
 def _pictures(data: Pictures, numbers: list[int]) -> list[NDArray[np.uint8]]:

@@ -1,4 +1,4 @@
-"""A report as one HTML page for people: it holds its pictures and styles itself and asks nothing of the network."""
+"""A report as one HTML page for people, with its pictures and styles in it: it asks nothing of the network."""
 
 import base64
 import io
@@ -38,11 +38,12 @@ def render(report: Report) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>{title} · evaluation</title>\n<style>\n{style}</style>\n</head>\n<body class="{kind}">\n<main>\n'
+        f"<title>{title} · evaluation</title>\n<style>\n{style}</style>\n</head>\n<body "
+        f'class="{kind}">\n<main>\n'
         + _head(report)
         + "\n".join(section for section in sections if section)
-        + f"\n<footer>Made by maskgit {escape(versions()['maskgit'])}. The numbers are in report.json beside this "
-        "page.</footer>\n</main>\n</body>\n</html>\n"
+        + f"\n<footer>Made by maskgit {escape(versions()['maskgit'])}. The numbers are in report.json "
+        "beside this page.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -58,7 +59,8 @@ def _head(report: Report) -> str:
     ]
     if "images" in report.settings:
         facts.append(
-            f"labels <b>{escape(report.settings['images']['labels'])}</b>, seed <b>{report.settings['images']['seed']}</b>"
+            f"labels <b>{escape(report.settings['images']['labels'])}</b>, seed "
+            f"<b>{report.settings['images']['seed']}</b>"
         )
     cards = "\n".join(_card(score, first=place == 0) for place, score in enumerate(report.scores))
     return (
@@ -74,8 +76,9 @@ def _card(score: Score, *, first: bool) -> str:
     if score.interval is not None:
         interval = f"95 %: {number(score.interval.low)} – {number(score.interval.high)}"
     return (
-        f'<article class="score{" first" if first else ""}" id="{escape(score.name)}"><header>{escape(score.title)}'
-        f'{better}</header><div><div class="value">{number(score.value)}</div><div class="range">{interval}</div></div>'
+        f'<article class="score{" first" if first else ""}" '
+        f'id="{escape(score.name)}"><header>{escape(score.title)}{better}</header><div><div '
+        f'class="value">{number(score.value)}</div><div class="range">{interval}</div></div>'
         f"<p>{escape(score.about)}</p></article>"
     )
 
@@ -118,14 +121,16 @@ def _sheet(report: Report) -> str:
     if report.pairs:
         pairs = zip(report.sheet[::2], report.sheet[1::2], strict=True)
         figures = "\n".join(f'<div class="pair">{_figure(*a)}{_figure(*b)}</div>' for a, b in pairs)
-        note = f"{len(report.sheet) // 2} images spread at random, each before its reconstruction. Nothing was chosen."
+        count = len(report.sheet) // 2
+        note = f"{count} images spread at random, each before its reconstruction. Nothing was chosen."
         return (
             f'<section id="images"><h2>Before and after</h2><p class="lede">{note}</p>'
             f'<div class="sheet pairs" style="--columns: 4">\n{figures}\n</div></section>'
         )
     figures = "\n".join(_figure(*picture) for picture in report.sheet)
     columns = 16 if max(report.sheet[0].pixels.shape[:2]) <= SMALL_SIDE else 8
-    note = f"{len(report.sheet)} of {report.num_images:,}, drawn by index before any was made. Nothing was chosen."
+    count = f"{len(report.sheet)} of {report.num_images:,}"
+    note = f"{count}, drawn by index before any was made. Nothing was chosen."
     return (
         f'<section id="images"><h2>Random samples</h2><p class="lede">{note}</p>'
         f'<div class="sheet" style="--columns: {columns}">\n{figures}\n</div></section>'
@@ -146,7 +151,8 @@ def _classes(report: Report) -> str:
     )
     count = f"{len(chosen)} of {len(report.classes):,}" if len(chosen) < len(report.classes) else "All"
     return (
-        f'<section id="classes"><h2>Classes</h2><p class="lede">{count} classes, best first. The ten nearest real '
+        f'<section id="classes"><h2>Classes</h2><p class="lede">{count} classes, best first. The ten '
+        "nearest real "
         "images vote on what a sample shows; pictures are the first of their class by index.</p>"
         f"{key}\n{''.join(rows)}</section>"
     )
@@ -162,7 +168,8 @@ def _class_row(entry: ClassScore, report: Report) -> str:
     ceiling = "" if entry.real is None else f'<s style="left: {100 * entry.real:.1f}%"></s>'
     low, high = entry.interval
     return (
-        f'<div class="class{" pictured" if pictures else ""}"><div class="name">{escape(report.class_name(entry.label))}'
+        f'<div class="class{" pictured" if pictures else ""}"><div '
+        f'class="name">{escape(report.class_name(entry.label))}'
         f"<small>{entry.num_images:,} images</small></div>"
         f'<div class="bar"><i style="width: {100 * entry.agreement:.1f}%"></i>'
         f'<u style="left: {100 * low:.1f}%; width: {100 * (high - low):.1f}%"></u>{ceiling}</div>'
@@ -174,8 +181,8 @@ def _copies(found: Memorisation | None, num_images: int) -> str:
     if found is None:
         return ""
     text = (
-        f"The nearest of {found.num_training:,} training images, by distance of features. The median sample is "
-        f"<b>{number(found.sample_distance)}</b> from its nearest training image"
+        f"The nearest of {found.num_training:,} training images, by distance of features. The median sample "
+        f"is <b>{number(found.sample_distance)}</b> from its nearest training image"
     )
     if found.real_distance is not None and found.real_authenticity is not None:
         text += (
@@ -226,7 +233,8 @@ def _curves(report: Report) -> str:
         }
         chart = line_chart(marks, x_axis.replace("_", " "), f"{title} by {x_axis}")
         charts.append(
-            f'<figure class="chart" id="curve-{escape(name)}"><figcaption>{escape(title)}</figcaption>{chart}</figure>'
+            '<figure class="chart" '
+            f'id="curve-{escape(name)}"><figcaption>{escape(title)}</figcaption>{chart}</figure>'
         )
     key = ""
     if len(lines) > 1:
@@ -235,8 +243,10 @@ def _curves(report: Report) -> str:
         )
         key = f'<ul class="key">{items}</ul>'
     return (
-        f'<section id="curves"><h2>Other settings</h2><p class="lede">Each point is a run of {report.curve_images:,} '
-        "images with the same labels and seed. Fréchet distances of fewer images are larger: compare points with each "
+        '<section id="curves"><h2>Other settings</h2><p class="lede">Each point is a run of '
+        f"{report.curve_images:,} "
+        "images with the same labels and seed. Fréchet distances of fewer images are larger: compare "
+        "points with each "
         f'other, not with the score above.</p>{key}<div class="charts">{"".join(charts)}</div></section>'
     )
 
@@ -246,9 +256,11 @@ def _settings(report: Report) -> str:
     tables += [("Settings", report.settings), ("Versions", versions()), ("Run", report.run)]
     blocks = "".join(f"<div><h3>{escape(name)}</h3>{_table(_flat(values))}</div>" for name, values in tables)
     return (
-        '<section id="settings"><h2>How it was measured</h2><p class="note">An interval is the bootstrap of the scores '
-        "of disjoint random splits, moved to lie around the score of all images; of shares, Wilson’s. It says how much "
-        "other samples of the same model would move the number, not how far another network or reference would."
+        '<section id="settings"><h2>How it was measured</h2><p class="note">An interval is the bootstrap '
+        "of the scores "
+        "of disjoint parts, moved to lie around the score of all images; of shares, Wilson’s. It says how "
+        "much other samples of the same model would move the number, not how far another network or "
+        "reference would."
         f'</p><div class="tables">{blocks}</div></section>'
     )
 

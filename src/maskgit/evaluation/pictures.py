@@ -79,6 +79,6 @@ def check_share(name: str, total: int, skipped: Sequence[str], max_bad_share: fl
     if len(skipped) == total or len(skipped) > max_bad_share * total:
         listed = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
         raise DataError(
-            f"{len(skipped):,} of the {total:,} images of {name} cannot be read, more than the allowed share of "
-            f"{max_bad_share:g}: {listed}. Mend or remove them, or allow a larger share."
+            f"{len(skipped):,} of the {total:,} images of {name} cannot be read, more than the allowed share "
+            f"of {max_bad_share:g}: {listed}. Mend or remove them, or allow a larger share."
         )

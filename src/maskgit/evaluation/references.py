@@ -24,8 +24,8 @@ class Reference:
     Attributes:
         name: what it is, in words.
         statistics: means and covariances; None where `images` are to give them.
-        images: images whose features are compared one by one, and whose means and covariances count where there
-            are no `statistics`.
+        images: images whose features are compared one by one, and whose means and covariances count where
+            there are no `statistics`.
         digest: SHA-256 of the file or the data.
     """
 
@@ -101,7 +101,5 @@ def evaluator_identity(names: Names) -> dict[str, Any]:
     return {
         "features": names.features,
         "identity": net.identity,
-        "weights": net.weights,
         "published": net.published,
-        "resize": f"{net.resize} to {net.size} × {net.size}",
     }

@@ -63,7 +63,8 @@ class Report:
         sheet: pictures chosen by index before any was made.
         pairs: whether the sheet's pictures are originals, each before its reconstruction.
         settings: the plan that decides every image.
-        identities: what was compared with what: model, evaluator, reference, training data, each a dictionary.
+        identities: what was compared with what: model, evaluator, reference, training data, each a
+            dictionary.
         skipped: sentences about images that could not be read.
         classes: how each class fares.
         class_names: names by class number.

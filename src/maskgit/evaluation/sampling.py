@@ -1,4 +1,4 @@
-"""The works that an evaluation is made of: samples, real images and reconstructions, and what is kept of each.
+"""The works of an evaluation: samples, real images and reconstructions, and what is kept of each.
 
 Shapes: n images of a unit, D feature dimensions, S spatial ones, C the feature net's own classes, K codes,
 m of the unit's images that are shown, H × W pixels. Images are rounded to 8 bits before anything is measured,
@@ -42,8 +42,8 @@ class SampleConfig(Config):
 
     Attributes:
         num_images: how many, 2 to 10,000,000.
-        labels: "balanced" asks for image i's class i modulo the number of classes; "dataset" draws each image's
-            class as often as a data set has it.
+        labels: "balanced" asks for image i's class i modulo the number of classes; "dataset" draws each
+            image's class as often as a data set has it.
         seed: with an image's index decides its noise and, where it is drawn, its label.
         batch_size: images decoded together. Convolutions round differently at different batch sizes, so it
             belongs to what decides the numbers.
@@ -104,8 +104,9 @@ class Samples:
         if config.labels == "dataset":
             if class_counts is None or len(class_counts) != num_classes or not class_counts.sum():
                 raise ConfigError(
-                    "Labels drawn as in the data set need one with the model's classes: give --training-data or a "
-                    f"reference of images in {num_classes} classes, or take balanced labels."
+                    "Labels drawn as in the data set need one with the model's classes: give "
+                    f"--training-data or a reference of images in {num_classes} classes, or take balanced "
+                    "labels."
                 )
             self._shares = np.cumsum(class_counts) / class_counts.sum()
         self.shown = shown_indices(config.num_images, config.seed) if show else np.empty(0, np.int64)
@@ -260,8 +261,9 @@ class Reconstructions:
         """
         if any(side % tokenizer.patch_size for side in pictures.resolution):
             raise ConfigError(
-                f"The tokenizer needs images whose sides are multiples of {tokenizer.patch_size} pixels, but those of "
-                f"{pictures.name} have {pictures.resolution[0]} × {pictures.resolution[1]}: pack them with another size."
+                f"The tokenizer needs images whose sides are multiples of {tokenizer.patch_size} pixels, but "
+                f"those of {pictures.name} have {pictures.resolution[0]} × {pictures.resolution[1]}: pack "
+                "them with another size."
             )
         self.tokenizer, self.data, self.net, self.lpips = tokenizer, pictures, net, lpips
         self.batch_size, self.unit_size = batch_size, unit_size
@@ -337,7 +339,7 @@ class Gathered(NamedTuple):
     """What all units of a work hold together.
 
     Attributes:
-        arrays: one after the other, but for `codes`, whose counts are added up.
+        arrays: one after the other; `codes` is int64 (units, K), the counts of each unit.
         skipped: a sentence for each image that could not be read.
     """
 
@@ -359,6 +361,6 @@ def gather(units: Units) -> Gathered:
         for name, array in made.arrays.items():
             pieces.setdefault(name, []).append(array)
     arrays = {
-        name: np.sum(parts, 0) if name == "codes" else np.concatenate(parts) for name, parts in pieces.items()
+        name: np.stack(parts) if name == "codes" else np.concatenate(parts) for name, parts in pieces.items()
     }
     return Gathered(arrays, skipped)

@@ -69,25 +69,115 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "fd": Kind("FD", "FID", "lower", "Fréchet distance of the samples’ features to the reference’s."),
-    "sfd": Kind("sFD", "sFID", "lower", "The same of features that keep their places: layout."),
-    "kd": Kind("KD", "KID", "lower", "Kernel distance; unbiased, so it may be compared across numbers of images."),
-    "inception_score": Kind("Inception Score", "Inception Score", "higher", "How sure and varied Inception's classes are."),
-    "precision": Kind("Precision", "Precision", "higher", "Share of samples that lie where real images do: fidelity."),
-    "recall": Kind("Recall", "Recall", "higher", "Share of real images that samples reach: variety."),
-    "density": Kind("Density", "Density", "higher", "How deep samples lie among real images; about 1 for real ones."),
-    "coverage": Kind("Coverage", "Coverage", "higher", "Share of real images that have a sample next to them."),
-    "authenticity": Kind("Authenticity", "Authenticity", "", "Share of samples that do not look like copies of training images."),
-    "class_agreement": Kind("Class agreement", "Class agreement", "higher", "Share of samples whose nearest real images are of their class."),
-    "rfd": Kind("rFD", "rFID", "lower", "Fréchet distance of reconstructions to their originals."),
-    "psnr": Kind("PSNR", "PSNR", "higher", "Nearness of reconstructions to originals, in decibels."),
-    "ssim": Kind("SSIM", "SSIM", "higher", "Structural similarity of reconstructions and originals."),
-    "lpips": Kind("LPIPS", "LPIPS", "lower", "Perceptual distance of reconstructions and originals."),
-    "codebook_usage": Kind("Codes in use", "Codes in use", "higher", "Share of the codes that the images use."),
-    "perplexity": Kind("Perplexity", "Perplexity", "higher", "How many codes used equally often would be as varied."),
-    "cas": Kind("Classification accuracy", "Classification accuracy", "higher", "Share of real test images that a classifier trained on samples alone gets right."),
-    "cas_real": Kind("… of real images", "… of real images", "", "The same classifier, trained on as many real images: the ceiling."),
-}  # fmt: skip
+    "fd": Kind(
+        "FD",
+        "FID",
+        "lower",
+        "Fréchet distance of the samples’ features to the reference’s.",
+    ),
+    "sfd": Kind(
+        "sFD",
+        "sFID",
+        "lower",
+        "The same of features that keep their places: layout.",
+    ),
+    "kd": Kind(
+        "KD",
+        "KID",
+        "lower",
+        "Kernel distance; unbiased, so it may be compared across numbers of images.",
+    ),
+    "inception_score": Kind(
+        "Inception Score",
+        "Inception Score",
+        "higher",
+        "How sure and varied Inception's classes are.",
+    ),
+    "precision": Kind(
+        "Precision",
+        "Precision",
+        "higher",
+        "Share of samples that lie where real images do: fidelity.",
+    ),
+    "recall": Kind(
+        "Recall",
+        "Recall",
+        "higher",
+        "Share of real images that samples reach: variety.",
+    ),
+    "density": Kind(
+        "Density",
+        "Density",
+        "higher",
+        "How deep samples lie among real images; about 1 for real ones.",
+    ),
+    "coverage": Kind(
+        "Coverage",
+        "Coverage",
+        "higher",
+        "Share of real images that have a sample next to them.",
+    ),
+    "authenticity": Kind(
+        "Authenticity",
+        "Authenticity",
+        "",
+        "Share of samples that do not look like copies of training images.",
+    ),
+    "class_agreement": Kind(
+        "Class agreement",
+        "Class agreement",
+        "higher",
+        "Share of samples whose nearest real images are of their class.",
+    ),
+    "rfd": Kind(
+        "rFD",
+        "rFID",
+        "lower",
+        "Fréchet distance of reconstructions to their originals.",
+    ),
+    "psnr": Kind(
+        "PSNR",
+        "PSNR",
+        "higher",
+        "Nearness of reconstructions to originals, in decibels.",
+    ),
+    "ssim": Kind(
+        "SSIM",
+        "SSIM",
+        "higher",
+        "Structural similarity of reconstructions and originals.",
+    ),
+    "lpips": Kind(
+        "LPIPS",
+        "LPIPS",
+        "lower",
+        "Perceptual distance of reconstructions and originals.",
+    ),
+    "codebook_usage": Kind(
+        "Codes in use",
+        "Codes in use",
+        "higher",
+        "Share of the codes that the images use.",
+    ),
+    "perplexity": Kind(
+        "Perplexity",
+        "Perplexity",
+        "higher",
+        "How many codes used equally often would be as varied.",
+    ),
+    "cas": Kind(
+        "Classification accuracy",
+        "Classification accuracy",
+        "higher",
+        "Share of real test images that a classifier trained on samples alone gets right.",
+    ),
+    "cas_real": Kind(
+        "… of real images",
+        "… of real images",
+        "",
+        "The same classifier, trained on as many real images: the ceiling.",
+    ),
+}
 # These do not depend on a feature net, and keep their names.
 PLAIN = frozenset(("psnr", "ssim", "codebook_usage", "perplexity", "cas", "cas_real", "lpips"))
 _INCEPTION = {"fd": "fid", "sfd": "sfid", "kd": "kid", "rfd": "rfid"}
@@ -131,7 +221,7 @@ class Names:
 
 
 def split_rows(count: int, splits: int, seed: int = 0) -> list[NDArray[np.int64]]:
-    """Return the rows of at most `splits` equal parts, drawn at random; none where too few images are there."""
+    """Return the rows of at most `splits` equal parts, drawn at random; none where images are too few."""
     splits = min(splits, count // MIN_SPLIT)
     if splits < 2:
         return []
@@ -143,8 +233,8 @@ def interval_around(
 ) -> Interval | None:
     """Return the bootstrap interval over splits' scores, moved to lie around the score of all images.
 
-    The mean of the splits' scores varies from sample to sample about as much as the score of all does, but its
-    level is another: Fréchet distances and recall depend on the number of images.
+    The mean of the splits' scores varies from sample to sample about as much as the score of all does, but
+    its level is another: Fréchet distances and recall depend on the number of images.
 
     Args:
         value: the score of all images.
@@ -262,13 +352,14 @@ def distances(
     real = reference.features
     if real is not None and min(len(real), len(pooled)) >= 2:
 
-        def kernel(rows: NDArray[np.int64]) -> float:
+        def kernel(rows: NDArray[np.int64], subsets: int = 20) -> float:
             size = min(1000, len(rows), len(real))
             # More than one subset only says more where a subset is not all there is.
-            subsets = 100 if size < max(len(rows), len(real)) else 1
+            subsets = subsets if size < max(len(rows), len(real)) else 1
             return kernel_distance(real, pooled[rows], subsets=subsets, subset_size=size).mean
 
-        scores.append(over_splits("kd", kernel(np.arange(len(pooled))), kernel, low=-np.inf))
+        # As many subsets as published KIDs have.
+        scores.append(over_splits("kd", kernel(np.arange(len(pooled)), 100), kernel, low=-np.inf))
     if names.is_inception and "logits" in samples:
         logits = samples["logits"]
         value = inception_score(logits, splits=min(10, len(logits))).mean
@@ -283,7 +374,7 @@ def distances(
 def manifolds(
     pooled: NDArray, reference: ImageStatistics, names: Names, *, splits: int = 10, device: torch.device
 ) -> list[Score]:
-    """Return precision, recall, density and coverage with intervals, where the reference has features enough."""
+    """Return precision, recall, density and coverage, where the reference has features enough."""
     real = reference.features
     if real is None or min(len(real), len(pooled)) <= K_DENSITY:
         return []
@@ -317,11 +408,15 @@ def mean_scores(arrays: Arrays, names: Names, kinds: Iterable[str]) -> list[Scor
 
 
 def code_scores(counts: NDArray[np.int64], names: Names) -> list[Score]:
-    """Return how well the codebook is used by all images together."""
-    return [
-        names.score("codebook_usage", codebook_usage(counts)),
-        names.score("perplexity", perplexity(counts)),
-    ]
+    """Return how well the codebook is used, from counts int64 (units, codes); intervals are over units."""
+    made = []
+    for kind, of, high in (
+        ("codebook_usage", codebook_usage, 1.0),
+        ("perplexity", perplexity, counts.shape[1]),
+    ):
+        value, parts = of(counts.sum(0)), [of(unit) for unit in counts if unit.any()]
+        made.append(names.score(kind, value, interval_around(value, parts, high=high)))
+    return made
 
 
 def reconstruction_scores(arrays: Arrays, names: Names, *, splits: int = 10) -> tuple[list[Score], list[str]]:

@@ -4,10 +4,10 @@
     FOLDER/unit-00000/          arrays.npz, more files if the work makes any, and manifest.json: their SHA-256
     FOLDER/unit-00001.lock      who makes the unit now; its time is renewed while that process lives
 
-A unit is a pure function of the plan and its range of indices. It appears whole, by the renaming of its folder,
-so that a process may be killed at any moment; two that make the same unit harm nobody, since the second finds
-the first's in place and throws its own away. What has changed on the disk since is found by its hash and made
-again.
+A unit is a pure function of the plan and its range of indices. It appears whole, by the renaming of its
+folder, so that a process may be killed at any moment; two that make the same unit harm nobody, since the
+second finds the first's in place and throws its own away. What has changed on the disk since is found by its
+hash and made again.
 """
 
 import hashlib
@@ -194,8 +194,8 @@ class Units:
             raise ConfigError(f"{path} cannot be read: remove {self.folder} to begin anew.") from error
         if found != self.plan:
             raise ConfigError(
-                f"{self.folder} was begun with other settings ({_difference(found, self.plan)}): give those again "
-                "to go on, or choose another folder."
+                f"{self.folder} was begun with other settings ({_difference(found, self.plan)}): give those "
+                "again to go on, or choose another folder."
             )
 
     def path(self, number: int) -> Path:
@@ -208,6 +208,9 @@ class Units:
             # It may have been finished between the look at the folder and the lock.
             if not own or self.done(number):
                 return False
+            if self.path(number).exists():
+                # Only a unit that somebody took apart lacks its manifest.
+                self._discard(self.path(number))
             began = time.perf_counter()
             made = self.work.make(*self.bounds(number))
             self._commit(number, made, round(time.perf_counter() - began, 3))
@@ -273,8 +276,8 @@ def claim(lock: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[bool]:
     """Hold a lock file during the block, if no living process holds it; yield whether it is held.
 
     A lock is left behind when its process on this host is gone, or when its time has not been renewed for
-    `stale_seconds`. Two processes that find one at the same moment may both hold it: what is done under a lock
-    must be harmless when it is done twice.
+    `stale_seconds`. Two processes that find one at the same moment may both hold it: what is done under a
+    lock must be harmless when it is done twice.
     """
     own = _create(lock)
     if not own and _left_behind(lock, stale_seconds):

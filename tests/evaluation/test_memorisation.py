@@ -1,0 +1,49 @@
+"""The search for copies of training images."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_evaluation import DIM, real_images, toy_net
+
+from maskgit.errors import DataError
+from maskgit.evaluation.memorisation import authentic_share, search
+from maskgit.evaluation.metrics import authenticity
+from maskgit.evaluation.neighbours import nearest_neighbours
+from maskgit.evaluation.scores import Names
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 5), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_the_share_is_that_of_all_neighbours(num_real, num_made, num_copies, seed):
+    rng = np.random.default_rng(seed)
+    gallery = rng.normal(size=(num_real, DIM)).astype(np.float32)
+    gallery = np.concatenate([gallery, gallery[:num_copies]])
+    made = rng.normal(size=(num_made, DIM)).astype(np.float32) * 1.5
+    copied = min(num_copies, num_made, num_real)
+    made[:copied] = gallery[:copied]
+    found = authentic_share(nearest_neighbours(made, gallery), gallery)
+    assert found == pytest.approx(authenticity(gallery, made))
+
+
+def test_copies_are_found_and_shown():
+    data = real_images(30)
+    rng = np.random.default_rng(0)
+    gallery = rng.normal(size=(15, DIM)).astype(np.float32)
+    training = {"pooled": gallery, "numbers": np.arange(0, 30, 2)}
+    samples = rng.normal(size=(20, DIM)).astype(np.float32)
+    samples[13] = gallery[4]
+    blank = np.zeros((32, 32, 3), np.uint8)
+    found, score = search(
+        samples, np.arange(20), lambda i: blank + i, training, data, None, Names("toy", toy_net())
+    )
+    assert (found.nearest[0].sample, found.nearest[0].numbers[0], found.nearest[0].distances[0]) == (13, 8, 0)
+    assert (found.nearest[0].neighbours[0] == data.images[8]).all()
+    assert (found.nearest[0].image == 13).all()
+    assert [row.sample for row in found.random] == list(range(0, 16, 2))
+    assert score.name == "authenticity_toy"
+    assert score.value == pytest.approx(authenticity(gallery, samples))
+    assert score.value < 1
+    assert found.real_distance is None
+    with pytest.raises(DataError, match="at least two"):
+        search(samples[:1], np.arange(1), lambda i: blank, training, data, None, Names("toy", toy_net()))
