@@ -1,4 +1,4 @@
-"""An evaluation that takes a second: the tiny golden model, a feature net of a few numbers, forty real images.
+"""An evaluation of a second: the tiny golden model, a feature net of a few numbers, forty real images.
 
 As a program, `python small_evaluation.py OUT [SECONDS]`, it is one of the processes that share the work, of
 which each unit takes SECONDS longer.

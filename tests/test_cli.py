@@ -106,7 +106,7 @@ def test_edit_writes_a_before_mask_after_sheet(model, photo, tmp_path):
     ]
     sheet = Image.open(out / "sheet.png")
     assert sheet.width > 4 * 128
-    assert images.read_settings(out / "photo-lorikeet-0-00000.png")["box"] == [8, 8, 12, 12]
+    assert images.read_settings(out / "photo-lorikeet-0-00000.png")["box"] == [[8, 8, 12, 12]]
 
 
 def test_a_sheet_of_many_shows_the_first(model, tmp_path, capsys, monkeypatch):
@@ -212,3 +212,104 @@ def test_unknown_flags_and_the_module_itself():
     done = subprocess.run([sys.executable, "-m", "maskgit", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "generate" in done.stdout
+
+
+@pytest.fixture
+def mask(tmp_path):
+    painted = np.zeros((48, 64), np.uint8)
+    painted[10:20, 30:44] = 255
+    Image.fromarray(painted).save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+def test_edits_come_back_at_the_photos_own_size(model, photo, mask, tmp_path, capsys):
+    before = np.asarray(Image.open(photo))
+    painted = np.asarray(Image.open(mask)) > 0
+    assert run("inpaint", photo, "--mask", mask, "--class", 3, "--model", model, "--out", tmp_path / "a") == 0
+    after = np.asarray(Image.open(tmp_path / "a" / "photo-3-0-00000.png"))
+    assert after.shape == before.shape
+    assert (after != before)[painted].any()
+    assert np.array_equal(after[-4:], before[-4:])
+    two = ("--box", 2, 2, 8, 8, "--box", 50, 30, 6, 6)
+    assert run("edit", photo, *two, "--class", 3, "--model", model, "--out", tmp_path / "b") == 0
+    settings = images.read_settings(tmp_path / "b" / "photo-3-0-00000.png")
+    assert settings["box"] == [[2, 2, 8, 8], [50, 30, 6, 6]]
+    assert settings["command"] == "edit"
+
+
+def test_a_guess_is_shown(model, photo, mask, tmp_path, capsys):
+    assert run("inpaint", photo, "--mask", mask, "--model", model, "--out", tmp_path / "a") == 0
+    assert "class guessed, by log-likelihood:" in capsys.readouterr().out
+
+
+def test_outpaint_and_panorama_make_the_size_asked_for(model, photo, tmp_path):
+    command = ("outpaint", photo, "--left", 5, "--bottom", 9, "--class", 1, "--model", model)
+    assert run(*command, "--out", tmp_path / "a") == 0
+    # The photo's shorter side is brought to the model's 32 pixels first.
+    assert Image.open(tmp_path / "a" / "photo-outpainted-0-00000.png").size == (43 + 5, 32 + 9)
+    assert run("panorama", "--class", 1, 2, "--width", 75, "--model", model, "--out", tmp_path / "b") == 0
+    assert Image.open(tmp_path / "b" / "1-2-0-00000.png").size == (75, 32)
+
+
+def test_vary_and_interpolate_write_their_pictures(model, photo, tmp_path):
+    assert (
+        run(
+            "vary", photo, "--strength", 0.5, "-n", 2, "--class", 1, "--model", model, "--out", tmp_path / "a"
+        )
+        == 0
+    )
+    assert (tmp_path / "a" / "photo-1-0-00001.png").exists()
+    assert run("interpolate", 1, "lorikeet", "--model", model, "--out", tmp_path / "b") == 0
+    assert run("interpolate", photo, photo, "--class", 1, "--model", model, "--out", tmp_path / "c") == 0
+
+
+def test_decoding_is_explained(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("generate", "--class", 1, "--explain", "--model", model, "--out", out) == 0
+    assert Image.open(out / "explain.png").width > 300
+    assert Image.open(out / "forming.gif").n_frames > 1
+    assert str(out / "forming.gif") in capsys.readouterr().out
+    assert run("generate", "--class", 1, "--explain", "--model", model, "--out", out) == 2
+
+
+def test_the_best_of_many_can_be_made_again_alone(model, tmp_path):
+    out = tmp_path / "out"
+    command = ("generate", "--class", 1, "-n", 2, "--candidates", 5, "--model", model)
+    assert run(*command, "--out", out) == 0
+    paths = sorted(out.glob("1-*.png"))
+    assert len(paths) == 2
+    for path in paths:
+        settings = images.read_settings(path)
+        again = ("generate", "--class", 1, "--first-index", settings["index"], "--model", model)
+        assert run(*again, "--out", tmp_path / str(settings["index"])) == 0
+        made = next((tmp_path / str(settings["index"])).glob("1-*.png"))
+        assert np.array_equal(np.asarray(Image.open(made)), np.asarray(Image.open(path)))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("edit", "PHOTO", "--box", 60, 40, 20, 20, "--class", 1), "inside the 64 × 48 image"),
+        (("inpaint", "PHOTO", "--mask", "gone.png", "--class", 1), "gone.png"),
+        (("inpaint", "PHOTO", "--mask", "PHOTO", "--share", 2), "share"),
+        (("outpaint", "PHOTO", "--left", -1, "--class", 1), "left"),
+        (("outpaint", "PHOTO", "--canvas", 10, 10, "--class", 1), "canvas"),
+        (("panorama", "--class", 1, "--width", 0), "width"),
+        (("vary", "PHOTO", "--strength", 2, "--class", 1), "strength"),
+        (("interpolate", "PHOTO", 1), "two classes or two pictures"),
+        (("generate", "--class", 1, "--candidates", 1, "-n", 2), "num_images"),
+        (("generate", "--class", 1, "--policy", "haltn"), "Did you mean 'halton'"),
+    ],
+)
+def test_wrong_edits_are_told_in_a_sentence(model, photo, tmp_path, capsys, command, message):
+    given = [photo if word == "PHOTO" else word for word in command]
+    assert run(*given, "--model", model, "--out", tmp_path / "out") == 2
+    assert message in sentence(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_policies_are_listed(capsys):
+    assert run("policies") == 0
+    text = capsys.readouterr().out
+    assert "halton" in text
+    assert "--policy-options eta=0.05" in text

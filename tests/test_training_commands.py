@@ -100,6 +100,9 @@ def test_packing_takes_class_names_and_a_configuration(pictures, tmp_path, monke
         (["train", "tokenizer", "BAD"], "is not TOML"),
         (["train", "tokenizer", "SMOKE", "--set", "stepz=3"], "Did you mean 'steps'"),
         (["train", "tokenizer", "SMOKE", "--set", "steps"], "takes KEY=VALUE"),
+        # None of several is lost.
+        (["train", "tokenizer", "SMOKE", "--set", "stepz=3", "--set", "data=d"], "Did you mean 'steps'"),
+        (["train", "tokenizer", "SMOKE", "--set", "data=d", "--set", "stepz=3"], "Did you mean 'steps'"),
         (["train", "tokenizer", "SMOKE", "--set", "steps=many"], "steps must be of type int"),
         (["train", "tokenizer", "SMOKE", "--set", "data=gone"], "gone"),
         (["tokenize", "EMPTY", "OUT", "--tokenizer", "cifar"], "Did you mean 'cifar10'"),

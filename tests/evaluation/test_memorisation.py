@@ -10,7 +10,7 @@ from maskgit.errors import DataError
 from maskgit.evaluation.memorisation import authentic_share, search
 from maskgit.evaluation.metrics import authenticity
 from maskgit.evaluation.neighbours import nearest_neighbours
-from maskgit.evaluation.scores import Names
+from maskgit.evaluation.score_names import Names
 
 
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 5), st.integers(0, 2**32 - 1))

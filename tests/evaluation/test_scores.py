@@ -11,8 +11,8 @@ from small_evaluation import DIM, toy_net
 from maskgit.errors import DataError
 from maskgit.evaluation.classwise import best_and_worst, class_agreement, wilson_interval
 from maskgit.evaluation.metrics import Gaussian, frechet_distance
+from maskgit.evaluation.score_names import Names
 from maskgit.evaluation.scores import (
-    Names,
     distances,
     interval_around,
     manifolds,

@@ -128,8 +128,8 @@ def _generate_best(
     save_sheet(made.to_pil()[:MAX_SHEET], len(paths), making.out)
 
 
-for command in (edit, inpaint, outpaint, panorama, vary, interpolate):
-    app.command(command)
+for editing in (edit, inpaint, outpaint, panorama, vary, interpolate):
+    app.command(editing)
 
 
 @app.command

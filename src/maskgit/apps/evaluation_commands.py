@@ -29,7 +29,7 @@ def evaluate(
     reconstructions: ReconstructionFlags,
     sampler: Sampler,
 ) -> None:
-    """Score a model's images, or a tokenizer's reconstructions, and write a report, OUT/report.json and .html.
+    """Score a model's images, or a tokenizer's reconstructions: writes OUT/report.json and report.html.
 
     Any number of processes may be given the same command and folder, under torchrun, in a Slurm array or on
     several hosts: they share the work. The same command goes on where it was stopped.

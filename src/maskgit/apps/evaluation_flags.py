@@ -22,8 +22,8 @@ class Net:
     """What compares the images."""
 
     features: Annotated[str, arg(metavar="NET")] = "effnet-lite0"
-    """effnet-lite0, inception, inception-pytorch-fid or dinov2; scores are named after it, and only Inception's
-    are FID."""
+    """effnet-lite0, inception, inception-pytorch-fid or dinov2; scores are named after it, and only
+    Inception's are FID."""
     weights: Annotated[str | None, arg(metavar="PATH|URL", help_behavior_hint="")] = None
     """Its weights, where they do not come with a package."""
     feature_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from maskgit.evaluation.scores import Score
+    from maskgit.evaluation.score_names import Score
 
 
 def own_device(name: str) -> "torch.device":

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from maskgit.errors import ConfigError
 
@@ -123,7 +123,9 @@ def tokenize(
 def train(
     stage: Positional[Literal["tokenizer", "transformer"]],
     recipe: Positional[Path],
-    changes: Annotated[tuple[str, ...], arg(name="set", metavar="KEY=VALUE")] = (),
+    changes: Annotated[
+        UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE")
+    ] = (),
     dry_run: bool = False,
 ) -> None:
     """Train a tokenizer or a transformer as a recipe says; the same command goes on where a run was stopped.
@@ -134,10 +136,11 @@ def train(
     Args:
         stage: Which of the two.
         recipe: A TOML file; `recipes/` has examples.
-        changes: Values in place of the recipe's, in TOML, such as steps=1000 or model.filters=64.
+        changes: Values in place of the recipe's, in TOML, such as steps=1000 or model.filters=64; one or several,
+            and the flag may be given again.
         dry_run: Print parameters, memory, steps and time instead of training.
     """
-    values = read_recipe(recipe, changes)
+    values = read_recipe(recipe, tuple(change for given in changes for change in given))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if stage == "tokenizer":
         from maskgit.training import tokenizer_dry_run

@@ -11,7 +11,7 @@ from maskgit.errors import DataError
 from maskgit.evaluation.classifier import classify, train_classifier
 from maskgit.evaluation.classwise import wilson_interval
 from maskgit.evaluation.pictures import Pictures
-from maskgit.evaluation.scores import Names, Score
+from maskgit.evaluation.score_names import Names, Score
 from maskgit.evaluation.units import Units
 
 

@@ -26,7 +26,8 @@ from maskgit.evaluation.references import Reference, evaluator_identity, referen
 from maskgit.evaluation.report import Picture, Point, Report
 from maskgit.evaluation.running import Progress, run_works
 from maskgit.evaluation.sampling import RealImages, SampleConfig, Samples, gather
-from maskgit.evaluation.scores import Names, Score, distances, manifolds
+from maskgit.evaluation.score_names import Names, Score
+from maskgit.evaluation.scores import distances, manifolds
 from maskgit.evaluation.statistics import ImageStatistics
 from maskgit.evaluation.units import Arrays, Units, Work
 from maskgit.pipeline import MaskGIT

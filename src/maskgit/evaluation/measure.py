@@ -11,7 +11,8 @@ from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.pictures import Pictures, check_share
 from maskgit.evaluation.references import Reference
 from maskgit.evaluation.sampling import RealImages, joined
-from maskgit.evaluation.scores import MAX_KEPT, Names, Score, distances, manifolds, summarise
+from maskgit.evaluation.score_names import Names, Score
+from maskgit.evaluation.scores import MAX_KEPT, distances, manifolds, summarise
 from maskgit.evaluation.statistics import ImageStatistics
 from maskgit.evaluation.units import Arrays
 

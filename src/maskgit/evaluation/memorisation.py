@@ -13,7 +13,7 @@ from maskgit.errors import DataError
 from maskgit.evaluation.classwise import wilson_interval
 from maskgit.evaluation.neighbours import Neighbours, nearest_neighbours
 from maskgit.evaluation.pictures import Pictures
-from maskgit.evaluation.scores import Names, Score
+from maskgit.evaluation.score_names import Names, Score
 from maskgit.evaluation.statistics import ImageStatistics
 from maskgit.evaluation.units import Arrays
 

@@ -1,4 +1,4 @@
-"""A report as one HTML page for people, with its pictures and styles in it: it asks nothing of the network."""
+"""A report as one HTML page for people: its pictures and styles are in it, and nothing is fetched."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from maskgit.evaluation.charts import Mark, colour, line_chart, number
 from maskgit.evaluation.classwise import ClassScore, best_and_worst
 from maskgit.evaluation.memorisation import Memorisation, Row
 from maskgit.evaluation.report import Report, versions
-from maskgit.evaluation.scores import Score
+from maskgit.evaluation.score_names import Score
 
 # Images of at most this many pixels a side are enlarged with sharp pixels, and are kept exactly.
 SMALL_SIDE = 96
@@ -121,8 +121,8 @@ def _sheet(report: Report) -> str:
     if report.pairs:
         pairs = zip(report.sheet[::2], report.sheet[1::2], strict=True)
         figures = "\n".join(f'<div class="pair">{_figure(*a)}{_figure(*b)}</div>' for a, b in pairs)
-        count = len(report.sheet) // 2
-        note = f"{count} images spread at random, each before its reconstruction. Nothing was chosen."
+        half = len(report.sheet) // 2
+        note = f"{half} images spread at random, each before its reconstruction. Nothing was chosen."
         return (
             f'<section id="images"><h2>Before and after</h2><p class="lede">{note}</p>'
             f'<div class="sheet pairs" style="--columns: 4">\n{figures}\n</div></section>'

@@ -14,7 +14,8 @@ from maskgit.evaluation.references import evaluator_identity
 from maskgit.evaluation.report import Picture, Report
 from maskgit.evaluation.running import Progress, run_works
 from maskgit.evaluation.sampling import Reconstructions, gather
-from maskgit.evaluation.scores import Names, reconstruction_scores
+from maskgit.evaluation.score_names import Names
+from maskgit.evaluation.scores import reconstruction_scores
 from maskgit.evaluation.units import Units
 from maskgit.tokenizer import Tokenizer
 

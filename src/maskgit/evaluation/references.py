@@ -12,7 +12,8 @@ import numpy as np
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.metrics import Gaussian
 from maskgit.evaluation.pictures import Pictures, check_share
-from maskgit.evaluation.scores import MAX_KEPT, Names, summarise
+from maskgit.evaluation.score_names import Names
+from maskgit.evaluation.scores import MAX_KEPT, summarise
 from maskgit.evaluation.statistics import ImageStatistics, check_comparable
 from maskgit.evaluation.units import Arrays, Units
 

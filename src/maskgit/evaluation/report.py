@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from maskgit import __version__
 from maskgit.evaluation.classwise import ClassScore
 from maskgit.evaluation.memorisation import Memorisation
-from maskgit.evaluation.scores import Score
+from maskgit.evaluation.score_names import Score
 from maskgit.files import write_bytes
 
 FORMAT = 1

@@ -6,7 +6,7 @@ Two kinds of `.npz` files are read:
   over the whole data set, beside a sample of its images in `arr_0`; files with `mu` and `sigma` alone, such
   as those of pytorch-fid, too. They do not say which network made them.
 - our own: `format`, `mean`, `covariance`, `count`, `identity` (of the feature net), `resolution`, and, where
-  the net has them or they were asked for, `spatial_mean`, `spatial_covariance`, `features` and their `labels`.
+  the net has them or they were asked for, `spatial_mean`, `spatial_covariance`, `features` and `labels`.
 
 Shapes: B batch, N images, D feature dimensions, S spatial dimensions, H × W pixels.
 """
