@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 	$(BIN)/maskgit generate --class airplane automobile bird cat deer dog frog horse ship truck \
 	    --num-images 8 --seed 1 --batch-size 20 --out out/demo --overwrite
 	$(BIN)/python -c "from PIL import Image; from skimage.data import rocket; Image.fromarray(rocket()).save('out/demo/photo.png')"
-	$(BIN)/maskgit edit out/demo/photo.png --box 8 8 16 16 --class bird --num-images 4 --seed 1 \
+	$(BIN)/maskgit edit out/demo/photo.png --box 130 60 160 160 --class bird --num-images 4 --seed 1 \
 	    --out out/demo/edit --overwrite
 
 lint: $(VENV)/.test

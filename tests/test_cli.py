@@ -200,12 +200,6 @@ def test_wrong_input_is_one_sentence_and_code_2(arguments, message, model, photo
     assert not (tmp_path / "dest").exists()
 
 
-def test_the_flags_of_the_sampler_are_its_config():
-    assert {f.name for f in dataclasses.fields(cli.Sampler)} == {
-        f.name for f in dataclasses.fields(SamplerConfig)
-    }
-
-
 def test_unknown_flags_and_the_module_itself():
     assert run("generate", "--class", "1", "--nonsense") == 2
     assert run("generate") == 2
@@ -305,7 +299,7 @@ def test_wrong_edits_are_told_in_a_sentence(model, photo, tmp_path, capsys, comm
     given = [photo if word == "PHOTO" else word for word in command]
     assert run(*given, "--model", model, "--out", tmp_path / "out") == 2
     assert message in sentence(capsys)
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_policies_are_listed(capsys):

@@ -76,6 +76,10 @@ def test_policy_options_are_read_as_values():
             Sampler(policy_options=(wrong,)).given()
 
 
+def test_zero_is_a_setting():
+    assert Sampler(temperature=0.0, guidance_scale=0.0).given() == {"temperature": 0, "guidance_scale": 0}
+
+
 def test_every_setting_has_a_flag():
     flags = set(Sampler.__dataclass_fields__) - {"preset"}
     assert flags == set(SamplerConfig.__dataclass_fields__)

@@ -96,7 +96,9 @@ class Sampler:
         if self.policy_options:
             settings["policy_options"] = dict(_option(text) for text in self.policy_options)
         plain = [f.name for f in fields(self) if f.name not in ("tables", "preset", "policy_options")]
-        settings |= {name: getattr(self, name) for name in plain if getattr(self, name) not in (None, False)}
+        values = {name: getattr(self, name) for name in plain}
+        # 0 is a value, where False is a flag that was not given.
+        settings |= {name: value for name, value in values.items() if value is not None and value is not False}
         return settings
 
 
