@@ -266,6 +266,41 @@ def test_decoding_is_explained(model, tmp_path, capsys):
     assert run("generate", "--class", 1, "--explain", "--model", model, "--out", out) == 2
 
 
+def test_pictures_are_written_before_they_are_explained(model, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    # Too few for an animation of all steps.
+    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
+    assert run("generate", "--class", 1, "--model", model, "--explain", "--out", out) == 2
+    assert "pixels" in sentence(capsys)
+    assert (out / "1-0-00000.png").exists()
+
+
+def test_as_many_are_explained_as_an_animation_holds(model, tmp_path, monkeypatch):
+    # Eight images of 30 steps take more, two take less.
+    monkeypatch.setattr(images, "MAX_PIXELS", 2_500_000)
+    out = tmp_path / "out"
+    command = ("generate", "--class", 1, "-n", 8, "--policy", "mdlm", "--steps", 30, "--explain")
+    assert run(*command, "--model", model, "--out", out) == 0
+    assert (out / "forming.gif").exists()
+
+
+def test_the_best_of_many_are_not_explained(model, tmp_path, capsys):
+    command = ("generate", "--class", 1, "--model", model, "--candidates", 2, "--explain")
+    assert run(*command, "--out", tmp_path / "out") == 2
+    assert "--explain" in sentence(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [("gone.jpg", "photo.png"), ("photo.png", "gone.jpg"), ("a/gone.jpg", "b.png")]
+)
+def test_pictures_that_are_not_there_are_named(model, photo, tmp_path, capsys, names):
+    files = [photo.parent / name for name in names]
+    assert run("interpolate", *files, "--class", 1, "--model", model, "--out", tmp_path / "out") == 2
+    missing = next(file for file in files if not file.exists())
+    assert f"{missing} cannot be read" in sentence(capsys)
+
+
 def test_the_best_of_many_can_be_made_again_alone(model, tmp_path):
     out = tmp_path / "out"
     command = ("generate", "--class", 1, "-n", 2, "--candidates", 5, "--model", model)

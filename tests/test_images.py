@@ -31,6 +31,18 @@ def test_eight_bits_make_the_round_trip(height, width, channels, seed):
     assert np.array_equal(np.asarray(images.to_pil(tensor)[0]), expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (1, 2, 3), (1, 1, 2, 3), (3, 2, 3), (1, 3, 2, 3), (4, 2, 3)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+def test_tensors_are_read_upright(shape, dtype):
+    values = torch.arange(24)[: int(np.prod(shape))].reshape(shape) * (1 if dtype == torch.uint8 else 1 / 64)
+    array = images.to_array(values.to(dtype))
+    planes = values.reshape(-1, 2, 3)
+    assert array.shape[:2] == (2, 3)
+    for channel, plane in enumerate(planes):
+        assert np.array_equal(array.reshape(2, 3, -1)[..., channel], plane.numpy())
+    assert images.to_tensor(array).shape == (1, 3, 2, 3)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_float_arrays_keep_their_values(dtype):
     array = np.random.default_rng(0).random((4, 5, 3)).astype(dtype)

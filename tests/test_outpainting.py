@@ -264,6 +264,8 @@ def test_wrong_arguments_are_told(named, arguments, error, message):
 
 
 def test_wrong_pictures_and_panoramas_are_told(named, tiny, tmp_path):
+    with pytest.raises(ImageError, match="but is a int"):
+        outpaint(named, 3, right=4, label=0)
     with pytest.raises(RegionError, match="at least 4 pixels a side"):
         outpaint(named, noise(3, 40), left=8)
     with pytest.raises(ImageError):

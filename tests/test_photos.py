@@ -120,6 +120,18 @@ def test_a_small_photo_is_mirrored_around_its_edges():
     assert np.array_equal((shown[0].movedim(0, -1) * 255).round().byte().numpy(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("shape", [(24, 40), (1, 24, 40), (1, 1, 24, 40)])
+def test_a_grey_tensor_is_not_turned(tiny, shape, dtype):
+    grey = noise(24, 40, 1, seed=1).reshape(24, 40)
+    tensor = torch.from_numpy(grey).reshape(shape)
+    tensor = tensor if dtype == torch.uint8 else tensor / 255
+    assert np.array_equal(np.asarray(photos.read_photo(tensor).rgb)[..., 0], grey)
+    assert torch.equal(tiny.prepare(tensor), tiny.prepare(grey))
+    made, expected = (tiny.outpaint(image, right=8, label=1, steps=1) for image in (tensor, grey))
+    assert torch.equal(made.images, expected.images)
+
+
 def test_a_file_is_edited_as_it_is_seen(tiny, tmp_path):
     array = noise(40, 60)
     exif = Image.Exif()

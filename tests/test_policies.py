@@ -130,6 +130,14 @@ def test_tempered_moments_are_the_limit_of_confidence():
         torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
 
 
+def test_the_last_step_of_moment_is_not_greedy():
+    # All that is left is kept, so that tokens follow the model, as they do with `confidence`.
+    policy = make_policy("moment")
+    assert policy.token_temperature(1.0, 0.0) == 1
+    assert policy.token_temperature(1.0, 2.0) == pytest.approx(1 / 1.5)
+    assert make_policy("moment", {"beta": 4.0}).token_temperature(1.0, 0.0) == 0.25
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=12, deadline=None)
 @given(

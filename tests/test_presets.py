@@ -120,3 +120,16 @@ def test_guidance_can_be_forced(tiny):
     with pytest.raises(ConfigError, match="never saw a masked class"):
         tiny.sampler_config(steps=2, tables=StepTables(guidance_scale=(1.0, 2.0)))
     assert tiny.sampler_config(guidance_scale=2.0, force_guidance=True).guidance_scale == 2
+
+
+def test_a_file_of_tables_that_is_broken_is_named_once(tmp_path):
+    path = tmp_path / "tables.json"
+    path.write_text("{nope")
+    with pytest.raises(ConfigError) as told:
+        read_tables(path)
+    assert str(told.value).count("tables.json") == 1
+
+
+def test_a_policy_of_another_type_is_told(tiny):
+    with pytest.raises(ConfigError, match="policy must be of type str"):
+        tiny.sampler_config(policy=["halton"])

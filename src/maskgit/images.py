@@ -48,6 +48,23 @@ def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return imagefiles.read(source, max_pixels, to_rgb)
 
 
+def to_array(image: Tensor) -> np.ndarray:
+    """Turn one picture's tensor into an array that `to_tensor` takes, channels last.
+
+    Args:
+        image: (H, W), (C, H, W) or (1, C, H, W), of a type and range that `to_tensor` allows, or bfloat16.
+
+    Returns:
+        (H, W) or (H, W, C), floats as float32; another shape is left to `to_tensor` to refuse.
+    """
+    image = image.detach().cpu()
+    if image.ndim == 4:
+        image = image.squeeze(0)
+    if image.ndim == 3:
+        image = image.movedim(0, -1)
+    return (image.float() if image.is_floating_point() else image).numpy()
+
+
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     """Turn one picture into a tensor.
 

@@ -7,7 +7,9 @@ image index  window number · 2⁴⁰ + index,  which is the same in any batch.
 Shapes: B images, R × C the canvas's tokens, H × W pixels.
 """
 
+import io
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -218,10 +220,10 @@ def _fill(
 def _read(image: "Picture", size: int, patch: int) -> Tensor:
     """Return a picture as float32 (1, 3, H, W) in [0, 1], its shorter side no longer than `size`."""
     if isinstance(image, Tensor):
-        image = image.detach().cpu().squeeze(0).movedim(0, -1).float().numpy()
-    pixels = images.to_tensor(
-        image if isinstance(image, Image.Image | np.ndarray) else images.read_image(image)
-    )
+        image = images.to_array(image)
+    if isinstance(image, str | bytes | os.PathLike | io.IOBase):
+        image = images.read_image(image)
+    pixels = images.to_tensor(image)
     height, width = pixels.shape[2:]
     shorter = min(height, width)
     if shorter > size:

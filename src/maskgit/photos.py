@@ -81,7 +81,7 @@ def read_photo(image: "Picture") -> Photo:
     """
     exact = None
     if isinstance(image, Tensor):
-        image = image.detach().cpu().squeeze(0).movedim(0, -1).float().numpy()
+        image = images.to_array(image)
     if isinstance(image, np.ndarray):
         _check_pixels(image.shape[1::-1])
         picture, exact = _from_array(image)

@@ -122,7 +122,7 @@ class MaskGIT:
             given["tables"] = given["tables"].to_dict()
         own = self.config.sampler.to_dict()
         policy = given.get("policy", own["policy"])
-        if policy != own["policy"] and policy in POLICIES:
+        if policy != own["policy"] and isinstance(policy, str) and policy in POLICIES:
             own |= {"policy_options": {}} | dict(POLICIES[policy].defaults)
         config = SamplerConfig.from_dict(own | given)
         if config.guides() and not self.config.label_dropout and not config.force_guidance:
@@ -215,7 +215,7 @@ class MaskGIT:
             ImageError: it cannot be read or has another shape or range.
         """
         if isinstance(image, Tensor):
-            image = image.detach().cpu().squeeze(0).movedim(0, -1).float().numpy()
+            image = images.to_array(image)
         if isinstance(image, str | Path):
             image = images.read_image(image)
         if isinstance(image, np.ndarray):

@@ -63,8 +63,9 @@ def read_tables(path: str | Path) -> StepTables:
     Raises:
         ConfigError: the file cannot be read, a name is unknown, or the lists are of different lengths.
     """
+    values = _read(path)
     try:
-        tables = StepTables.from_dict(_read(path))
+        tables = StepTables.from_dict(values)
         tables.check_length(tables.num_steps)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -62,6 +62,10 @@ def generate(
     from maskgit import images
 
     making.check()
+    if candidates and explain:
+        raise ConfigError(
+            "The best of --candidates cannot be explained; leave out --explain, or --candidates."
+        )
     pipe = model.load()
     config = pipe.sampler_config(**sampler.given())
     names = [name for name in classes for _ in range(making.num_images)]
@@ -85,12 +89,12 @@ def generate(
                 callback=progress,
                 **sampler.given(),
             )
-            if made.trace is not None:
-                save_explained(pipe, made, making)
             for number, picture in enumerate(made.to_pil(), start):
                 recorded = settings | {"class": names[number], **making.recorded(number)}
                 images.save_png(paths[number], picture, settings=recorded, overwrite=making.overwrite)
             sheet += made.to_pil()[: MAX_SHEET - len(sheet)]
+            if made.trace is not None:
+                save_explained(pipe, made, making)
     columns = making.num_images if len(classes) > 1 and 1 < making.num_images <= MAX_COLUMNS else None
     save_sheet(sheet, len(paths), making.out, columns=columns)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from maskgit.pipeline import MaskGIT
     from maskgit.results import Output
 
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 # What a command makes, given the model and what all of them share: seed, batch_size, callback and so on.
 Make = Callable[["MaskGIT", dict[str, Any]], "Output"]
 
@@ -224,7 +225,7 @@ def interpolate(
         refine: Of pictures, tokens on each side of a border that are made new.
         class_: Of pictures, what the new tokens are of.
     """
-    photos = [Path(name).suffix != "" and Path(name).is_file() for name in (first, second)]
+    photos = [_is_picture(name) for name in (first, second)]
     if photos[0] != photos[1]:
         raise ConfigError(f"Give two classes or two pictures, not one of each: {first} and {second}.")
 
@@ -310,6 +311,12 @@ def _edited(
     row = [*images.to_pil(made.before), images.overlay_mask(made.before, mask), *after]
     captions = ["before", "mask", *["after"] * len(after)]
     save_sheet(row, len(row), making.out, columns=len(row), captions=captions)
+
+
+def _is_picture(name: str) -> bool:
+    """Return whether a name means a picture: a file, or what is called like one and may be missing."""
+    ending = Path(name).suffix
+    return ending.lower() in PICTURE_ENDINGS or (ending != "" and Path(name).is_file())
 
 
 def _label_or_guess(pipe: "MaskGIT", name: str) -> int | str | None:

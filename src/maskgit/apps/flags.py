@@ -98,7 +98,9 @@ class Sampler:
         plain = [f.name for f in fields(self) if f.name not in ("tables", "preset", "policy_options")]
         values = {name: getattr(self, name) for name in plain}
         # 0 is a value, where False is a flag that was not given.
-        settings |= {name: value for name, value in values.items() if value is not None and value is not False}
+        settings |= {
+            name: value for name, value in values.items() if value is not None and value is not False
+        }
         return settings
 
 

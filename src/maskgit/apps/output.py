@@ -114,8 +114,11 @@ def save_explained(pipe: "MaskGIT", made: "Output", making: Making) -> None:
     from maskgit import explain, images
     from maskgit.results import Trace
 
-    count, trace = MAX_EXPLAINED, made.trace
+    trace = made.trace
     assert trace is not None, "asked for"
+    # An animation enlarges small images to 192 pixels a side at most.
+    shown = (trace.tokens.shape[1] + 1) * max(made.images.shape[-1], 192) ** 2
+    count = max(1, min(MAX_EXPLAINED, images.MAX_PIXELS // shown))
     # The part of a photo that the model saw is what its tokens explain.
     first = replace(
         made,

@@ -59,7 +59,10 @@ class Moment(Policy):
         return 1 + 1 / max(choice_temperature, 1e-4)
 
     def token_temperature(self, temperature: float, choice_temperature: float) -> float:
-        return temperature / self.exponent(choice_temperature) if self.temper else temperature
+        # Where choice_temperature is 0, as at the end of its curve, `confidence` keeps every token: nothing is chosen
+        # by value, so nothing is tempered.
+        tempered = self.temper and (self.beta or choice_temperature > 0)
+        return temperature / self.exponent(choice_temperature) if tempered else temperature
 
     def choose(self, step: Step, memory: Memory) -> tuple[Tensor, Memory]:
         log_probs = step.logits_BSK.float().log_softmax(-1)
