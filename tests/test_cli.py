@@ -241,6 +241,9 @@ def test_outpaint_and_panorama_make_the_size_asked_for(model, photo, tmp_path):
     assert run(*command, "--out", tmp_path / "a") == 0
     # The photo's shorter side is brought to the model's 32 pixels first.
     assert Image.open(tmp_path / "a" / "photo-outpainted-0-00000.png").size == (43 + 5, 32 + 9)
+    # Before, mask and after beside each other.
+    sheet = np.asarray(Image.open(tmp_path / "a" / "sheet.png").convert("RGB")).astype(int)
+    assert ((sheet[..., 0] > sheet[..., 1] + 60) & (sheet[..., 0] > sheet[..., 2] + 60)).any()
     assert run("panorama", "--class", 1, 2, "--width", 75, "--model", model, "--out", tmp_path / "b") == 0
     assert Image.open(tmp_path / "b" / "1-2-0-00000.png").size == (75, 32)
 

@@ -34,6 +34,9 @@ MAX_TOKENS = 2**21
 WINDOW_STRIDE = 2**40
 DEFAULT_BATCH_SIZE = 16
 
+# What stands where there is no image yet: a grey that no pixel of 8 bits has.
+EMPTY = 0.5
+
 
 def outpaint(
     model: "MaskGIT",
@@ -75,8 +78,9 @@ def outpaint(
             int64 (B,) and the window's tokens int64 (B, h, w).
 
     Returns:
-        `Output`: images (B, 3, H, W) of exactly the size asked for; tokens (B, R, C) and token_mask (R, C) of
-        the canvas, which is at least the model's grid and holds whole patches, and so may reach beyond.
+        `Output`: images (B, 3, H, W) of exactly the size asked for; before (1, 3, H, W), the image in its place
+        and `EMPTY` around it; tokens (B, R, C) and token_mask (R, C) of the canvas, which is at least the
+        model's grid and holds whole patches, and so may reach beyond.
 
     Raises:
         ConfigError, ImageError, RegionError: an argument is not allowed, or the result would be too large.
@@ -109,7 +113,9 @@ def outpaint(
     x, y = before_x * patch - left, before_y * patch - top
     pixels = decode_canvas(model.tokenizer, tokens, side)[..., y : y + new_height, x : x + new_width].clone()
     _lay_over(pixels, photo, (left, right, top, bottom), model.config.image_size, feather)
-    return Output(pixels, tokens, token_mask=unknown)
+    before = torch.full((1, *pixels.shape[1:]), EMPTY)
+    before[..., top : top + height, left : left + width] = photo
+    return Output(pixels, tokens, token_mask=unknown, before=before)
 
 
 def panorama(

@@ -22,6 +22,7 @@ from maskgit.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from maskgit.pipeline import MaskGIT
     from maskgit.results import Output
@@ -150,7 +151,11 @@ def outpaint(
 
     chosen = {"class": class_, "left": left, "right": right, "top": top, "bottom": bottom}
     chosen |= {"canvas": canvas and list(canvas), "position": position and list(position)}
-    _made("outpaint", [f"{photo.stem}-outpainted"], make, chosen, model, sampler, making, photo=photo)
+    made = _made("outpaint", [f"{photo.stem}-outpainted"], make, chosen, model, sampler, making, photo=photo)
+    from maskgit.outpainting import EMPTY
+
+    assert made.before is not None, "what it began with"
+    _save_before_after(made, (made.before[0] == EMPTY).all(0), making)
 
 
 def panorama(
@@ -300,17 +305,23 @@ def _edited(
     explain: bool,
 ) -> None:
     """Make and write edits, and their before / mask / after sheet: of a large photo, the part the model saw."""
-    from maskgit import images
-
     stem = f"{photo.stem}-{chosen['class']}"
     made = _made(command, [stem], make, chosen, model, sampler, making, photo=photo, explain=explain)
-    assert made.before is not None, "an edit says what it began with"
     assert made.token_mask is not None, "an edit returns its mask"
+    _save_before_after(made, made.token_mask if made.token_mask.ndim == 2 else made.token_mask[0], making)
+
+
+def _save_before_after(made: "Output", mask: "Tensor", making: Making) -> None:
+    """Write the before / mask / after sheet; the mask is of tokens or of pixels."""
+    from maskgit import images
+
+    assert made.before is not None, "an edit says what it began with"
     after: list[Image.Image] = images.to_pil(made.images)[: MAX_COLUMNS - 2]
-    mask = made.token_mask if made.token_mask.ndim == 2 else made.token_mask[0]
     row = [*images.to_pil(made.before), images.overlay_mask(made.before, mask), *after]
     captions = ["before", "mask", *["after"] * len(after)]
-    save_sheet(row, len(row), making.out, columns=len(row), captions=captions)
+    # Wide ones are read from the top down.
+    columns = 1 if row[0].width > 2 * row[0].height else len(row)
+    save_sheet(row, len(row), making.out, columns=columns, captions=captions)
 
 
 def _is_picture(name: str) -> bool:
