@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden_weights import arrays as golden_arrays
 
+from golden_weights import arrays as golden_arrays
 from maskgit import convert, flaxio
 from maskgit.config import TokenizerConfig, TransformerConfig
 from maskgit.errors import CheckpointError, ConfigError, MaskGITError

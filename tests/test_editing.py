@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from pictures import encoded, noise
 from PIL import Image
 
 from maskgit import MaskGIT, regions
 from maskgit.errors import ConfigError, ImageError, RegionError
 from maskgit.images import to_uint8
 from maskgit.policies import POLICIES
+from pictures import encoded, noise
 
 MASKS = arrays(np.bool_, (32, 32), elements=st.booleans(), fill=st.just(False))
 

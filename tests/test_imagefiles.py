@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pictures import as_array, encoded, noise, over_white, picture
 from PIL import Image, ImageDraw, ImageFile, ImageOps
 
 from maskgit import images
 from maskgit.errors import ImageError
+from pictures import as_array, encoded, noise, over_white, picture
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ORIENTATION = 0x0112

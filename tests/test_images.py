@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pictures import as_array, encoded, noise, over_white, picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from maskgit import images
 from maskgit.errors import ConfigError, ImageError, OutputError
+from pictures import as_array, encoded, noise, over_white, picture
 
 # Arrays and tensors
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import noise
 from PIL import Image
 
 from maskgit import MaskGIT, canvas, outpainting
 from maskgit.canvas import decode_canvas, encode_canvas, plan_windows
 from maskgit.errors import ConfigError, ImageError, RegionError
 from maskgit.outpainting import outpaint, panorama
+from pictures import noise
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import noise
 from PIL import ExifTags, Image
 
 from maskgit import photos
 from maskgit.errors import ImageError, RegionError
 from maskgit.photos import Photo, Window
+from pictures import noise
 
 
 @st.composite

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import noise
 
 from maskgit.config import SamplerConfig, StepTables
 from maskgit.errors import ConfigError
 from maskgit.policies import POLICIES
 from maskgit.schedules import mask_ratios
 from maskgit.variations import resumed
+from pictures import noise
 
 
 @pytest.mark.parametrize("policy", POLICIES)

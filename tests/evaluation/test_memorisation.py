@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_evaluation import DIM, real_images, toy_net
 
 from maskgit.errors import DataError
 from maskgit.evaluation.memorisation import authentic_share, search
 from maskgit.evaluation.metrics import authenticity
 from maskgit.evaluation.neighbours import nearest_neighbours
 from maskgit.evaluation.score_names import Names
+from small_evaluation import DIM, real_images, toy_net
 
 
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 5), st.integers(0, 2**32 - 1))

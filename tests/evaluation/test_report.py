@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_evaluation import evaluation, real_images, toy_net
 
 from maskgit.errors import ConfigError
 from maskgit.evaluation.charts import Mark, line_chart, number
@@ -20,6 +19,7 @@ from maskgit.evaluation.reconstruction import ReconstructionEvaluation
 from maskgit.evaluation.references import Reference
 from maskgit.evaluation.report import plain
 from maskgit.evaluation.sampling import measured
+from small_evaluation import evaluation, real_images, toy_net
 
 CURVE = {"steps": (1, 2), "policy": ("confidence", "halton")}
 VOID = {"meta", "img", "link", "br"}

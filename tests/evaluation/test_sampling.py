@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_evaluation
 from PIL import Image
-from small_evaluation import evaluation, real_images, toy_net
 
+import small_evaluation
 from maskgit.errors import ConfigError, DataError
 from maskgit.evaluation.references import Reference
 from maskgit.evaluation.sampling import RealImages, SampleConfig, Samples, gather, measured, shown_indices
 from maskgit.evaluation.statistics import ImageStatistics
 from maskgit.evaluation.units import Units
 from maskgit.images import to_uint8
+from small_evaluation import evaluation, real_images, toy_net
 
 PROGRAM = Path(small_evaluation.__file__)
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_evaluation import DIM, toy_net
 
 from maskgit.errors import DataError
 from maskgit.evaluation.classwise import best_and_worst, class_agreement, wilson_interval
@@ -22,6 +21,7 @@ from maskgit.evaluation.scores import (
     summarise,
 )
 from maskgit.evaluation.statistics import ImageStatistics, read_statistics, write_statistics
+from small_evaluation import DIM, toy_net
 
 
 def gaussian(features):

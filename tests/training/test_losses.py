@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_weights import arrays
 from torch import Tensor
 
+from golden_weights import arrays
 from maskgit.errors import ConfigError
 from maskgit.quantizer import GumbelQuantizer, VectorQuantizer
 from maskgit.training.discriminator import Discriminator, blur_downsample, num_filters
