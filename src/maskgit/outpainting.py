@@ -23,7 +23,7 @@ from maskgit import images
 from maskgit.canvas import Window, decode_canvas, encode_canvas, plan_windows
 from maskgit.config import SamplerConfig, check_count, check_range
 from maskgit.errors import ConfigError, RegionError
-from maskgit.results import Callback, Output
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
 
 if TYPE_CHECKING:
     from maskgit.pipeline import Label, MaskGIT, Picture
@@ -32,7 +32,6 @@ MAX_PIXELS = images.MAX_PIXELS
 # Windows are no more than tokens, and first_index may go to 2⁶².
 MAX_TOKENS = 2**21
 WINDOW_STRIDE = 2**40
-DEFAULT_BATCH_SIZE = 16
 
 # What stands where there is no image yet: a grey that no pixel of 8 bits has.
 EMPTY = 0.5
