@@ -106,7 +106,7 @@ def test_guidance_extrapolates_from_the_unconditional_logits(guided):
     conditional = guided.transformer(sequence, codes=codes)
     unconditional = guided.transformer(guided.vocabulary.sequence(torch.tensor([-1, -1])), codes=codes)
     torch.testing.assert_close(
-        guide(guided.predict_logits, guided.vocabulary.mask, 3.0)(sequence),
+        guide(guided.predict_logits, guided.vocabulary.mask, torch.tensor([[3.0]]))(sequence),
         unconditional + 3 * (conditional - unconditional),
         atol=1e-4,
         rtol=1e-4,

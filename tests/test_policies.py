@@ -20,9 +20,10 @@ from scipy.stats import chi2, qmc
 from maskgit.config import SamplerConfig, StepTables
 from maskgit.errors import ConfigError
 from maskgit.noise import ImageNoise
+from maskgit.plans import plan_steps
 from maskgit.policies import POLICIES, Policy, Start, Step, make_policy
 from maskgit.policies.ordered import halton_places, radical_inverse
-from maskgit.sampler import decode, decode_steps, plan_steps
+from maskgit.sampler import decode, decode_steps
 
 CODES, TOKENS, CLASS, MASK = 3, 4, 50, 99
 STATES = torch.tensor(list(itertools.product(range(CODES), repeat=TOKENS)))
@@ -133,9 +134,10 @@ def test_tempered_moments_are_the_limit_of_confidence():
 def test_the_last_step_of_moment_is_not_greedy():
     # All that is left is kept, so that tokens follow the model, as they do with `confidence`.
     policy = make_policy("moment")
-    assert policy.token_temperature(1.0, 0.0) == 1
-    assert policy.token_temperature(1.0, 2.0) == pytest.approx(1 / 1.5)
-    assert make_policy("moment", {"beta": 4.0}).token_temperature(1.0, 0.0) == 0.25
+    one, choice = torch.ones(2, 1), torch.tensor([[0.0], [2.0]])
+    assert policy.token_temperature(one, choice).tolist() == [[1], [pytest.approx(1 / 1.5)]]
+    fixed = make_policy("moment", {"beta": 4.0})
+    assert fixed.token_temperature(one, choice).tolist() == [[0.25], [0.25]]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -245,12 +247,16 @@ def test_halton_keeps_the_papers_counts():
     ]
 
 
+def at(number, steps):
+    return {"number_B1": torch.tensor([[number]]), "steps_B1": torch.tensor([[steps]])}
+
+
 def a_step(logits, unknown, **given_):
     batch, length, _ = logits.shape
     uniform = torch.rand(batch, length, generator=torch.Generator().manual_seed(0))
     values = {
-        "number": 0,
-        "steps": length - 1,
+        "number_B1": torch.zeros(batch, 1, dtype=torch.long),
+        "steps_B1": torch.full((batch, 1), length - 1),
         "logits_BSK": logits,
         "tokens_BS": logits.argmax(-1),
         "unknown_BS": unknown,
@@ -258,8 +264,8 @@ def a_step(logits, unknown, **given_):
         "num_masked_B1": torch.zeros(batch, 1, dtype=torch.long),
         "ratio_before_B1": torch.ones(batch, 1),
         "ratio_after_B1": torch.ones(batch, 1),
-        "temperature": 1.0,
-        "choice_temperature": 0.0,
+        "temperature_B1": torch.ones(batch, 1),
+        "choice_temperature_B1": torch.zeros(batch, 1),
         "mask_token": MASK,
         "predict": lambda s: logits,
         "gumbel": lambda: torch.zeros(batch, length),
@@ -292,15 +298,15 @@ def test_stable_waits_until_distributions_rest():
     logits = torch.stack([unsure, sure, 0.9 * sure, unsure])[None]
     moved = torch.stack([unsure, sure, 0.9 * sure.roll(1), unsure])[None]
     unknown = torch.tensor([[False, True, True, True]])
-    memory, kept = (), []
+    memory, kept = policy.begin(Start(unknown, 3, torch.rand)), []
     for number, current in enumerate([logits, logits, moved, moved, moved]):
         # Many steps are left, so that the pace asks for one token alone; nothing is really kept.
-        again, memory = policy.choose(a_step(current, unknown, number=number, steps=1000), memory)
+        again, memory = policy.choose(a_step(current, unknown, **at(number, 1000)), memory)
         kept.append((unknown & ~again)[0].nonzero()[:, 0].tolist())
     assert kept[0] == kept[1] == [1]  # none has rested for two steps: the surest, the first of equals
     assert kept[2] == [1]  # rested twice
     again, _ = policy.choose(
-        a_step(logits, unknown, steps=1000), policy.choose(a_step(logits, unknown), memory)[1]
+        a_step(logits, unknown, **at(0, 1000)), policy.choose(a_step(logits, unknown), memory)[1]
     )
     assert not again[0, 1]
 
@@ -327,7 +333,7 @@ def test_remdm_masks_again_with_its_probability(form, eta):
         uniform=lambda stream: draws[stream % 2],
     )  # fmt: skip
     policy = make_policy("remdm", {"form": form, "eta": eta})
-    again, _ = policy.choose(step, policy.begin(Start(free, step.uniform)))
+    again, _ = policy.choose(step, policy.begin(Start(free, CODES, step.uniform)))
     sigma = eta * 0.5 if form == "rescale" else min(eta, 0.5)
     assert float(again[:, 1:51].float().mean()) == pytest.approx(sigma, abs=0.01)
     stay = (0.25 - sigma * 0.5) / 0.5

@@ -21,10 +21,10 @@ class Recorded:
         self.record = record
 
     def tokens(self, step):
-        return torch.from_numpy(self.record["gumbel_tokens"][step])
+        return torch.from_numpy(self.record["gumbel_tokens"][int(step[0])])
 
     def choice(self, step):
-        return torch.from_numpy(self.record["gumbel_choice"][step])
+        return torch.from_numpy(self.record["gumbel_choice"][int(step[0])])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Source: Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -27,27 +28,30 @@ _CPU_PIECE = 1 << 14
 
 
 class Noise(Protocol):
-    """What the sampler asks for; `step` is counted from 0 whatever step decoding starts at."""
+    """What the sampler asks for.
 
-    def tokens(self, step: int) -> Tensor:
+    `step` is each row's, int64 (B, 1), counted from 0 whatever step its decoding starts at.
+    """
+
+    def tokens(self, step: Tensor) -> Tensor:
         """Return the Gumbel noise that samples tokens, float32 (B, N + 1, codes)."""
         ...
 
-    def choice(self, step: int) -> Tensor:
+    def choice(self, step: Tensor) -> Tensor:
         """Return the Gumbel noise on confidence, float32 (B, N + 1)."""
         ...
 
-    def uniform(self, step: int, stream: int) -> Tensor:
+    def uniform(self, step: Tensor, stream: int) -> Tensor:
         """Return uniform numbers for another purpose, float32 (B, N + 1) in (0, 1)."""
         ...
 
 
-def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
     """Return four random 32-bit words for every counter.
 
     Args:
         counter: four words in [0, 2³²), int64 tensors of shapes that broadcast, or ints.
-        key: two words in [0, 2³²).
+        key: two words in [0, 2³²), likewise.
 
     Returns:
         Four int64 tensors of the broadcast shape, each in [0, 2³²).
@@ -62,20 +66,25 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Ten
     return a, b, c, d
 
 
-def uniform(seed: int, indices: Tensor, step: int, stream: int, count: int) -> Tensor:
-    """Return uniform numbers for some images at one step.
+def seed_words(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Return the low and high words of seeds in [0, 2⁶⁴), which int64 cannot hold: int64 (B, 2)."""
+    return torch.tensor([[seed & MASK32, seed >> 32] for seed in seeds], device=device)
+
+
+def uniform(seed: int | Tensor, indices: Tensor, step: int | Tensor, stream: int, count: int) -> Tensor:
+    """Return uniform numbers for some images.
 
     Args:
-        seed: in [0, 2⁶⁴).
+        seed: in [0, 2⁶⁴), or one for each image as `seed_words` makes them.
         indices: int64 (B,), image indices ≥ 0; the result lies on their device.
-        step: in [0, 2²⁴).
+        step: in [0, 2²⁴), or one for each image, int64 (B, 1).
         stream: the purpose, in [0, 256).
         count: numbers for each image.
 
     Returns:
         float32 (B, count), in the open interval (0, 1), multiples of 2⁻²⁴.
     """
-    key = (seed & MASK32, (seed >> 32) & MASK32)
+    key = (seed & MASK32, seed >> 32) if isinstance(seed, int) else (seed[:, :1], seed[:, 1:])
     device = indices.device
     low, high = (indices & MASK32)[:, None], (indices >> 32)[:, None]
     where = step * NUM_STREAMS + stream
@@ -101,11 +110,11 @@ def gumbel(uniforms: Tensor) -> Tensor:
 class ImageNoise:
     """The noise of a batch of images, each a function of (seed, its index, step)."""
 
-    def __init__(self, seed: int, indices: Tensor, num_positions: int, num_codes: int) -> None:
+    def __init__(self, seed: int | Tensor, indices: Tensor, num_positions: int, num_codes: int) -> None:
         """Describe the noise; nothing is drawn yet.
 
         Args:
-            seed: in [0, 2⁶⁴).
+            seed: in [0, 2⁶⁴), or one for each image as `seed_words` makes them.
             indices: int64 (B,), one ≥ 0 for each image of the batch.
             num_positions: length of a sequence, N + 1.
             num_codes: codes to choose from at each position.
@@ -113,20 +122,20 @@ class ImageNoise:
         Raises:
             ConfigError: the seed or an index is out of range.
         """
-        self.seed = check_count("seed", seed, 0, 2**64 - 1)
+        self.seed = seed if isinstance(seed, Tensor) else check_count("seed", seed, 0, 2**64 - 1)
         self.indices = indices
         self.num_positions = num_positions
         self.num_codes = num_codes
 
-    def tokens(self, step: int) -> Tensor:
+    def tokens(self, step: int | Tensor) -> Tensor:
         """Return Gumbel noise, float32 (B, N + 1, codes)."""
         numbers = uniform(self.seed, self.indices, step, TOKENS, self.num_positions * self.num_codes)
         return gumbel(numbers).unflatten(1, (self.num_positions, self.num_codes))
 
-    def choice(self, step: int) -> Tensor:
+    def choice(self, step: int | Tensor) -> Tensor:
         """Return Gumbel noise, float32 (B, N + 1)."""
         return gumbel(uniform(self.seed, self.indices, step, CHOICE, self.num_positions))
 
-    def uniform(self, step: int, stream: int) -> Tensor:
+    def uniform(self, step: int | Tensor, stream: int) -> Tensor:
         """Return uniform numbers, float32 (B, N + 1) in (0, 1)."""
         return uniform(self.seed, self.indices, step, stream, self.num_positions)

@@ -1,6 +1,6 @@
 """Iterative parallel decoding: the loop that every policy shares.
 
-Shapes: B batch, N image tokens, S = N + 1 the sequence with its class token, K codes, T steps.
+Shapes: B batch, N image tokens, S = N + 1 the sequence with its class token, K codes.
 Source: paper §3.2; official libml/parallel_decode.py.
 """
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskgit.config import SamplerConfig, StepTables
+from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError
 from maskgit.guidance import PredictLogits, guided
 from maskgit.noise import Noise
+from maskgit.plans import Numbers, plan_steps
 from maskgit.policies import Memory, Policy, Start, Step, make_policy
-from maskgit.schedules import curve, mask_counts, mask_ratios
 
 StepCallback = Callable[[int, Tensor], None]
 
@@ -36,8 +36,28 @@ class State(NamedTuple):
     memory: Memory
 
 
+class Made(NamedTuple):
+    """What a step made of every row.
+
+    Attributes:
+        logits: (B, S, K), what the tokens were sampled from, before the temperature.
+        tokens: int64 (B, S), all filled in.
+        unknown: bool (B, S), what was masked before the step.
+        again: bool (B, S), what is masked again after it.
+        sequence: int64 (B, S), the tokens with that masked: what the next step reads.
+        memory: what the policy remembers.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    unknown: Tensor
+    again: Tensor
+    sequence: Tensor
+    memory: Memory
+
+
 class Decoded(NamedTuple):
-    """What a step made.
+    """What a step of one decoding made.
 
     Attributes:
         step: its number.
@@ -54,70 +74,6 @@ class Decoded(NamedTuple):
     unknown: Tensor
     again: Tensor
     state: State | None
-
-
-class Plan(NamedTuple):
-    """The numbers of every step, worked out before the first; N₀ is the number of tokens masked at the start.
-
-    Attributes:
-        ratios_TN: float32 (T, N + 1), the share still masked after each step, by N₀.
-        counts_TN: int64 (T, N + 1), their number.
-        temperatures, choice_temperatures, guidance_scales: T numbers each.
-    """
-
-    ratios_TN: Tensor
-    counts_TN: Tensor
-    temperatures: list[float]
-    choice_temperatures: list[float]
-    guidance_scales: list[float]
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return len(self.temperatures)
-
-
-def plan_steps(config: SamplerConfig, num_tokens: int, *, remasks: bool) -> Plan:
-    """Work out the numbers of every step.
-
-    Args:
-        config: the settings.
-        num_tokens: N, of a whole image.
-        remasks: whether more steps than tokens are of use; if not, N steps are planned at most (unless tables
-            fix them), for each keeps a token.
-    """
-    tables = config.tables
-    steps = config.steps
-    if not remasks and tables == StepTables():
-        steps = min(steps, num_tokens)
-    # In float32, as the official code has it.
-    progress = (torch.arange(1, steps + 1, dtype=torch.float32) / steps).tolist()
-    if tables.mask_ratio is None:
-        ratios_TN = mask_ratios(config.mask_schedule, steps, num_tokens)
-    else:
-        ratios_TN = torch.tensor(tables.mask_ratio)[:, None].expand(-1, num_tokens + 1)
-
-    def values(table: tuple[float, ...] | None, schedule: str, falls: bool) -> list[float]:
-        if table is not None:
-            return list(table)
-        weight = curve(schedule, start=1, end=0) if falls else curve(schedule, start=0, end=1)
-        return [weight(r) for r in progress]
-
-    temperature, choice = config.temperature, config.choice_temperature
-    scaled = [1 if tables.temperature else temperature, 1 if tables.choice_temperature else choice]
-    guidance = values(tables.guidance_scale, config.guidance_schedule, falls=False)
-    if tables.guidance_scale is None:
-        guidance = [1 + (config.guidance_scale - 1) * weight for weight in guidance]
-    return Plan(
-        ratios_TN,
-        mask_counts(ratios_TN),
-        [scaled[0] * value for value in values(tables.temperature, config.temperature_schedule, falls=True)],
-        [
-            scaled[1] * value
-            for value in values(tables.choice_temperature, config.choice_schedule, falls=True)
-        ],
-        guidance,
-    )
 
 
 def decode(
@@ -209,7 +165,7 @@ def decode_steps(
         mask_token,
         noise,
         start_step,
-        state or State(-1, sequence, _free(sequence, mask_token), ()),
+        state or State(-1, sequence, free_tokens(sequence, mask_token), ()),
     )
 
 
@@ -223,67 +179,120 @@ def _decode_steps(
     start_step: int,
     state: State,
 ) -> Iterator[Decoded]:
-    step, sequence, free, memory = state
-    device = sequence.device
-    plan = plan_steps(config, sequence.shape[1] - 1, remasks=policy.remasks)
+    first, sequence, free, memory = state
+    plan = plan_steps(config, sequence.shape[1] - 1, remasks=policy.remasks).to(sequence.device)
     start_step = min(start_step, plan.steps - 1)
     num_free_B1 = free.sum(-1, keepdim=True)
-    ratios_TN, counts_TN = plan.ratios_TN.to(device), plan.counts_TN.to(device)
-    if step < 0:
-        step = start_step
-        memory = policy.begin(Start(free, lambda stream: noise.uniform(0, stream)))
-
-    for number in range(step, plan.steps):
-        drawn = number - start_step
-        predict = guided(predict_logits, mask_token, plan.guidance_scales[number])
-        unknown = (sequence == mask_token) & free
-        logits = predict(sequence)
-        # argmax(logits + τ·Gumbel) samples from softmax(logits / τ), and needs no division at τ = 0.
-        temperature = plan.temperatures[number]
-        heat = policy.token_temperature(temperature, plan.choice_temperatures[number])
-        sampled = (logits + heat * noise.tokens(drawn)).argmax(-1)
-        tokens = torch.where(unknown, sampled, sequence)
-        if number == plan.steps - 1:
-            yield Decoded(number, logits, tokens, unknown, torch.zeros_like(free), None)
-            return
-        ratio_after = ratios_TN[number][num_free_B1]
-        again, memory = policy.choose(
-            Step(
-                number=number,
-                steps=plan.steps,
-                logits_BSK=logits,
-                tokens_BS=tokens,
-                unknown_BS=unknown,
-                free_BS=free,
-                num_masked_B1=counts_TN[number][num_free_B1],
-                ratio_before_B1=(
-                    torch.ones_like(ratio_after) if drawn == 0 else ratios_TN[number - 1][num_free_B1]
-                ),
-                ratio_after_B1=ratio_after,
-                temperature=temperature,
-                choice_temperature=plan.choice_temperatures[number],
-                mask_token=mask_token,
-                predict=predict,
-                gumbel=lambda drawn=drawn: noise.choice(drawn),  # type: ignore[misc]
-                uniform=lambda stream, drawn=drawn: noise.uniform(drawn, stream),  # type: ignore[misc]
-            ),
-            memory,
+    for number in range(max(first, start_step), plan.steps):
+        last = number == plan.steps - 1
+        made = decode_step(
+            predict_logits,
+            sequence,
+            free,
+            None if first < 0 and number == start_step else memory,
+            plan.numbers(number, start_step, num_free_B1),
+            policy=policy,
+            mask_token=mask_token,
+            noise=noise,
+            guides=plan.guides(number),
+            last=last,
         )
-        sequence = tokens.masked_fill(again, mask_token)
-        last = policy.adapts and not bool(again.any())
+        sequence, memory = made.sequence, made.memory
+        last = last or (policy.adapts and not bool(made.again.any()))
         yield Decoded(
             number,
-            logits,
-            tokens,
-            unknown,
-            again,
+            made.logits,
+            made.tokens,
+            made.unknown,
+            made.again,
             None if last else State(number + 1, sequence, free, memory),
         )
         if last:
             return
 
 
-def _free(sequence: Tensor, mask_token: int) -> Tensor:
+@torch.no_grad()
+def decode_step(
+    predict_logits: PredictLogits,
+    sequence: Tensor,
+    free: Tensor,
+    memory: Memory | None,
+    numbers: Numbers,
+    *,
+    policy: Policy,
+    mask_token: int,
+    noise: Noise,
+    guides: bool,
+    last: bool = False,
+) -> Made:
+    """Make one step of decoding, in which every row follows its own plan.
+
+    It is a function of tensors alone and never waits for the device.
+
+    Args:
+        predict_logits: int64 (B, S) → float (B, S, K).
+        sequence: int64 (B, S), `mask_token` where a token is to be predicted.
+        free: bool (B, S), what was to be predicted at each row's start.
+        memory: what the policy remembers; None begins.
+        numbers: each row's.
+        policy: which tokens stay.
+        mask_token: the number that stands for "masked".
+        noise: the randomness.
+        guides: whether any row's guidance scale is another than 1; if not, the scales are not read.
+        last: whether every row is at its last step, so that nothing needs to be chosen.
+
+    Returns:
+        `Made`; a row at its last step masks nothing again.
+    """
+    predict = guided(predict_logits, mask_token, numbers.guidance_scale) if guides else predict_logits
+    unknown = (sequence == mask_token) & free
+    logits = predict(sequence)
+    # argmax(logits + τ·Gumbel) samples from softmax(logits / τ), and needs no division at τ = 0.
+    heat = policy.token_temperature(numbers.temperature, numbers.choice_temperature)
+    sampled = (logits + heat[..., None] * noise.tokens(numbers.drawn)).argmax(-1)
+    tokens = torch.where(unknown, sampled, sequence)
+    if memory is None:
+        memory = begin(policy, free, logits.shape[-1], noise)
+    if last:
+        return Made(logits, tokens, unknown, torch.zeros_like(free), tokens, memory)
+    again, memory = policy.choose(
+        Step(
+            number_B1=numbers.number,
+            steps_B1=numbers.steps,
+            logits_BSK=logits,
+            tokens_BS=tokens,
+            unknown_BS=unknown,
+            free_BS=free,
+            num_masked_B1=numbers.num_masked,
+            ratio_before_B1=numbers.ratio_before,
+            ratio_after_B1=numbers.ratio_after,
+            temperature_B1=numbers.temperature,
+            choice_temperature_B1=numbers.choice_temperature,
+            mask_token=mask_token,
+            predict=predict,
+            gumbel=lambda: noise.choice(numbers.drawn),
+            uniform=lambda stream: noise.uniform(numbers.drawn, stream),
+        ),
+        memory,
+    )
+    again = again & (numbers.number < numbers.steps - 1)
+    return Made(logits, tokens, unknown, again, tokens.masked_fill(again, mask_token), memory)
+
+
+def begin(policy: Policy, free: Tensor, num_codes: int, noise: Noise) -> Memory:
+    """Return what a policy remembers before the first step of some rows.
+
+    Args:
+        policy: which.
+        free: bool (B, S), what is to be predicted.
+        num_codes: K.
+        noise: of the rows.
+    """
+    first = free.new_zeros(free.shape[0], 1, dtype=torch.int64)
+    return policy.begin(Start(free, num_codes, lambda stream: noise.uniform(first, stream)))
+
+
+def free_tokens(sequence: Tensor, mask_token: int) -> Tensor:
     """Return where tokens are to be predicted, bool (B, S)."""
     first = torch.arange(sequence.shape[1], device=sequence.device) == 0
     return (sequence == mask_token) & ~first

@@ -16,9 +16,9 @@ from torch import Tensor
 from maskgit import noise
 from maskgit.config import SamplerConfig, check_count, check_range
 from maskgit.editing import GUESS, resolve
+from maskgit.plans import plan_steps
 from maskgit.policies import make_policy
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
-from maskgit.sampler import plan_steps
 
 if TYPE_CHECKING:
     from maskgit.pipeline import Label, MaskGIT, Picture

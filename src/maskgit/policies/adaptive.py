@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskgit.config import check_range
-from maskgit.policies.base import Memory, Policy, Step, lowest
+from maskgit.policies.base import Memory, Policy, Start, Step, lowest
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,17 @@ class Stable(Policy):
         check_range("kl", self.kl, 0, 1e9)
         check_range("history", self.history, 1, 1000)
 
+    def begin(self, start: Start) -> Memory:
+        nothing_BS = start.free_BS.new_zeros(start.free_BS.shape, dtype=torch.int64)
+        # A streak of −1 says that there is no step before.
+        return nothing_BS.new_zeros(*nothing_BS.shape, start.num_codes, dtype=torch.float32), nothing_BS - 1
+
     def choose(self, step: Step, memory: Memory) -> tuple[Tensor, Memory]:
+        before, streak = memory
         log_probs = step.logits_BSK.float().log_softmax(-1)
         highest = log_probs.amax(-1)
-        if memory:
-            before, streak = memory
-            divergence = (log_probs.exp() * (log_probs - before)).sum(-1)
-            streak = torch.where(divergence < self.kl, streak + 1, 0)
-        else:
-            streak = torch.zeros_like(step.tokens_BS)
+        divergence = (log_probs.exp() * (log_probs - before)).sum(-1)
+        streak = torch.where((divergence < self.kl) & (streak >= 0), streak + 1, 0)
         ready = (streak >= self.history) & (highest.exp() >= self.confidence) & step.unknown_BS
         num_unknown = step.unknown_BS.sum(-1, keepdim=True)
         # Those that are ready come first, then the surest.

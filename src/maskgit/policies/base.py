@@ -23,35 +23,38 @@ class Start(NamedTuple):
 
     Attributes:
         free_BS: bool, True where a token is to be predicted; never at position 0.
+        num_codes: K.
         uniform: returns uniform numbers float32 (B, S) in (0, 1) of a stream in `noise`.
     """
 
     free_BS: Tensor
+    num_codes: int
     uniform: Callable[[int], Tensor]
 
 
 class Step(NamedTuple):
     """What a policy may look at. Only `free` tokens may be masked again.
 
+    Rows may be at different steps of different plans, so a step's numbers are tensors.
+
     Attributes:
-        number: t, counted from 0.
-        steps: T.
+        number_B1: t, int64, counted from 0.
+        steps_B1: T, int64.
         logits_BSK: the model's (guided) logits for the sequence as it was.
         tokens_BS: the sequence with every masked token sampled.
         unknown_BS: True where a token was masked before this step.
         free_BS: True where a token was to be predicted at the start.
         num_masked_B1: how many tokens the schedule wants masked after this step.
         ratio_before_B1, ratio_after_B1: γ, the share of free tokens that it wants masked before and after.
-        temperature: of this step, that the tokens were sampled at.
-        choice_temperature: of this step.
+        temperature_B1, choice_temperature_B1: of this step, float32.
         mask_token: the number that stands for "masked".
         predict: another evaluation: int64 (B, S) → guided logits (B, S, K).
         gumbel: returns Gumbel noise float32 (B, S).
         uniform: returns uniform numbers float32 (B, S) in (0, 1) of a stream in `noise`.
     """
 
-    number: int
-    steps: int
+    number_B1: Tensor
+    steps_B1: Tensor
     logits_BSK: Tensor
     tokens_BS: Tensor
     unknown_BS: Tensor
@@ -59,8 +62,8 @@ class Step(NamedTuple):
     num_masked_B1: Tensor
     ratio_before_B1: Tensor
     ratio_after_B1: Tensor
-    temperature: float
-    choice_temperature: float
+    temperature_B1: Tensor
+    choice_temperature_B1: Tensor
     mask_token: int
     predict: PredictLogits
     gumbel: Callable[[], Tensor]
@@ -72,7 +75,7 @@ class Step(NamedTuple):
 
     def even_pace(self) -> Tensor:
         """Return how many tokens must stay now for all to be done in time, int64 (B, 1), at least 1."""
-        left = self.steps - self.number
+        left = self.steps_B1 - self.number_B1
         return ((self.unknown_BS.sum(-1, keepdim=True) + left - 1) // left).clamp(min=1)
 
 
@@ -94,12 +97,12 @@ class Policy(Config):
     adapts: ClassVar[bool] = False
 
     def begin(self, start: Start) -> Memory:
-        """Return what to remember before the first step."""
+        """Return what to remember before the first step, in the form that `choose` returns it in."""
         return ()
 
-    def token_temperature(self, temperature: float, choice_temperature: float) -> float:
-        """Return the temperature that tokens are sampled at."""
-        return temperature
+    def token_temperature(self, temperature_B1: Tensor, choice_temperature_B1: Tensor) -> Tensor:
+        """Return the temperature that tokens are sampled at, float32 (B, 1)."""
+        return temperature_B1
 
     def choose(self, step: Step, memory: Memory) -> tuple[Tensor, Memory]:
         """Choose the tokens that are masked again.

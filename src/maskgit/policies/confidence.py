@@ -22,7 +22,7 @@ class Confidence(Policy):
     source = "MaskGIT (arXiv 2202.04200) §3.2; official libml/parallel_decode.py"
 
     def choose(self, step: Step, memory: Memory) -> tuple[Tensor, Memory]:
-        sureness = log_probs_of(step.logits_BSK, step.tokens_BS) + step.choice_temperature * step.gumbel()
+        sureness = log_probs_of(step.logits_BSK, step.tokens_BS) + step.choice_temperature_B1 * step.gumbel()
         sureness = sureness.masked_fill(~step.unknown_BS, math.inf)
         most = step.unknown_BS.sum(-1, keepdim=True) - 1
         count = torch.minimum(step.num_masked_B1, most).clamp(min=1)
@@ -52,19 +52,21 @@ class Moment(Policy):
 
         check_range("beta", self.beta, 0, 1e4)
 
-    def exponent(self, choice_temperature: float) -> float:
-        """Return β."""
+    def exponent(self, choice_temperature_B1: Tensor) -> Tensor:
+        """Return β, float32 (B, 1)."""
         if self.beta:
-            return self.beta
-        return 1 + 1 / max(choice_temperature, 1e-4)
+            return torch.full_like(choice_temperature_B1, self.beta)
+        return 1 + 1 / choice_temperature_B1.clamp(min=1e-4)
 
-    def token_temperature(self, temperature: float, choice_temperature: float) -> float:
+    def token_temperature(self, temperature_B1: Tensor, choice_temperature_B1: Tensor) -> Tensor:
+        if not self.temper:
+            return temperature_B1
+        tempered = temperature_B1 / self.exponent(choice_temperature_B1)
         # Where choice_temperature is 0, as at the end of its curve, `confidence` keeps every token: nothing is chosen
         # by value, so nothing is tempered.
-        tempered = self.temper and (self.beta or choice_temperature > 0)
-        return temperature / self.exponent(choice_temperature) if tempered else temperature
+        return tempered if self.beta else tempered.where(choice_temperature_B1 > 0, temperature_B1)
 
     def choose(self, step: Step, memory: Memory) -> tuple[Tensor, Memory]:
         log_probs = step.logits_BSK.float().log_softmax(-1)
-        moment = (self.exponent(step.choice_temperature) * log_probs).logsumexp(-1)
+        moment = (self.exponent(step.choice_temperature_B1)[..., None] * log_probs).logsumexp(-1)
         return lowest(moment + step.gumbel(), step.unknown_BS, step.at_most()), memory

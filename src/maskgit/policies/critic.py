@@ -28,7 +28,7 @@ class Critic(Policy):
         raise NotImplementedError
 
     def choose(self, step: Step, memory: Memory) -> tuple[Tensor, Memory]:
-        scores = self.plausibility(step) + step.choice_temperature * step.gumbel()
+        scores = self.plausibility(step) + step.choice_temperature_B1 * step.gumbel()
         return lowest(scores, step.free_BS, step.num_masked_B1), memory
 
 

@@ -70,8 +70,8 @@ class ReMDM(Policy):
         after, known_before = step.ratio_after_B1, 1 - step.ratio_before_B1
         highest = (after / known_before.clamp(min=1e-12)).clamp(max=1)
         sigma = self._sigma(highest, kept_with, kept)
-        if not self.begin_at <= step.number / step.steps <= self.end_at:
-            sigma = torch.zeros_like(sigma)
+        progress = step.number_B1.double() / step.steps_B1
+        sigma = sigma * ((progress >= self.begin_at) & (progress <= self.end_at))
         stay = (after - sigma * known_before) / step.ratio_before_B1.clamp(min=1e-12)
         masked = step.unknown_BS & (step.uniform(UNMASK) < stay)
         again = kept & (step.uniform(REMASK) < sigma)

@@ -1,0 +1,293 @@
+"""MaskGIT for users of diffusers: the call, the generators and the callback that its pipelines have.
+
+    pipe = MaskGITPipeline.from_pretrained("imagenet256").to("cuda")
+    pipe(["lorikeet"], num_inference_steps=8, generator=torch.Generator().manual_seed(1)).images[0]
+
+It has the interface of a `DiffusionPipeline` without being one: that class loads components by the class names
+that a downloaded file gives, and its offloading and saving expect diffusers' own networks. diffusers itself is
+imported only to return an `ImagePipelineOutput`.
+
+Shapes: B images, S = N + 1 the sequence with its class token, h × w the token grid.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from maskgit.config import SamplerConfig, check_choice, check_count
+from maskgit.devices import choose_device
+from maskgit.editing import inpaint
+from maskgit.errors import ConfigError, MaskGITError
+from maskgit.noise import ImageNoise, seed_words
+from maskgit.pipeline import Label, MaskGIT, Picture
+from maskgit.plans import plan_steps
+from maskgit.policies import make_policy
+from maskgit.results import Output
+from maskgit.sampler import Decoded, decode_steps
+
+if TYPE_CHECKING:
+    from diffusers import ImagePipelineOutput
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+# Called with the pipeline, the step from 0, how many steps are left int64 () and the tensors that were asked
+# for; returns the last, changed or not.
+StepEndCallback = Callable[["MaskGITPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+# What a callback may ask for: what the next step begins with, and all tokens as sampled so far.
+CALLBACK_TENSORS = ("latents", "tokens")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class MaskGITPipeline:
+    """A `MaskGIT` model that is called as diffusers' pipelines are.
+
+    A callback may set, as it may there: `_interrupt = True`, to end with the tokens sampled so far, and
+    `_guidance_scale`, for the steps that are left.
+    """
+
+    def __init__(self, model: MaskGIT) -> None:
+        """Wrap a model; it stays at hand as `model`, with all that it can do."""
+        self.model = model
+        self._guidance_scale = model.config.sampler.guidance_scale
+        self._num_timesteps = 0
+        self._interrupt = False
+        self._progress_bar_config: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Return the pipeline of a model by name or path.
+
+        Args:
+            pretrained_model_name_or_path: as for `MaskGIT.from_pretrained`; None is the bundled model.
+            dtype: the type that the networks compute in; None is float32.
+            torch_dtype: the older name of dtype.
+
+        Raises:
+            CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
+        """
+        chosen = dtype or torch_dtype or torch.float32
+        return cls(MaskGIT.from_pretrained(pretrained_model_name_or_path, dtype=chosen))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the model as a folder; see `maskgit.hub.save_model`."""
+        self.model.save_pretrained(save_directory)
+
+    def to(
+        self,
+        *where: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Move the model to a device, a type, or both, given in any order or by name; return the pipeline.
+
+        Raises:
+            ConfigError: the device is not available here, or the type is none of floating point.
+        """
+        for one in where:
+            if isinstance(one, torch.dtype):
+                dtype = one
+            else:
+                device = one
+        if dtype is not None and not dtype.is_floating_point:
+            raise ConfigError(f"Networks compute in floating point, not in {dtype}.")
+        self.model.to(None if device is None else choose_device(str(device)), dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the transformer computes in."""
+        return self.model.transformer.token_embedding.weight.dtype
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the next step."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The steps that the last call planned."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the last call was told to end early."""
+        return self._interrupt
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Set options of the `tqdm` bar, such as disable=True."""
+        self._progress_bar_config = options
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> "tqdm[Any]":
+        """Return a progress bar with the options that were set."""
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+    def get_label_ids(self, label: Label | Sequence[Label]) -> list[int]:
+        """Return the class numbers of names; see `MaskGIT.labels`."""
+        return self.model.labels(label)
+
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label],
+        *,
+        image: Picture | None = None,
+        mask_image: Any = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **settings: Any,
+    ) -> "ImagePipelineOutput | tuple[Any]":
+        """Make images of classes, or fill in a painted part of a photo.
+
+        Args:
+            class_labels: a class number or name, None for no class, or a sequence of these. With an image, one
+                alone, or "guess" for the class that the model finds likeliest.
+            image, mask_image: a photo and where it is to be made new (white), as `MaskGIT.inpaint` takes them.
+            num_images_per_prompt: images for each label; those of the first label come first. All are decoded
+                together.
+            num_inference_steps: decoding steps; None is the model's own number.
+            guidance_scale: classifier-free guidance; 1 or less is none, as in diffusers; None is the model's
+                own.
+            generator: where seeds come from, as `draw_seeds` draws them: a list has one for each image.
+            output_type: "pil" for pictures; "np" for float32 (B, H, W, 3) and "pt" for float32 (B, 3, H, W)
+                on the CPU, RGB in [0, 1], with a fourth channel where the photo has transparency; "latent"
+                for tokens int64 (B, h, w).
+            return_dict: whether an `ImagePipelineOutput` is returned, or a tuple.
+            callback_on_step_end: see `StepEndCallback`. It may change "latents" where tokens were to be
+                predicted: codes, or the mask token where the next step is to predict.
+            callback_on_step_end_tensor_inputs: which tensors it gets, int64 (B, h, w), names in
+                `CALLBACK_TENSORS`; a callback's own `tensor_inputs` go first.
+            **settings: fields of `SamplerConfig`, such as policy or temperature.
+
+        Returns:
+            The images, as `ImagePipelineOutput.images` or in a tuple of one. An image is the one that
+            `MaskGIT.generate` or `MaskGIT.inpaint` makes alone of the same label, settings and seed.
+
+        Raises:
+            ConfigError, ImageError, RegionError: an argument is not allowed.
+            MaskGITError: diffusers is not installed and return_dict is true.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        count = check_count("num_images_per_prompt", num_images_per_prompt, 1, 65_536)
+        if "steps" in settings:
+            raise ConfigError("The number of steps is called num_inference_steps here.")
+        if (image is None) != (mask_image is None):
+            raise ConfigError(
+                "image and mask_image belong together; for variations of a whole image use pipe.model.vary."
+            )
+        settings["steps"] = num_inference_steps
+        settings["guidance_scale"] = None if guidance_scale is None else max(1.0, guidance_scale)
+        config = self.model.sampler_config(**settings)
+        self._guidance_scale, self._interrupt = config.guidance_scale, False
+        tensors = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        for name in tensors:
+            check_choice("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS)
+
+        watched = _Watched(self, callback_on_step_end, tensors)
+        if image is None:
+            labels = [number for number in self.model.labels(class_labels) for _ in range(count)]
+            watched.seeds = draw_seeds(generator, len(labels))
+            made = watched.fill(self.model.vocabulary.sequence(torch.tensor(labels)), config)
+        else:
+            watched.seeds = draw_seeds(generator, count)
+            label = _single(class_labels)
+            # It has all that `inpaint` reads of a model.
+            made = inpaint(cast(MaskGIT, watched), image, mask_image, label, num_images=count, **settings)
+
+        found = made.tokens if output_type == "latent" else _as_type(made, output_type)
+        if not return_dict:
+            return (found,)
+        return _output_class()(images=found)
+
+
+class _Watched:
+    """A model for one call, whose images have seeds of their own and whose caller has a say after each step."""
+
+    def __init__(
+        self, pipe: MaskGITPipeline, callback: StepEndCallback | None, tensors: Sequence[str]
+    ) -> None:
+        self.pipe = pipe
+        self.callback = callback
+        self.tensors = tensors
+        self.seeds: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipe.model, name)
+
+    def fill(
+        self, sequences: Tensor, config: SamplerConfig, *, start_step: int = 0, **_others: Any
+    ) -> Output:
+        """Do as `MaskGIT.fill`, with these seeds in place of its own, all images together and no trace."""
+        pipe, model = self.pipe, self.pipe.model
+        sequences = sequences.to(model.device)
+        indices = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
+        words = seed_words(self.seeds, model.device)
+        noise = ImageNoise(words, indices, sequences.shape[1], model.vocabulary.num_codes)
+        remasks = make_policy(config.policy, config.policy_options).remasks
+        planned = plan_steps(config, model.vocabulary.num_tokens, remasks=remasks).steps
+        pipe._num_timesteps = planned - min(start_step, planned - 1)
+        scale, state = pipe._guidance_scale, None
+        with pipe.progress_bar(total=pipe._num_timesteps) as bar:
+            for number in range(pipe._num_timesteps):
+                if pipe._guidance_scale != scale:
+                    scale = pipe._guidance_scale
+                    changed = {"guidance_scale": max(1.0, scale)}
+                    config = model.sampler_config(**config.to_dict() | changed)
+                # One step at a time, so that what a callback changes is read.
+                made = next(
+                    decode_steps(
+                        model.predict_logits,
+                        sequences,
+                        config,
+                        mask_token=model.vocabulary.mask,
+                        noise=noise,
+                        start_step=start_step,
+                        state=state,
+                    )
+                )
+                bar.update()
+                made = self._told(number, made)
+                state = made.state
+                if state is None or pipe._interrupt:
+                    break
+        tokens = model.vocabulary.grid(made.tokens)
+        return Output(model.decode_tokens(tokens), tokens.cpu())
+
+    def _told(self, number: int, made: Decoded) -> Decoded:
+        """Tell the callback of a step; return the step as the callback leaves it."""
+        if self.callback is None:
+            return made
+        vocabulary = self.pipe.model.vocabulary
+        sequence = made.tokens if made.state is None else made.state.sequence
+        offered = {"latents": vocabulary.grid(sequence), "tokens": vocabulary.grid(made.tokens)}
+        left = torch.tensor(self.pipe._num_timesteps - 1 - number)
+        given = {name: offered[name].clone() for name in self.tensors}
+        returned = self.callback(self.pipe, number, left, dict(given))
+        if not isinstance(returned, dict):
+            raise ConfigError(
+                f"callback_on_step_end must return its dict of tensors, but returned {returned!r:.80}."
+            )
+        latents = returned.get("latents", offered["latents"])
+        if latents is offered["latents"]:
+            return made
+        return made
