@@ -275,8 +275,11 @@ def save_model(model: MaskGIT, path: str | Path, *, dtype: torch.dtype | None = 
         The folder.
 
     Raises:
+        ConfigError: the model is optimized.
         OutputError: it cannot be written, or something that is not a model stands there.
     """
+    if model.engine is not None:
+        raise ConfigError("An optimized model is for running; save the one that it was made from.")
     config = model.config.to_dict()
     stages = {key: config.pop(key) for key in ("tokenizer", "transformer")}
     index = {
@@ -288,11 +291,11 @@ def save_model(model: MaskGIT, path: str | Path, *, dtype: torch.dtype | None = 
     }
 
     def write(folder: Path) -> None:
-        _write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index)
         for name, module in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
             _write_stage(folder / name, stages[name], module, dtype)
 
-    return _write_folder(expand(path), (INDEX, "tokenizer", "transformer"), write)
+    return write_folder(expand(path), (INDEX, "tokenizer", "transformer"), write)
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
@@ -301,12 +304,12 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: torch.dtype
     def write(folder: Path) -> None:
         _write_stage(folder, tokenizer.config.to_dict(), tokenizer, dtype)
 
-    return _write_folder(expand(path), ("config.json", WEIGHTS), write)
+    return write_folder(expand(path), ("config.json", WEIGHTS), write)
 
 
 def _write_stage(folder: Path, config: dict[str, Any], module: nn.Module, dtype: torch.dtype | None) -> None:
     folder.mkdir(exist_ok=True)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     state = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in module.state_dict().items()
@@ -315,11 +318,12 @@ def _write_stage(folder: Path, config: dict[str, Any], module: nn.Module, dtype:
     (folder / WEIGHTS).chmod(file_mode())  # safetensors makes it private
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write plain values as JSON that can be read by people."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _write_folder(path: Path, names: tuple[str, ...], write: Callable[[Path], None]) -> Path:
+def write_folder(path: Path, names: tuple[str, ...], write: Callable[[Path], None]) -> Path:
     """Fill a new folder and put it in the place of `path`.
 
     An older one is replaced if it holds what `write` makes, `names`, and nothing else but a card, which stays.

@@ -10,7 +10,7 @@ Source: Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -107,6 +107,11 @@ def gumbel(uniforms: Tensor) -> Tensor:
     return uniforms.log().neg_().log_().neg_()
 
 
+def gumbels(seed: int | Tensor, indices: Tensor, step: int | Tensor, stream: int, count: int) -> Tensor:
+    """Return standard Gumbel noise; see `uniform`."""
+    return gumbel(uniform(seed, indices, step, stream, count))
+
+
 class ImageNoise:
     """The noise of a batch of images, each a function of (seed, its index, step)."""
 
@@ -127,14 +132,23 @@ class ImageNoise:
         self.num_positions = num_positions
         self.num_codes = num_codes
 
+    def words(self) -> Tensor:
+        """Return each image's seed as `seed_words` does, int64 (B, 2)."""
+        if isinstance(self.seed, int):
+            self.seed = seed_words([self.seed], self.indices.device).expand(len(self.indices), 2)
+        return self.seed
+
     def tokens(self, step: int | Tensor) -> Tensor:
         """Return Gumbel noise, float32 (B, N + 1, codes)."""
-        numbers = uniform(self.seed, self.indices, step, TOKENS, self.num_positions * self.num_codes)
-        return gumbel(numbers).unflatten(1, (self.num_positions, self.num_codes))
+        return self._tokens(step, gumbels)
+
+    def _tokens(self, step: int | Tensor, draw: Callable[..., Tensor]) -> Tensor:
+        numbers = draw(self.seed, self.indices, step, TOKENS, self.num_positions * self.num_codes)
+        return numbers.unflatten(1, (self.num_positions, self.num_codes))
 
     def choice(self, step: int | Tensor) -> Tensor:
         """Return Gumbel noise, float32 (B, N + 1)."""
-        return gumbel(uniform(self.seed, self.indices, step, CHOICE, self.num_positions))
+        return gumbels(self.seed, self.indices, step, CHOICE, self.num_positions)
 
     def uniform(self, step: int | Tensor, stream: int) -> Tensor:
         """Return uniform numbers, float32 (B, N + 1) in (0, 1)."""

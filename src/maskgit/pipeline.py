@@ -5,7 +5,7 @@ Shapes: B images, S = N + 1 the sequence with its class token, K codes, h × w t
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -20,17 +20,31 @@ from maskgit.noise import ImageNoise
 from maskgit.policies import POLICIES
 from maskgit.policies.base import log_probs_of
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace
-from maskgit.sampler import Decoded, decode_steps
+from maskgit.sampler import Decoded, StepFunction, decode_step, decode_steps
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
 from maskgit.vocabulary import Vocabulary
+
+# Of the tokenizer's largest activation, in float32: a GPU needs a large batch to be busy, a CPU's cache is small.
+SLICE_BYTES = {False: 2**31, True: 2**26}
+
+if TYPE_CHECKING:
+    from maskgit.engine import Engine
 
 Label = int | str | None
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
 class MaskGIT:
-    """A tokenizer and a transformer that belong together."""
+    """A tokenizer and a transformer that belong together.
+
+    Attributes:
+        config: the `ModelConfig` of both.
+        tokenizer, transformer: the networks.
+        vocabulary: the transformer's `Vocabulary`.
+        engine: how the model runs, if it was made by `optimize`; else None.
+        decode_step: what makes a decoding step, `sampler.decode_step` or a faster form of it.
+    """
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, transformer: Transformer) -> None:
         """Join two networks; `MaskGIT.from_pretrained` is the usual way to one.
@@ -44,6 +58,8 @@ class MaskGIT:
         """
         if tokenizer.config != config.tokenizer or transformer.config != config.transformer:
             raise ConfigError("The networks are not the ones that the config describes.")
+        self.engine: Engine | None = None
+        self.decode_step: StepFunction = decode_step
         self.config = config
         self.tokenizer = tokenizer
         self.transformer = transformer
@@ -71,10 +87,22 @@ class MaskGIT:
         return hub.push_to_hub(self, repo_id, **options)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move both networks to a device, a type, or both, and return the model."""
+        """Move both networks to a device, a type, or both, and return the model.
+
+        Raises:
+            ConfigError: the model is optimized, for one device and type.
+        """
+        if self.engine is not None:
+            raise ConfigError("An optimized model stays where it is; optimize the one that it was made from.")
         self.tokenizer.to(device=device, dtype=dtype)
         self.transformer.to(device=device, dtype=dtype)
         return self
+
+    def optimize(self, mode: str = "fast", **choices: Any) -> "MaskGIT":
+        """Return the model made ready to run fast; see `maskgit.engine.optimize`."""
+        from maskgit import engine
+
+        return engine.optimize(self, mode, **choices)
 
     @property
     def device(self) -> torch.device:
@@ -291,6 +319,7 @@ class MaskGIT:
             "mask_token": self.vocabulary.mask,
             "noise": noise,
             "start_step": start_step,
+            "step_function": self.decode_step,
         }
         state = None
         if switch is not None:
@@ -319,12 +348,23 @@ class MaskGIT:
         return self.transformer(sequence, codes=self.vocabulary.num_codes)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Return the images of tokens: int64 (B, h, w) → float32 (B, 3, H, W) in [0, 1], on the CPU."""
-        return self.tokenizer.decode(tokens.to(self.device)).float().clamp(0, 1).cpu()
+        """Return the images of tokens: int64 (B, h, w) → float32 (B, 3, H, W) in [0, 1], on the CPU.
+
+        A few images at a time, so that what the decoder keeps in memory stays small.
+        """
+        parts = tokens.to(self.device).split(self._slice())
+        return torch.cat([self.tokenizer.decode(part).float().clamp(0, 1).cpu() for part in parts])
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return the tokens of images: float (B, 3, H, W) in [0, 1] → int64 (B, h, w), on the CPU."""
-        return self.tokenizer.encode(pixels.to(self.device)).cpu()
+        parts = pixels.to(self.device).split(self._slice())
+        return torch.cat([self.tokenizer.encode(part).cpu() for part in parts])
+
+    def _slice(self) -> int:
+        """Return how many images go through the tokenizer at once."""
+        config = self.config.tokenizer
+        widest = 4 * self.config.image_size**2 * config.filters * config.channel_multipliers[0]
+        return max(1, SLICE_BYTES[self.device.type == "cpu"] // widest)
 
 
 def _join(batches: list[list[Trace]]) -> Trace:

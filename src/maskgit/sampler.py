@@ -5,7 +5,7 @@ Source: paper §3.2; official libml/parallel_decode.py.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +54,25 @@ class Made(NamedTuple):
     again: Tensor
     sequence: Tensor
     memory: Memory
+
+
+class StepFunction(Protocol):
+    """What makes a step; see `decode_step`, which is one."""
+
+    def __call__(
+        self,
+        predict_logits: PredictLogits,
+        sequence: Tensor,
+        free: Tensor,
+        memory: Memory | None,
+        numbers: Numbers,
+        *,
+        policy: Policy,
+        mask_token: int,
+        noise: Noise,
+        guides: bool,
+        last: bool = False,
+    ) -> Made: ...
 
 
 class Decoded(NamedTuple):
@@ -138,6 +157,7 @@ def decode_steps(
     start_step: int = 0,
     policy: Policy | None = None,
     state: State | None = None,
+    step_function: StepFunction | None = None,
 ) -> Iterator[Decoded]:
     """Give each step of decoding as it is made; see `decode` for what is not said here.
 
@@ -147,6 +167,7 @@ def decode_steps(
     Args:
         state: where a former decoding stood, to go on from with the same arguments; the sequence is then not
             read.
+        step_function: what makes a step, in place of `decode_step`.
 
     Returns:
         An iterator over the steps.
@@ -166,6 +187,7 @@ def decode_steps(
         noise,
         start_step,
         state or State(-1, sequence, free_tokens(sequence, mask_token), ()),
+        step_function or decode_step,
     )
 
 
@@ -178,6 +200,7 @@ def _decode_steps(
     noise: Noise,
     start_step: int,
     state: State,
+    step_function: StepFunction,
 ) -> Iterator[Decoded]:
     first, sequence, free, memory = state
     plan = plan_steps(config, sequence.shape[1] - 1, remasks=policy.remasks).to(sequence.device)
@@ -185,7 +208,7 @@ def _decode_steps(
     num_free_B1 = free.sum(-1, keepdim=True)
     for number in range(max(first, start_step), plan.steps):
         last = number == plan.steps - 1
-        made = decode_step(
+        made = step_function(
             predict_logits,
             sequence,
             free,

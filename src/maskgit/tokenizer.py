@@ -88,6 +88,16 @@ class Encoder(nn.Module):
         return self.conv_out(self.activation(self.norm_out(x)))
 
 
+class Upsample(nn.Conv2d):
+    """Each pixel made four, then a 3×3 convolution: (B, C, H, W) → (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+
+
 class Decoder(nn.Module):
     """Features to image: float (B, D, h, w) → (B, 3, H, W)."""
 
@@ -104,7 +114,7 @@ class Decoder(nn.Module):
                 blocks.append(ResBlock(channels, width, config))
                 channels = width
             if level < len(widths) - 1:
-                ups.append(nn.Conv2d(width, width, 3, padding=1))
+                ups.append(Upsample(width))
         self.blocks = nn.ModuleList(blocks)
         self.ups = nn.ModuleList(ups)
         self.norm_out = NORMS[config.norm](channels)
@@ -118,7 +128,7 @@ class Decoder(nn.Module):
             # The first num_res_blocks blocks stand before the levels.
             level, last = divmod(i + 1, self.num_res_blocks)
             if last == 0 and 2 <= level <= len(self.ups) + 1:
-                x = self.ups[level - 2](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+                x = self.ups[level - 2](x)
         return self.conv_out(self.activation(self.norm_out(x)))
 
 

@@ -39,11 +39,12 @@ class Mlp(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = nn.GELU(approximate="tanh")
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        y = self.down(F.gelu(self.up(x_BSE), approximate="tanh"))
+        y = self.down(self.activation(self.up(x_BSE)))
         return self.norm(x_BSE + F.dropout(y, self.dropout, self.training))
 
 
@@ -65,11 +66,12 @@ class Head(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = nn.GELU(approximate="tanh")
         self.norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x_BSE: Tensor, embedding_VE: Tensor, codes: int) -> Tensor:
-        y = self.norm(F.gelu(self.dense(x_BSE), approximate="tanh"))
+        y = self.norm(self.activation(self.dense(x_BSE)))
         return F.linear(y, embedding_VE[:codes], self.bias[:codes])
 
 

@@ -83,10 +83,10 @@ def _of_samples(
         None if place is None else open_pictures(place, max_bad_share=work.max_bad_share)
         for place in (samples.training_data, samples.classification_accuracy)
     )
-    pipe = Model(model, str(device), work.dtype).load()
-    stages = {"tokenizer": pipe.tokenizer, "transformer": pipe.transformer}
+    plain = Model(model, str(device)).plain()
+    stages = {"tokenizer": plain.tokenizer, "transformer": plain.transformer}
     return SampleEvaluation(
-        model=pipe,
+        model=plain.optimize(work.speed.mode, dtype=work.dtype),
         name=model,
         weights={name: weights_fingerprint(stage) for name, stage in stages.items()},
         net=net.load(device),
@@ -120,7 +120,7 @@ def _of_reconstructions(
             "not statistics."
         )
     lpips, lpips_name = flags.measure(device)
-    network = hub.load_tokenizer(model, device=device, dtype=getattr(torch, work.dtype))
+    network = hub.load_tokenizer(model, device=device, dtype=getattr(torch, work.dtype or "float32"))
     return ReconstructionEvaluation(
         tokenizer=network,
         name=model,

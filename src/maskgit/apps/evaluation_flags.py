@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from maskgit.apps.flags import Dtype, Speed
 from maskgit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -132,8 +133,9 @@ class WorkFlags:
     """How old the lock of another host's process must be to count as left behind."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is there."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = None
     """The type the networks compute in."""
+    speed: Speed = Speed()
 
 
 def _axis(text: str) -> tuple[str, tuple[Any, ...]]:

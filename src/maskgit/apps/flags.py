@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from maskgit import __version__
 from maskgit.errors import ConfigError
@@ -19,31 +19,74 @@ def _own(metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint="(default: the model's own)")
 
 
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    arg(metavar="{float32,bfloat16,float16}", help_behavior_hint="(default: float32, or as --fast has it)"),
+]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast, and how exactly: the first of these that is given, or exact."""
+
+    exact: FlagCreatePairsOff[bool] = False
+    """float32, with the same tokens as plain networks; this is what is done if nothing is said."""
+    fast: FlagCreatePairsOff[bool] = False
+    """bfloat16 on GPUs; on CPUs bfloat16 or int8, whichever this one is faster at. Images differ a little."""
+    int8: FlagCreatePairsOff[bool] = False
+    """int8 layers, on CPUs. Images differ a little."""
+
+    @property
+    def mode(self) -> str:
+        """A name in `engine.MODES`.
+
+        Raises:
+            ConfigError: two were given.
+        """
+        given = [f.name for f in fields(self) if getattr(self, f.name)]
+        if len(given) > 1:
+            raise ConfigError(f"Choose one of --{' and --'.join(given)}.")
+        return given[0] if given else "exact"
+
+
 @dataclass(frozen=True)
 class Model:
-    """Which model, and where it runs."""
+    """Which model, and where and how it runs."""
 
     model: str = "cifar10"
     """A model's name (see `maskgit info`), its folder, or a Hugging Face id such as user/model."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is there."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = None
     """The type the networks compute in; float32 gives the same tokens everywhere."""
+    speed: Speed = Speed()
 
     def load(self) -> "MaskGIT":
-        """Return the model on its device."""
-        import torch
+        """Return the model on its device, ready to run."""
+        mode = self.speed.mode
+        return self.plain().optimize(mode, dtype=self.dtype)
 
+    def plain(self) -> "MaskGIT":
+        """Return the model on its device as it was saved, in float32."""
         from maskgit import hub
         from maskgit.devices import choose_device
+        from maskgit.engine.host import limit_threads
 
-        return hub.from_pretrained(
-            self.model, device=choose_device(self.device), dtype=getattr(torch, self.dtype)
-        )
+        limit_threads()
+        return hub.from_pretrained(self.model, device=choose_device(self.device))
 
     def recorded(self, command: str) -> dict[str, str]:
         """Return what a picture's metadata says of the model and of what made it."""
-        return {"maskgit": __version__, "command": command, "model": self.model, "dtype": self.dtype}
+        mode = self.speed.mode
+        # What the fast mode computes in is the machine's choice.
+        dtype = self.dtype or ("auto" if mode == "fast" else "float32")
+        return {
+            "maskgit": __version__,
+            "command": command,
+            "model": self.model,
+            "mode": mode,
+            "dtype": dtype,
+        }
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Samples:
         self.plan: dict[str, Any] = {
             "work": "samples",
             "weights": weights,
-            "dtype": str(next(model.transformer.parameters()).dtype).removeprefix("torch."),
+            "engine": _engine(model),
             "sampler": sampler.to_dict(),
             "images": config.to_dict(),
             "class_counts": None if class_counts is None or self._shares is None else class_counts.tolist(),
@@ -179,6 +179,13 @@ def shown_indices(num_images: int, seed: int) -> NDArray[np.int64]:
 def spread(index: int, count: int, total: int) -> int:
     """Return the number of the image at one of `count` places spread evenly over `total`."""
     return index * total // count
+
+
+def _engine(model: MaskGIT) -> dict[str, Any]:
+    """Return what of the way a model runs decides the last bits; which of several devices does not."""
+    if model.engine is None:
+        return {"dtype": str(next(model.transformer.parameters()).dtype).removeprefix("torch.")}
+    return {key: value for key, value in model.engine.to_dict().items() if key != "device"}
 
 
 class RealImages:

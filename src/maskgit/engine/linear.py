@@ -1,0 +1,152 @@
+"""Linear layers on a CPU: the ways to compute one, and modules that go each way.
+
+Shapes: M rows (of all images of a batch), I inputs, O outputs.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+# Packed weights belong to one number of rows; a guided and an unguided batch are two.
+KEPT_PACKS = 2
+
+Kind = TypeVar("Kind", bound=nn.Linear)
+
+
+def has_mkl() -> bool:
+    """Return whether torch can multiply with weights that MKL has packed."""
+    return torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+
+
+def has_onednn() -> bool:
+    """Return whether torch can multiply with weights that oneDNN has packed."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class MklLinear(nn.Linear):
+    """A float32 linear layer whose weights MKL has packed for the number of rows.
+
+    Its results are those of `nn.Linear`, to the bit where that calls MKL's product, too. The packed weights take
+    the weights' own size for each of the last two numbers of rows.
+    """
+
+    packs: "OrderedDict[int, Tensor]"
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.numel() // self.in_features
+        pack = self.packs.get(rows)
+        if pack is None:
+            pack = torch.ops.mkl._mkl_reorder_linear_weight(self.weight.detach(), rows)
+            self.packs[rows] = pack
+            while len(self.packs) > KEPT_PACKS:
+                self.packs.popitem(last=False)
+        else:
+            self.packs.move_to_end(rows)
+        return torch.ops.mkl._mkl_linear(input, pack, self.weight, self.bias, rows)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "MklLinear":
+        """Return the same layer, sharing its parameters."""
+        made = _sharing(cls, linear)
+        made.packs = OrderedDict()
+        return made
+
+
+class OneDnnLinear(nn.Linear):
+    """A linear layer whose weights oneDNN has packed, with a tanh-GELU behind it if wanted."""
+
+    pack: Tensor
+    gelu: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        attr, algorithm = ("gelu", "tanh") if self.gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(input, self.pack, self.bias, attr, [], algorithm)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, *, gelu: bool = False) -> "OneDnnLinear":
+        """Return the same layer, sharing its parameters."""
+        made = _sharing(cls, linear)
+        made.gelu = gelu
+        made.pack = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        return made
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in int8: weights scaled by output, inputs by row as they come.
+
+    Rows have scales of their own, so an image does not depend on its companions. Where the CPU adds pairs of
+    products in 16 bits (no VNNI), inputs have 7 bits, for 8 would overflow.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Quantize a layer; its float weights are not kept."""
+        super().__init__()
+        weight = linear.weight.detach().float()
+        self.scales = weight.abs().amax(1).clamp(min=1e-12) / 127
+        self.zeros = torch.zeros(len(weight), dtype=torch.int64)
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        quantized = (weight / self.scales[:, None]).round().to(torch.int8)
+        self.pack = torch.ops.onednn.qlinear_prepack(quantized, None)
+        self.largest = 127 if has_vnni() else 63
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = input.abs().amax(-1, keepdim=True).clamp(min=1e-12) / self.largest
+        rows = (input / scale).round_()
+        if self.largest == 127:
+            rows, zero = rows.to(torch.int8), 0
+        else:
+            rows, zero = rows.add_(64).to(torch.uint8), 64
+        product = torch.ops.onednn.qlinear_pointwise(
+            rows, 1.0, zero, self.pack, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return product * scale if self.bias is None else torch.addcmul(self.bias, product, scale)
+
+
+def has_int8() -> bool:
+    """Return whether torch has int8 products here."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def has_vnni() -> bool:
+    """Return whether the CPU adds products of int8 in 32 bits."""
+    # Not promised by torch; where it cannot be asked, 7 bits are safe.
+    look = getattr(torch.cpu, "_is_vnni_supported", None)
+    return look is not None and bool(look())
+
+
+# How a layer may be computed: whether this torch can, and how to make the layer's module.
+PATHS: dict[str, tuple[Callable[[], bool], Callable[[nn.Linear], nn.Module]]] = {
+    "torch": (lambda: True, lambda linear: linear),
+    "mkl": (has_mkl, MklLinear.of),
+    "onednn": (has_onednn, OneDnnLinear.of),
+    "int8": (has_int8, Int8Linear),
+}
+
+
+def replace_linears(module: nn.Module, path: str) -> None:
+    """Let every linear layer of a network go one way, in place."""
+    make = PATHS[path][1]
+    for name, child in module.named_children():
+        if not isinstance(child, nn.Linear):
+            replace_linears(child, path)
+        # oneDNN has a tanh-GELU for nothing.
+        elif path == "onednn" and name in ("up", "dense") and _is_gelu(getattr(module, "activation", None)):
+            setattr(module, name, OneDnnLinear.of(child, gelu=True))
+            module.activation = nn.Identity()
+        else:
+            setattr(module, name, make(child))
+
+
+def _is_gelu(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.GELU) and module.approximate == "tanh"
+
+
+def _sharing(kind: type[Kind], linear: nn.Linear) -> Kind:
+    # On the meta device nothing is allocated for weights that are replaced at once.
+    made = kind(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    made.weight, made.bias = linear.weight, linear.bias
+    made.train(linear.training)
+    return made

@@ -1,0 +1,126 @@
+"""Which way to compute linear layers is the fastest on this CPU: measured once, then remembered.
+
+What was measured first stays, so that all processes of a machine go the same way.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from maskgit.download import cache_dir
+from maskgit.engine.linear import PATHS, Int8Linear
+
+# One image of the 256 model through the first layer of its MLP.
+ROWS, INPUTS, OUTPUTS = 257, 768, 3072
+ROUNDS = 5
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def fastest(dtype: str, *, refresh: bool = False) -> str:
+    """Return the fastest way (a key of `linear.PATHS`) to compute a linear layer in a type.
+
+    Args:
+        dtype: float32 or bfloat16.
+        refresh: measure anew.
+    """
+    times = measured(refresh=refresh)
+    names = [name.partition(" ")[2] for name in times if name.startswith(f"{dtype} ")]
+    return min(names, key=lambda name: times[f"{dtype} {name}"])
+
+
+def measured(*, refresh: bool = False) -> dict[str, float]:
+    """Return the seconds of each type and way, such as {"float32 mkl": 0.003}; "int8" is float32 in and out.
+
+    They are read from the cache if this CPU was measured by this torch with as many threads, and else written.
+    """
+    path = cache_dir() / "cpu" / f"{_machine()}.json"
+    if not refresh:
+        known = _read(path)
+        if known is not None:
+            return known
+    times = _measure()
+    return _keep(path, times, replace=refresh)
+
+
+def _machine() -> str:
+    """Name what the times depend on."""
+    name = torch.backends.cpu.get_cpu_capability()
+    about: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    parts = [
+        about.get("architecture", "cpu"),
+        about.get("cpu_name", ""),
+        name,
+        f"{torch.get_num_threads()}threads",
+    ]
+    text = "-".join([*map(str, parts), torch.__version__])
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)[:120]
+
+
+def _measure() -> dict[str, float]:
+    rows = torch.randn(1, ROWS, INPUTS, generator=torch.Generator().manual_seed(0))
+    layer = nn.Linear(INPUTS, OUTPUTS).requires_grad_(False)
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for dtype, kind in DTYPES.items():
+        x, typed = rows.to(kind), nn.Linear(INPUTS, OUTPUTS, dtype=kind).requires_grad_(False)
+        for name, (there, make) in PATHS.items():
+            if name != "int8" and there() and not (name == "mkl" and dtype != "float32"):
+                calls[f"{dtype} {name}"] = _call(make(typed), x)
+    if PATHS["int8"][0]():
+        calls["int8 int8"] = _call(Int8Linear(layer), rows)
+    return dict(zip(calls, time_in_turns(list(calls.values())), strict=True))
+
+
+def _call(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: module(x)
+
+
+@torch.no_grad()
+def time_in_turns(calls: Sequence[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
+    """Return the least seconds of each call; they take turns, so that other load meets all of them."""
+    best = [float("inf")] * len(calls)
+    for number in range(rounds + 1):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            # The first round packs and warms up.
+            if number:
+                best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def _read(path: Path) -> dict[str, float] | None:
+    try:
+        times = json.loads(path.read_text("utf-8"))
+        if not all(isinstance(seconds, float) and seconds > 0 for seconds in times.values()):
+            return None
+        known = {f"{dtype} {name}" for dtype in DTYPES for name in PATHS} | {"int8 int8"}
+        return times if {"float32 torch", "bfloat16 torch"} <= times.keys() <= known else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _keep(path: Path, times: dict[str, float], *, replace: bool) -> dict[str, float]:
+    """Write what was measured and return what is remembered: another process may have been first."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(times, file)
+        try:
+            os.link(name, path)
+        except FileExistsError:
+            if replace or _read(path) is None:
+                os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError:
+        # Without a cache it is measured in every process.
+        return times
+    return _read(path) or times

@@ -1,0 +1,269 @@
+"""Every fast way against the plain networks."""
+
+import pytest
+import torch
+from torch import nn
+
+from maskgit import MaskGIT
+from maskgit.engine import choose, probe
+from maskgit.engine.convolution import MergedUpsample, prepare_convolutions
+from maskgit.engine.graphs import GraphedSteps
+from maskgit.engine.host import cpu_quota, keep_freed_memory
+from maskgit.engine.linear import PATHS, Int8Linear, MklLinear, replace_linears
+from maskgit.errors import ConfigError
+from maskgit.policies import POLICIES
+from maskgit.tokenizer import Upsample
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return MaskGIT.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def expected(bundled):
+    return bundled.generate(["frog", "ship", "cat"], num_images=4, seed=3)
+
+
+def test_exact_makes_the_same_tokens_and_pixels(bundled, expected):
+    made = bundled.optimize("exact").generate(["frog", "ship", "cat"], num_images=4, seed=3)
+    assert torch.equal(made.tokens, expected.tokens)
+    assert (made.images - expected.images).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("path", [name for name in PATHS if name != "int8"])
+def test_every_float32_way_makes_the_same_tokens(bundled, expected, path, monkeypatch):
+    if not PATHS[path][0]():
+        pytest.skip(f"this build of torch has no {path}")
+    monkeypatch.setattr(probe, "fastest", lambda dtype: path)
+    model = bundled.optimize("exact")
+    assert model.engine.linear == path
+    made = model.generate(["frog", "ship", "cat"], num_images=4, seed=3)
+    assert torch.equal(made.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize(
+    ("choices", "bound"),
+    [({"mode": "int8"}, 0.05), ({"dtype": "bfloat16"}, 0.03), ({"mode": "fast"}, 0.05)],
+)
+@torch.no_grad()
+def test_fast_modes_stay_near(bundled, expected, choices, bound):
+    # What a network computes is compared, not what is sampled: one other token leads to another image.
+    model = bundled.optimize(**choices)
+    sequence = bundled.vocabulary.sequence(torch.tensor([6, 8, 3]))
+    sequence[:, 1:30] = expected.tokens[:3].flatten(1)[:, :29]
+    plain, fast = bundled.predict_logits(sequence), model.predict_logits(sequence).float()
+    assert (fast - plain).std() < bound * plain.std()
+    pixels = model.decode_tokens(expected.tokens)
+    assert (pixels - expected.images).abs().mean() < 2 / 255
+    agreement = (
+        (model.encode_pixels(expected.images) == bundled.encode_pixels(expected.images)).float().mean()
+    )
+    assert agreement > 0.9
+
+
+def test_an_image_does_not_depend_on_its_companions_in_int8(bundled):
+    model = bundled.optimize("int8")
+    whole = model.generate(["frog", "ship"], num_images=3, seed=4, steps=6).tokens
+    alone = model.generate(["frog", "ship"], num_images=3, seed=4, steps=6, batch_size=1).tokens
+    assert torch.equal(whole, alone)
+
+
+def test_the_model_it_is_made_from_stays_as_it_is(bundled, expected):
+    before = {name: (p.data_ptr(), p.dtype, p.stride()) for name, p in bundled.transformer.named_parameters()}
+    before |= {name: (p.data_ptr(), p.dtype, p.stride()) for name, p in bundled.tokenizer.named_parameters()}
+    for mode in ("exact", "fast", "int8"):
+        bundled.optimize(mode)
+    after = {name: (p.data_ptr(), p.dtype, p.stride()) for name, p in bundled.transformer.named_parameters()}
+    after |= {name: (p.data_ptr(), p.dtype, p.stride()) for name, p in bundled.tokenizer.named_parameters()}
+    assert before == after
+    assert torch.equal(bundled.generate("frog", num_images=4, seed=3).tokens, expected.tokens[:4])
+
+
+def test_an_optimized_model_is_neither_saved_moved_nor_optimized(bundled, tmp_path):
+    model = bundled.optimize("exact")
+    with pytest.raises(ConfigError, match="save the one that it was made from"):
+        model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="stays where it is"):
+        model.to("cpu")
+    with pytest.raises(ConfigError, match="optimized already"):
+        model.optimize("fast")
+
+
+def test_choices_that_do_not_go_together_are_refused():
+    with pytest.raises(ConfigError, match="Unknown mode 'slow'"):
+        choose("slow")
+    with pytest.raises(ConfigError, match="Unknown dtype 'float8'"):
+        choose("exact", device="cpu", dtype="float8")
+    with pytest.raises(ConfigError, match="take and give float32"):
+        choose("int8", device="cpu", dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="int8 is for CPUs"):
+        choose("int8", device=torch.device("cuda"))
+
+
+def test_modes_choose_what_the_machine_is_good_at(monkeypatch):
+    times = {
+        "float32 torch": 3.0, "float32 mkl": 2.0, "bfloat16 torch": 30.0, "bfloat16 onednn": 20.0, "int8 int8": 1.0,
+    }  # fmt: skip
+    monkeypatch.setattr(probe, "measured", lambda **_: times)
+    assert choose("exact", device="cpu").linear == "mkl"
+    fast = choose("fast", device="cpu")
+    assert (fast.dtype, fast.quantize) == ("float32", "int8")
+    times["bfloat16 onednn"] = 0.5
+    fast = choose("fast", device="cpu")
+    assert (fast.dtype, fast.quantize, fast.linear) == ("bfloat16", "", "onednn")
+    times |= {"bfloat16 onednn": 20.0, "int8 int8": 1.9}
+    fast = choose("fast", device="cpu")
+    assert (fast.dtype, fast.quantize) == ("float32", "")
+    gpu = choose("exact", device=torch.device("cuda"))
+    assert (gpu.dtype, gpu.linear, gpu.compile, gpu.graphs) == ("float32", "torch", False, False)
+
+
+def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
+    counted = []
+    first = {"float32 torch": 2.0, "bfloat16 torch": 1.0}
+    monkeypatch.setattr(probe, "_measure", lambda: counted.append(1) or dict(first))
+    assert probe.measured() == first
+    assert probe.measured() == first
+    assert len(counted) == 1
+    (file,) = (tmp_path / "cpu").iterdir()
+    # What another process wrote in the meantime holds for this one, too.
+    other = {"float32 torch": 5.0, "bfloat16 torch": 6.0}
+    assert probe._keep(file, other, replace=False) == first
+    for broken in (
+        "",
+        "[]",
+        '{"float32 torch": -1}',
+        '{"float32 torch": 1.0, "bfloat16 torch": 1.0, "x": 1.0}',
+    ):
+        file.write_text(broken)
+        assert probe.measured() == first
+    assert probe.measured(refresh=True) == first
+    assert len(counted) == 6
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(probe, "_measure", lambda: {"float32 torch": 2.0})
+    assert probe.measured() == {"float32 torch": 2.0}
+
+
+def test_measuring_finds_every_way_that_is_there():
+    times = probe._measure()
+    assert all(seconds > 0 for seconds in times.values())
+    there = {name for name, (has, _) in PATHS.items() if has()}
+    assert {name.partition(" ")[2] for name in times} == there
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_captured_steps_make_the_same_tokens(bundled, policy):
+    # The path of CUDA graphs without the capture: padded batches, inputs at fixed places, settings as tensors.
+    model = bundled.optimize("exact")
+    model.decode_step = GraphedSteps(capture=False, compile_noise=False)
+    for settings in ({"steps": 5}, {"steps": 3, "temperature": 0.8, "guidance_scale": 1.5}):
+        made = model.generate(["frog", "ship", "cat"], seed=2**63 + 1, policy=policy, **settings)
+        plain = bundled.generate(["frog", "ship", "cat"], seed=2**63 + 1, policy=policy, **settings)
+        assert torch.equal(made.tokens, plain.tokens)
+
+
+def test_other_settings_need_no_other_capture(bundled):
+    model = bundled.optimize("exact")
+    model.decode_step = steps = GraphedSteps(capture=False, compile_noise=False)
+    model.generate(["frog", "ship", "cat"], seed=1, steps=3)
+    count = len(steps._programs)
+    model.generate(
+        ["truck"] * 4, seed=2, steps=4, temperature=0.9, choice_temperature=1.0, guidance_scale=2.0
+    )
+    assert len(steps._programs) == count
+
+
+def test_captured_noise_may_be_compiled():
+    from maskgit.engine.graphs import CompiledNoise
+    from maskgit.noise import ImageNoise, seed_words
+
+    words, indices, step = seed_words([5, 2**64 - 1]), torch.tensor([0, 7]), torch.tensor([[0], [3]])
+    plain = ImageNoise(words, indices, 17, 8).tokens(step)
+    torch.testing.assert_close(CompiledNoise(words, indices, 17, 8).tokens(step), plain, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sides", [(1, 1), (4, 7)])
+def test_a_merged_upsampling_is_the_upsampling(sides):
+    torch.manual_seed(0)
+    layer = Upsample(6).double()
+    x = torch.randn(2, 6, *sides, dtype=torch.float64)
+    merged = MergedUpsample(layer)
+    # Its weights are merged in float32.
+    torch.testing.assert_close(merged(x), layer(x), atol=1e-6, rtol=1e-6)
+
+
+def test_prepared_convolutions_keep_their_names_where_they_can(tiny):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(tiny.tokenizer)
+    prepare_convolutions(tokenizer)
+    names = {name for name, _ in tokenizer.named_parameters()}
+    gone = {name for name, _ in tiny.tokenizer.named_parameters()} - names
+    assert gone
+    assert all(".ups." in name for name in gone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_is_integer_arithmetic(bias):
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 40, bias=bias)
+    rows = torch.randn(3, 5, 96) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
+    rows[1, 2] = 0
+    quantized = Int8Linear(layer)
+    weight_scale = layer.weight.abs().amax(1) / 127
+    weights = (layer.weight / weight_scale[:, None]).round().double()
+    scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12) / quantized.largest
+    exact = (rows / scale).round().double() @ weights.T * weight_scale * scale
+    exact = exact + layer.bias if bias else exact
+    torch.testing.assert_close(quantized(rows).double(), exact, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_mkl_packs_for_the_last_two_numbers_of_rows():
+    if not PATHS["mkl"][0]():
+        pytest.skip("this build of torch has no MKL")
+    layer = nn.Linear(48, 32)
+    packed = MklLinear.of(layer)
+    for rows in (3, 5, 3, 7, 9):
+        x = torch.randn(rows, 2, 48)
+        torch.testing.assert_close(packed(x), layer(x))
+    assert list(packed.packs) == [14, 18]
+    assert packed.weight is layer.weight
+
+
+def test_replacing_reaches_every_linear_layer(tiny):
+    from copy import deepcopy
+
+    transformer = deepcopy(tiny.transformer)
+    count = sum(isinstance(m, nn.Linear) for m in transformer.modules())
+    replace_linears(transformer, "int8")
+    assert sum(isinstance(m, Int8Linear) for m in transformer.modules()) == count
+
+
+def test_the_host_is_asked_politely(tmp_path, monkeypatch):
+    from maskgit.engine import host
+
+    assert keep_freed_memory() in (True, False)
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(host, "CPU_QUOTA", quota)
+    assert cpu_quota() is None
+    for text, found in (("max 100000", None), ("150000 100000", 1.5), ("rubbish", None)):
+        quota.write_text(text)
+        assert cpu_quota() == found
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        quota.write_text("100000 100000")
+        assert host.limit_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert host.limit_threads() == before
