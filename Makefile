@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Exact versions: with an open range, pip may take a newer torch that brings gigabytes of CUDA along.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types notebook clean
 
 $(BIN)/activate:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ types: $(VENV)/.test
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Runs docs/demo.ipynb anew, with its pictures.
+notebook: $(VENV)/.test
+	$(BIN)/python docs/run_notebook.py
 
 clean:
 	rm -rf $(VENV) out build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -28,7 +28,7 @@ from maskgit.pipeline import Label, MaskGIT, Picture
 from maskgit.plans import plan_steps
 from maskgit.policies import make_policy
 from maskgit.results import Output
-from maskgit.sampler import Decoded, decode_steps
+from maskgit.sampler import Decoded, decode_steps, free_tokens
 
 if TYPE_CHECKING:
     from diffusers import ImagePipelineOutput
@@ -51,7 +51,7 @@ class MaskGITPipeline:
     """
 
     def __init__(self, model: MaskGIT) -> None:
-        """Wrap a model; it stays at hand as `model`, with all that it can do."""
+        """Wrap a model, also one that `MaskGIT.optimize` made fast; it stays at hand as `model`."""
         self.model = model
         self._guidance_scale = model.config.sampler.guidance_scale
         self._num_timesteps = 0
@@ -196,7 +196,7 @@ class MaskGITPipeline:
                 "image and mask_image belong together; for variations of a whole image use pipe.model.vary."
             )
         settings["steps"] = num_inference_steps
-        settings["guidance_scale"] = None if guidance_scale is None else max(1.0, guidance_scale)
+        settings["guidance_scale"] = _at_least_1(guidance_scale)
         config = self.model.sampler_config(**settings)
         self._guidance_scale, self._interrupt = config.guidance_scale, False
         tensors = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
@@ -204,6 +204,7 @@ class MaskGITPipeline:
             check_choice("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS)
 
         watched = _Watched(self, callback_on_step_end, tensors)
+        output_class = _output_class() if return_dict else None
         if image is None:
             labels = [number for number in self.model.labels(class_labels) for _ in range(count)]
             watched.seeds = draw_seeds(generator, len(labels))
@@ -215,9 +216,7 @@ class MaskGITPipeline:
             made = inpaint(cast(MaskGIT, watched), image, mask_image, label, num_images=count, **settings)
 
         found = made.tokens if output_type == "latent" else _as_type(made, output_type)
-        if not return_dict:
-            return (found,)
-        return _output_class()(images=found)
+        return (found,) if output_class is None else output_class(images=found)
 
 
 class _Watched:
@@ -241,6 +240,7 @@ class _Watched:
         pipe, model = self.pipe, self.pipe.model
         sequences = sequences.to(model.device)
         indices = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
+        free = free_tokens(sequences, model.vocabulary.mask)
         words = seed_words(self.seeds, model.device)
         noise = ImageNoise(words, indices, sequences.shape[1], model.vocabulary.num_codes)
         remasks = make_policy(config.policy, config.policy_options).remasks
@@ -251,7 +251,7 @@ class _Watched:
             for number in range(pipe._num_timesteps):
                 if pipe._guidance_scale != scale:
                     scale = pipe._guidance_scale
-                    changed = {"guidance_scale": max(1.0, scale)}
+                    changed = {"guidance_scale": _at_least_1(scale)}
                     config = model.sampler_config(**config.to_dict() | changed)
                 # One step at a time, so that what a callback changes is read.
                 made = next(
@@ -263,31 +263,119 @@ class _Watched:
                         noise=noise,
                         start_step=start_step,
                         state=state,
+                        step_function=model.decode_step,
                     )
                 )
                 bar.update()
-                made = self._told(number, made)
+                made = self._told(number, made, free)
                 state = made.state
                 if state is None or pipe._interrupt:
                     break
         tokens = model.vocabulary.grid(made.tokens)
         return Output(model.decode_tokens(tokens), tokens.cpu())
 
-    def _told(self, number: int, made: Decoded) -> Decoded:
+    def _told(self, number: int, made: Decoded, free: Tensor) -> Decoded:
         """Tell the callback of a step; return the step as the callback leaves it."""
         if self.callback is None:
             return made
         vocabulary = self.pipe.model.vocabulary
         sequence = made.tokens if made.state is None else made.state.sequence
-        offered = {"latents": vocabulary.grid(sequence), "tokens": vocabulary.grid(made.tokens)}
+        given = {"latents": vocabulary.grid(sequence).clone(), "tokens": vocabulary.grid(made.tokens).clone()}
         left = torch.tensor(self.pipe._num_timesteps - 1 - number)
-        given = {name: offered[name].clone() for name in self.tensors}
-        returned = self.callback(self.pipe, number, left, dict(given))
+        returned = self.callback(self.pipe, number, left, {name: given[name] for name in self.tensors})
         if not isinstance(returned, dict):
             raise ConfigError(
                 f"callback_on_step_end must return its dict of tensors, but returned {returned!r:.80}."
             )
-        latents = returned.get("latents", offered["latents"])
-        if latents is offered["latents"]:
-            return made
-        return made
+        latents = returned.get("latents", given["latents"])
+        self._check_latents(latents, like=given["latents"], masked=made.state is not None)
+        changed = torch.cat([sequence[:, :1], latents.to(sequence.device).flatten(1)], dim=1)
+        sequence = torch.where(free, changed, sequence)
+        tokens = torch.where(sequence == vocabulary.mask, made.tokens, sequence)
+        state = None if made.state is None else made.state._replace(sequence=sequence)
+        return made._replace(tokens=tokens, state=state)
+
+    def _check_latents(self, latents: Any, *, like: Tensor, masked: bool) -> None:
+        vocabulary = self.pipe.model.vocabulary
+        if not isinstance(latents, Tensor) or latents.dtype != like.dtype or latents.shape != like.shape:
+            shape = " × ".join(map(str, like.shape))
+            raise ConfigError(f"The callback's latents must stay an int64 tensor of {shape} tokens.")
+        allowed = (latents >= 0) & (latents < vocabulary.num_codes)
+        if masked:
+            allowed |= latents == vocabulary.mask
+        if not bool(allowed.all()):
+            also = f", or {vocabulary.mask} for the mask" if masked else " after the last step"
+            raise ConfigError(f"The callback's latents must be codes below {vocabulary.num_codes}{also}.")
+
+
+def draw_seeds(generator: Generators, count: int) -> list[int]:
+    """Return the seeds of images, each one draw of 63 bits from its generator.
+
+    An image made with a generator of its own is thus the same whatever else is made with it. A generator moves
+    on with each draw, so that a second call makes other images.
+
+    Args:
+        generator: one for all images, which draws in their order; a list of one for each image (a list of one
+            is for all); or None for torch's own, which `torch.manual_seed` seeds.
+        count: images.
+
+    Returns:
+        `count` seeds, in [0, 2⁶³ − 1).
+
+    Raises:
+        ConfigError: there are more or fewer generators than images, or one is none.
+    """
+    generators = list(generator) if isinstance(generator, Sequence) else [generator]
+    if len(generators) == 1:
+        generators *= count
+    if len(generators) != count:
+        raise ConfigError(
+            f"There are {len(generators)} generators for {count} images; give one, or one for each image."
+        )
+    for one in generators:
+        if not isinstance(one, torch.Generator | None):
+            raise ConfigError(f"A generator must be a torch.Generator, but is {one!r:.80}.")
+    return [
+        int(torch.randint(2**63 - 1, (), generator=one, device="cpu" if one is None else one.device))
+        for one in generators
+    ]
+
+
+def _at_least_1(guidance_scale: Any) -> Any:
+    """Return the scale that means the same to `SamplerConfig`, which checks what is no number."""
+    return max(1.0, guidance_scale) if isinstance(guidance_scale, int | float) else guidance_scale
+
+
+def _single(class_labels: Any) -> Label:
+    """Return the only label."""
+    if isinstance(class_labels, Tensor | np.ndarray | np.generic):
+        class_labels = class_labels.tolist()
+    if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):
+        return class_labels
+    if len(class_labels) != 1:
+        raise ConfigError(
+            f"An image takes one class label, but was given {len(class_labels)}; call once for each."
+        )
+    return class_labels[0]
+
+
+def _as_type(made: Output, output_type: str) -> Any:
+    """Return images as `MaskGITPipeline.__call__` describes an output type."""
+    if output_type == "pil":
+        return made.to_pil()
+    pixels = made.images
+    if made.photos is not None:
+        channels_last = torch.from_numpy(np.stack([np.asarray(photo) for photo in made.photos]))
+        pixels = channels_last.permute(0, 3, 1, 2).float() / 255
+    return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).numpy()
+
+
+def _output_class() -> "type[ImagePipelineOutput]":
+    try:
+        from diffusers import ImagePipelineOutput
+    except ImportError as error:
+        raise MaskGITError(
+            'An ImagePipelineOutput needs the package diffusers: run pip install "maskgit-torch[diffusers]", or '
+            "say return_dict=False for a tuple."
+        ) from error
+    return ImagePipelineOutput

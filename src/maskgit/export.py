@@ -197,7 +197,7 @@ def _num_bytes(module: nn.Module) -> int:
 
 
 def _load_onnx(path: Path) -> Run:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

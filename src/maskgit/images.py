@@ -204,12 +204,21 @@ def save_png(
         raise OutputError(f"{path} must end in .png, the only format that pictures are written in.")
     if not overwrite and path.exists():
         raise OutputError(f"{path} exists already; choose another name or allow it to be overwritten.")
+    files.write_bytes(path, png_bytes(image, settings))
+
+
+def png_bytes(image: Image.Image, settings: dict[str, Any] | None = None) -> bytes:
+    """Return a picture as a PNG file's bytes, with the settings that made it; see `save_png`.
+
+    Raises:
+        ConfigError: the settings are no JSON values, or too long.
+    """
     chunks = PngInfo()
     if settings is not None:
         chunks.add_text(SETTINGS_KEY, _dump(settings))
     data = io.BytesIO()
     (image if image.mode == "RGBA" else upright(to_rgb(image), 1)).save(data, "PNG", pnginfo=chunks)
-    files.write_bytes(path, data.getvalue())
+    return data.getvalue()
 
 
 def _dump(settings: dict[str, Any]) -> str:

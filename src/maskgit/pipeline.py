@@ -12,15 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskgit import editing, images, likelihood, outpainting, variations
+from maskgit import editing, filling, images, likelihood, outpainting, variations
 from maskgit.classes import find_class
 from maskgit.config import ModelConfig, SamplerConfig, StepTables, check_count
 from maskgit.errors import ConfigError
-from maskgit.noise import ImageNoise
 from maskgit.policies import POLICIES
-from maskgit.policies.base import log_probs_of
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace
-from maskgit.sampler import Decoded, StepFunction, decode_step, decode_steps
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, join_outputs
+from maskgit.sampler import StepFunction, decode_step
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
 from maskgit.vocabulary import Vocabulary
@@ -196,19 +194,35 @@ class MaskGIT:
 
         Source: paper §3.2; official inference.py, `generate_samples`.
         """
-        num_images = check_count("num_images", num_images, 1, 1_000_000)
-        numbers = [number for number in self.labels(labels) for _ in range(num_images)]
-        sequences = self.vocabulary.sequence(torch.tensor(numbers, dtype=torch.int64))
-        return self.fill(
-            sequences,
-            self.sampler_config(**settings),
+        made = self.generate_batches(
+            labels,
+            num_images=num_images,
             seed=seed,
             first_index=first_index,
             batch_size=batch_size,
             return_steps=return_steps,
             callback=callback,
+            **settings,
         )
+        return join_outputs(list(made))
 
+    def generate_batches(
+        self,
+        labels: Label | Sequence[Label] | Tensor | np.ndarray,
+        *,
+        num_images: int = 1,
+        **options: Any,
+    ) -> Iterator[Output]:
+        """Give the `Output` of each batch as soon as it is there; arguments as those of `generate`."""
+        num_images = check_count("num_images", num_images, 1, 1_000_000)
+        numbers = [number for number in self.labels(labels) for _ in range(num_images)]
+        sequences = self.vocabulary.sequence(torch.tensor(numbers, dtype=torch.int64))
+        named = ("seed", "first_index", "batch_size", "return_steps", "callback")
+        given = {name: options.pop(name) for name in named if name in options}
+        return self.fill_batches(sequences, self.sampler_config(**options), **given)
+
+    fill = filling.fill
+    fill_batches = filling.fill_batches
     edit = editing.edit
     inpaint = editing.inpaint
     vary = variations.vary
@@ -256,92 +270,6 @@ class MaskGIT:
     def _sides(self) -> tuple[int, int]:
         return (self.config.image_size, self.config.image_size)
 
-    def fill(
-        self,
-        sequences: Tensor,
-        config: SamplerConfig,
-        *,
-        start_step: int = 0,
-        switch: tuple[int, Tensor] | None = None,
-        seed: int = 0,
-        first_index: int = 0,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        return_steps: bool = False,
-        callback: Callback | None = None,
-    ) -> Output:
-        """Fill in masked sequences, a batch at a time, and turn the result into images.
-
-        Args:
-            sequences: int64 (B, S), as `Vocabulary.sequence` makes them.
-            config: how they are decoded.
-            start_step: the step to begin decoding at.
-            switch: (step, class tokens int64 (B,)) to go on with other classes from that step.
-            seed, first_index, batch_size, return_steps, callback: as for `generate`.
-
-        Returns:
-            `Output` with B images.
-
-        Raises:
-            ConfigError: a setting is out of range.
-        """
-        batch_size = check_count("batch_size", batch_size, 1, 65_536)
-        first_index = check_count("first_index", first_index, 0, 2**62)
-        pixels, tokens, traces = [], [], []
-        for start in range(0, len(sequences), batch_size):
-            rows = slice(start, start + batch_size)
-            batch = sequences[rows].to(self.device)
-            indices = torch.arange(first_index + start, first_index + start + len(batch), device=self.device)
-            noise = ImageNoise(seed, indices, batch.shape[1], self.vocabulary.num_codes)
-            part = None if switch is None else (switch[0], switch[1][rows].to(self.device))
-            steps = self._steps(batch, config, noise, start_step, part)
-            history = []
-            for made in steps:
-                grid = self.vocabulary.grid(made.tokens)
-                if return_steps:
-                    history.append(self._record(made))
-                if callback is not None:
-                    callback(made.step, indices, grid)
-            pixels.append(self.decode_tokens(grid))
-            tokens.append(grid.cpu())
-            traces.append(history)
-        return Output(torch.cat(pixels), torch.cat(tokens), _join(traces) if return_steps else None)
-
-    def _steps(
-        self,
-        sequences: Tensor,
-        config: SamplerConfig,
-        noise: ImageNoise,
-        start_step: int,
-        switch: tuple[int, Tensor] | None,
-    ) -> Iterator[Decoded]:
-        """Give the steps of decoding; from the step of the switch on, the class tokens are others."""
-        options: dict[str, Any] = {
-            "mask_token": self.vocabulary.mask,
-            "noise": noise,
-            "start_step": start_step,
-            "step_function": self.decode_step,
-        }
-        state = None
-        if switch is not None:
-            step, classes = switch
-            if step > start_step:
-                for made in decode_steps(self.predict_logits, sequences, config, **options):
-                    yield made
-                    state = made.state
-                    if state is None:
-                        return
-                    if state.step == step:
-                        sequences = state.sequence
-                        break
-            sequences = torch.cat([classes[:, None], sequences[:, 1:]], dim=1)
-            state = None if state is None else state._replace(sequence=sequences)
-        yield from decode_steps(self.predict_logits, sequences, config, state=state, **options)
-
-    def _record(self, made: Decoded) -> Trace:
-        """Return what a trace keeps of one step."""
-        parts = (made.tokens, made.unknown, log_probs_of(made.logits, made.tokens).exp())
-        return Trace(*(self.vocabulary.grid(part).cpu() for part in parts))
-
     @torch.no_grad()
     def predict_logits(self, sequence: Tensor) -> Tensor:
         """Return the logits of the image codes: int64 (B, S) → float (B, S, num_codes)."""
@@ -352,8 +280,12 @@ class MaskGIT:
 
         A few images at a time, so that what the decoder keeps in memory stays small.
         """
-        parts = tokens.to(self.device).split(self._slice())
-        return torch.cat([self.tokenizer.decode(part).float().clamp(0, 1).cpu() for part in parts])
+        return self.decode_on_device(tokens.to(self.device)).cpu()
+
+    def decode_on_device(self, tokens: Tensor) -> Tensor:
+        """Return the images of tokens on the model's device: int64 (B, h, w) there → float32 (B, 3, H, W)."""
+        parts = [self.tokenizer.decode(part).float().clamp(0, 1) for part in tokens.split(self._slice())]
+        return torch.cat(parts)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return the tokens of images: float (B, 3, H, W) in [0, 1] → int64 (B, h, w), on the CPU."""
@@ -365,15 +297,3 @@ class MaskGIT:
         config = self.config.tokenizer
         widest = 4 * self.config.image_size**2 * config.filters * config.channel_multipliers[0]
         return max(1, SLICE_BYTES[self.device.type == "cpu"] // widest)
-
-
-def _join(batches: list[list[Trace]]) -> Trace:
-    """Join the steps of batches; one that was done early repeats its last step, with nothing unknown."""
-    steps = max(len(history) for history in batches)
-    joined: dict[str, list[Tensor]] = {"tokens": [], "unknown": [], "confidence": []}
-    for history in batches:
-        last = history[-1]
-        rest = [Trace(last.tokens, torch.zeros_like(last.unknown), last.confidence)] * (steps - len(history))
-        for name, parts in joined.items():
-            parts.append(torch.stack([getattr(step, name) for step in history + rest], dim=1))
-    return Trace(*(torch.cat(parts) for parts in joined.values()))

@@ -47,6 +47,21 @@ class Trace:
         found = self.confidence.gather(1, fixed_at.clamp(min=0)[:, None])[:, 0]
         return torch.where(fixed_at < 0, 1.0, found)
 
+    def extended(self, steps: int) -> "Trace":
+        """Return a trace of so many steps: one that was done early repeats its last, with nothing unknown."""
+        more = steps - self.tokens.shape[1]
+        if not more:
+            return self
+
+        def repeated(part: Tensor) -> Tensor:
+            return part[:, -1:].expand(-1, more, -1, -1)
+
+        return Trace(
+            torch.cat([self.tokens, repeated(self.tokens)], 1),
+            torch.cat([self.unknown, torch.zeros_like(repeated(self.unknown))], 1),
+            torch.cat([self.confidence, repeated(self.confidence)], 1),
+        )
+
 
 class ClassGuess(NamedTuple):
     """Which class an image is of, as the model sees it.
@@ -91,3 +106,20 @@ class Output:
     def to_pil(self) -> list[Image.Image]:
         """Return the photos, or else the images as 8-bit RGB pictures."""
         return images.to_pil(self.images) if self.photos is None else list(self.photos)
+
+
+def join_outputs(batches: list[Output]) -> Output:
+    """Return the images, tokens and traces of several batches as one `Output`."""
+    traces = [batch.trace for batch in batches if batch.trace is not None]
+    trace = None
+    if traces:
+        steps = max(part.tokens.shape[1] for part in traces)
+        traces = [part.extended(steps) for part in traces]
+        trace = Trace(
+            torch.cat([part.tokens for part in traces]),
+            torch.cat([part.unknown for part in traces]),
+            torch.cat([part.confidence for part in traces]),
+        )
+    return Output(
+        torch.cat([batch.images for batch in batches]), torch.cat([batch.tokens for batch in batches]), trace
+    )

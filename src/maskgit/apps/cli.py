@@ -15,12 +15,14 @@ from tyro.conf import Positional, arg
 from maskgit import __version__
 from maskgit.apps.editing_commands import edit, inpaint, interpolate, outpaint, panorama, vary
 from maskgit.apps.evaluation_commands import compare, evaluate, stats
+from maskgit.apps.export_commands import export
 from maskgit.apps.flags import Model, Sampler
 from maskgit.apps.output import (
     MAX_COLUMNS,
     MAX_SHEET,
     Making,
     Progress,
+    Writer,
     label_of,
     numbered,
     picture_paths,
@@ -28,8 +30,10 @@ from maskgit.apps.output import (
     save_sheet,
     slug,
 )
+from maskgit.apps.serving_commands import serve
 from maskgit.apps.training_commands import pack, tokenize, train
 from maskgit.apps.tuning_commands import tune
+from maskgit.apps.webui_commands import page
 from maskgit.errors import ConfigError, MaskGITError, OutputError
 
 if TYPE_CHECKING:
@@ -59,7 +63,6 @@ def generate(
         candidates: Images made for each class, of which the num-images that the model finds likeliest are kept.
         explain: Show how the first images were decoded: explain.png, and forming.gif as an animation.
     """
-    from maskgit import images
 
     making.check()
     if candidates and explain:
@@ -76,24 +79,26 @@ def generate(
         return
     settings = model.recorded("generate") | config.to_dict()
     sheet: list[Image.Image] = []
-    with Progress(config.steps, len(paths), making) as progress:
+    with Progress(config.steps, len(paths), making) as progress, Writer(making.overwrite) as writer:
         # Each batch is written as soon as it is made, so that an interrupt loses little.
-        for start in range(0, len(paths), making.batch_size):
-            part = slice(start, start + making.batch_size)
-            made = pipe.generate(
-                labels[part],
-                seed=making.seed,
-                first_index=making.first_index + start,
-                batch_size=making.batch_size,
-                return_steps=explain and not start,
-                callback=progress,
-                **sampler.given(),
-            )
-            for number, picture in enumerate(made.to_pil(), start):
+        batches = pipe.generate_batches(
+            labels,
+            seed=making.seed,
+            first_index=making.first_index,
+            batch_size=making.batch_size,
+            return_steps=explain,
+            callback=progress,
+            **sampler.given(),
+        )
+        number = 0
+        for made in batches:
+            pictures = made.to_pil()
+            for picture in pictures:
                 recorded = settings | {"class": names[number], **making.recorded(number)}
-                images.save_png(paths[number], picture, settings=recorded, overwrite=making.overwrite)
-            sheet += made.to_pil()[: MAX_SHEET - len(sheet)]
-            if made.trace is not None:
+                writer.save(paths[number], picture, recorded)
+                number += 1
+            sheet += pictures[: MAX_SHEET - len(sheet)]
+            if made.trace is not None and number == len(pictures):
                 save_explained(pipe, made, making)
     columns = making.num_images if len(classes) > 1 and 1 < making.num_images <= MAX_COLUMNS else None
     save_sheet(sheet, len(paths), making.out, columns=columns)
@@ -267,8 +272,9 @@ def info(model: Positional[str] = "", classes: bool = False) -> None:
             print(f"{number:5} {config.class_names[number] if config.class_names else ''}")
 
 
-for command in (pack, tokenize, train, evaluate, stats, compare, tune):
+for command in (pack, tokenize, train, evaluate, stats, compare, tune, export, serve):
     app.command(command)
+app.command(name="app")(page)
 
 
 def _stop(*_: object) -> None:

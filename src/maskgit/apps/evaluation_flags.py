@@ -1,7 +1,7 @@
 """Flags of the commands that score images, in groups."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -135,7 +135,7 @@ class WorkFlags:
     """cuda, mps or cpu; auto takes the first that is there."""
     dtype: Dtype = None
     """The type the networks compute in."""
-    speed: Speed = Speed()
+    speed: Speed = field(default_factory=Speed)
 
 
 def _axis(text: str) -> tuple[str, tuple[Any, ...]]:

@@ -1,7 +1,7 @@
 """Flags that several commands share: which model, and how it decodes."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,7 +59,7 @@ class Model:
     """cuda, mps or cpu; auto takes the first that is there."""
     dtype: Dtype = None
     """The type the networks compute in; float32 gives the same tokens everywhere."""
-    speed: Speed = Speed()
+    speed: Speed = field(default_factory=Speed)
 
     def load(self) -> "MaskGIT":
         """Return the model on its device, ready to run."""

@@ -1,6 +1,7 @@
 """What the commands that make pictures share: the flags, the progress bar, the files."""
 
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,6 +71,40 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+
+
+class Writer:
+    """Writes PNGs on a thread of its own, while the next ones are made."""
+
+    # Pictures that wait to be written, at most.
+    WAITING = 64
+
+    def __init__(self, overwrite: bool) -> None:
+        self.overwrite = overwrite
+
+    def __enter__(self) -> "Writer":
+        self.pool = ThreadPoolExecutor(1)
+        self.waiting: deque[Future[None]] = deque()
+        return self
+
+    def save(self, path: Path, picture: "Image.Image", settings: dict[str, Any]) -> None:
+        """See `images.save_png`; an error of an earlier picture may be raised here."""
+        from maskgit import images
+
+        if len(self.waiting) == self.WAITING:
+            self.waiting.popleft().result()
+        self.waiting.append(
+            self.pool.submit(
+                images.save_png, path, picture, settings=dict(settings), overwrite=self.overwrite
+            )
+        )
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # What was made is written, even if the next ones are not to be.
+        self.pool.shutdown()
+        if kind is None:
+            for written in self.waiting:
+                written.result()
 
 
 def slug(name: str) -> str:

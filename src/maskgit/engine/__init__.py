@@ -105,13 +105,16 @@ def choose(
         )
     if named is None:
         named = "bfloat16" if mode == "fast" and not quantize and _is_fast_in_bfloat16(kind) else "float32"
-    on_cpu = kind == "cpu" and named != "float16"
+    if compile is None:
+        compile = mode == "fast" and kind == "cuda"
+    # The compiler packs weights itself.
+    packs = kind == "cpu" and named != "float16" and not quantize and not compile
     return Engine(
         device=str(chosen),
         dtype=named,
         quantize=quantize,
-        linear=probe.fastest(named) if on_cpu and not quantize else "torch",
-        compile=mode == "fast" and kind == "cuda" if compile is None else compile,
+        linear=probe.fastest(named) if packs else "torch",
+        compile=compile,
         graphs=mode == "fast" and kind == "cuda",
     )
 

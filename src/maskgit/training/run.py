@@ -314,7 +314,9 @@ def check_finite(step: int, **quantities: Tensor | float) -> None:
         TrainingError: one is NaN or infinite.
     """
     # One tensor, so that a GPU is waited for once.
-    values = torch.stack([torch.as_tensor(value).detach().float().cpu() for value in quantities.values()])
+    parts = [torch.as_tensor(value).detach().float() for value in quantities.values()]
+    device = max((part.device for part in parts), key=lambda device: device.type != "cpu")
+    values = torch.stack([part.to(device, non_blocking=True) for part in parts]).cpu()
     if not bool(values.isfinite().all()):
         bad = [f"{name} is {value}" for name, value in zip(quantities, values.tolist(), strict=True)]
         bad = [text for text, value in zip(bad, values.tolist(), strict=True) if not math.isfinite(value)]

@@ -1,0 +1,124 @@
+"""Reading requests: JSON or a form, what of it is accepted, and the size of its pictures before they are decoded."""
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+
+from maskgit import imagefiles
+from maskgit.apps.serving import schemas
+from maskgit.apps.serving.faults import InvalidRequestError, NotAcceptableError, TooLargeError
+
+Body = TypeVar("Body", bound=schemas.Request)
+
+JSON, EVENTS = "application/json", "text/event-stream"
+PICTURES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+FORM = "multipart/form-data"
+_MAX_PARTS = 64
+_MAX_SAID = 3
+
+
+async def read_body(http: HttpRequest, schema: type[Body]) -> Body:
+    """Return a request's body, from JSON or from a form whose fields have JSON's names.
+
+    Raises:
+        InvalidRequestError: it is neither, or not as the schema says.
+    """
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if kind == FORM:
+            return schema.model_validate(await _read_form(http))
+        if kind in (JSON, ""):
+            return schema.model_validate_json(await http.body())
+    except ValidationError as error:
+        raise InvalidRequestError(_say(error)) from error
+    raise InvalidRequestError(f"The body must be {JSON} or {FORM}, but is {kind:.80}.")
+
+
+async def _read_form(http: HttpRequest) -> dict[str, Any]:
+    """Return a form's fields: files as bytes, texts as the JSON values that they are, or else as texts."""
+    values: dict[str, Any] = {}
+    try:
+        async with http.form(max_files=2, max_fields=_MAX_PARTS) as form:
+            for name, value in form.multi_items():
+                if name in values:
+                    raise InvalidRequestError(f"The form has the field {name[:80]!r} twice.")
+                values[name] = await value.read() if isinstance(value, UploadFile) else _value(value)
+    except HTTPException as error:
+        raise InvalidRequestError(f"The form cannot be read: {str(error.detail).rstrip('.')}.") from error
+    return values
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _say(error: ValidationError) -> str:
+    """Return what is wrong with a body, in a sentence that does not repeat it."""
+    said = []
+    for fault in error.errors(include_url=False, include_context=False, include_input=False):
+        where = ".".join(str(part) for part in fault["loc"])[:80]
+        reason = fault["msg"].removeprefix("Value error, ")
+        said.append(f"{where}: {reason}" if where else reason)
+    more = len(said) - _MAX_SAID
+    return "; ".join(said[:_MAX_SAID]) + (f"; and {more} more." if more > 0 else ".")
+
+
+def negotiate(accept: str | None, stream: bool) -> str:
+    """Return the media type to answer in: JSON, a picture's, or events.
+
+    Args:
+        accept: the header; None accepts everything.
+        stream: whether the request asks for events.
+
+    Raises:
+        NotAcceptableError: the client accepts none of these.
+    """
+    if stream:
+        return EVENTS
+    offered = (JSON, *PICTURES, EVENTS)
+    asked = []
+    for part in (accept or "*/*").split(","):
+        kind, _, parameters = part.partition(";")
+        quality = _quality(parameters)
+        if quality > 0:
+            asked.append((quality, kind.strip().lower()))
+    for _, kind in sorted(asked, key=lambda pair: -pair[0]):
+        for offer in offered:
+            if kind in (offer, "*/*", offer.partition("/")[0] + "/*"):
+                return offer
+    raise NotAcceptableError(f"Accept one of {', '.join(offered)}.")
+
+
+def _quality(parameters: str) -> float:
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
+def picture_size(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Return a picture's width and height as its file claims, without decoding it.
+
+    Raises:
+        TooLargeError: it has more pixels than are taken.
+        ImageError: it is no picture.
+    """
+    # The readers are asked for the size alone, whatever it is.
+    with imagefiles.opened(data, 2**64) as (_, image):
+        width, height = image.size
+    if width * height > max_pixels:
+        raise TooLargeError(
+            f"The picture has {width} × {height} pixels, but {max_pixels:,} are the limit; make it smaller first."
+        )
+    return width, height

@@ -1,0 +1,109 @@
+"""Turning what the model made into the bytes of an answer."""
+
+import base64
+import io
+import json
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from maskgit import imagefiles, images
+from maskgit.apps.serving.inputs import JSON, PICTURES
+from maskgit.pipeline import MaskGIT
+from maskgit.results import Output
+
+# Pixels a side of a preview.
+PREVIEW_SIZE = 128
+_QUALITY = {"jpeg": 95, "webp": 90}
+
+
+class Answer(NamedTuple):
+    """A body and its type."""
+
+    body: bytes
+    media_type: str = JSON
+
+
+class Recipe(NamedTuple):
+    """What decided the pictures of a request.
+
+    Attributes:
+        settings: as metadata tells them, without seed and index.
+        seed: None where nothing was drawn.
+        first_index: the first picture's index.
+    """
+
+    settings: dict[str, Any]
+    seed: int | None = None
+    first_index: int = 0
+
+    def of(self, number: int) -> dict[str, Any]:
+        """Return the metadata of one picture."""
+        if self.seed is None:
+            return self.settings
+        return self.settings | {"seed": self.seed, "index": self.first_index + number}
+
+
+def encode(picture: Image.Image, form: str, settings: dict[str, Any] | None = None) -> bytes:
+    """Return a picture as a file's bytes; a PNG holds its settings.
+
+    Args:
+        picture: mode RGB or RGBA; a JPEG shows transparency over white.
+        form: png, jpeg or webp.
+        settings: JSON values.
+    """
+    if form == "png":
+        return images.png_bytes(picture, settings)
+    data = io.BytesIO()
+    flat = picture if form == "webp" else imagefiles.to_rgb(picture)
+    flat.save(data, form.upper(), quality=_QUALITY[form])
+    return data.getvalue()
+
+
+def one_picture(made: Output, media_type: str, recipe: Recipe) -> Answer:
+    """Return the first picture as the whole answer."""
+    return Answer(encode(made.to_pil()[0], PICTURES[media_type], recipe.of(0)), media_type)
+
+
+def pictures(
+    model: MaskGIT, name: str, made: Output, form: str, recipe: Recipe, *, with_tokens: bool
+) -> Answer:
+    """Return all pictures inside JSON; see `schemas.Pictures`."""
+    listed = []
+    for number, picture in enumerate(made.to_pil()):
+        shown: dict[str, Any] = {
+            "image": base64.b64encode(encode(picture, form, recipe.of(number))).decode("ascii"),
+            "media_type": f"image/{form}",
+            "seed": recipe.seed,
+            "index": None if recipe.seed is None else recipe.first_index + number,
+            "tokens": made.tokens[number].tolist() if with_tokens else None,
+        }
+        listed.append(shown)
+    guess = None
+    if made.class_guess is not None:
+        guess = {"number": made.class_guess.label, "name": class_name(model, made.class_guess.label)}
+    return to_json({"model": name, "settings": recipe.settings, "class_guess": guess, "images": listed})
+
+
+def class_name(model: MaskGIT, label: int) -> str | None:
+    """Return the first of a class's names, or None if it has none."""
+    return None if model.class_names is None else model.class_names[label].split(",")[0]
+
+
+def preview(pixels: torch.Tensor) -> str:
+    """Return an image float32 (1, 3, H, W) as a small PNG, base64."""
+    picture = images.to_pil(pixels)[0]
+    picture.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
+    return base64.b64encode(images.png_bytes(picture)).decode("ascii")
+
+
+def to_json(values: Any) -> Answer:
+    """Return JSON values as an answer."""
+    return Answer(json.dumps(values, allow_nan=False, separators=(",", ":")).encode())
+
+
+def event(name: str, data: bytes | dict[str, Any]) -> bytes:
+    """Return a server-sent event whose data is JSON on one line."""
+    line = data if isinstance(data, bytes) else to_json(data).body
+    return b"event: " + name.encode() + b"\ndata: " + line + b"\n\n"

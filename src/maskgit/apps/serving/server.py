@@ -1,0 +1,99 @@
+"""Running the application in this process, from its first socket to an orderly end."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import uvicorn
+
+from maskgit.apps.serving.app import create_app
+from maskgit.apps.serving.service import Service
+from maskgit.errors import ConfigError
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Args:
+        host: an address or name of this machine.
+        port: 0 is any that is free.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on ({reason}); choose another --port or --host."
+        ) from error
+
+
+def run(
+    service: Service, listener: socket.socket, keys: Sequence[str], announce: Callable[[str], None]
+) -> None:
+    """Serve until a signal says to stop: then nothing new is accepted, and what was accepted is answered.
+
+    A second signal ends at once.
+
+    Args:
+        service: not started yet.
+        listener: see `bind`.
+        keys: see `create_app`.
+        announce: called with the URL once requests are taken.
+
+    Raises:
+        Exception: what the model failed at when it was warmed up.
+    """
+    config = uvicorn.Config(
+        create_app(service, keys), log_config=None, log_level="warning", access_log=False, lifespan="on"
+    )
+    server = _Server(config, service, announce)
+    server.run(sockets=[listener])
+    if server.failure is not None:
+        raise server.failure
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that goes on answering while it drains, so that clients hear 503 and not a closed door."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self.failure: Exception | None = None
+        self._service = service
+        self._announce = announce
+        self._signals = 0
+        self._warming: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets
+        host, port = sockets[0].getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._warming = asyncio.create_task(self._wait_ready(url))
+
+    async def _wait_ready(self, url: str) -> None:
+        try:
+            await asyncio.to_thread(self._service.wait_ready)
+        # It is raised where the server was started.
+        except Exception as error:
+            self.failure = error
+            self.should_exit = True
+        else:
+            self._announce(url)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # A signal may come while this very thread holds the service's lock: it is only counted here.
+        self._signals += 1
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._signals == 1:
+            self._service.drain()
+            self.should_exit = not self._service.num_accepted
+        elif self._signals:
+            self._service.cancel_all()
+            self.should_exit = self.force_exit = True
+        return await super().on_tick(counter)

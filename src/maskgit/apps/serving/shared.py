@@ -1,0 +1,106 @@
+"""A model as a request sees it: the whole of `MaskGIT`, whose networks run in the worker's batches.
+
+What a method does besides (reading photos, finding windows, pasting results) happens in the request's own thread.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskgit.apps.serving.worker import Ticket, Worker
+from maskgit.batching import Job, News
+from maskgit.config import SamplerConfig, check_count
+from maskgit.pipeline import MaskGIT
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
+
+
+class SharedModel(MaskGIT):
+    """One request's view of a worker's model; its methods wait for their results."""
+
+    def __init__(self, worker: Worker, ticket: Ticket) -> None:
+        """Make the view.
+
+        Args:
+            worker: runs the model.
+            ticket: the request's; once it has ended, methods raise its fault.
+        """
+        tokenizer: Any = _SharedTokenizer(worker, ticket)
+        super().__init__(worker.model.config, tokenizer, worker.model.transformer)
+        self._worker = worker
+        self._ticket = ticket
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are put in a request's thread: only the worker uses another device than the CPU."""
+        return torch.device("cpu")
+
+    def fill_batches(
+        self,
+        sequences: Tensor,
+        config: SamplerConfig,
+        *,
+        start_step: int = 0,
+        switch: tuple[int, Tensor] | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        return_steps: bool = False,
+        callback: Callback | None = None,
+    ) -> Iterator[Output]:
+        """Fill in masked sequences; see `MaskGIT.fill_batches`.
+
+        Each image is a job of its own, so the callback is told of one image at a time, and batch_size says
+        nothing: there is one `Output`. A switch of classes and a trace are for those who own a model.
+        """
+        assert switch is None, "not shared"
+        assert not return_steps, "not shared"
+        first_index = check_count("first_index", first_index, 0, 2**62)
+        jobs = [
+            Job(row, config, seed, first_index + i, start_step, told=callback is not None)
+            for i, row in enumerate(sequences.cpu())
+        ]
+
+        def told(news: News) -> None:
+            if callback is not None and news.tokens is not None:
+                callback(news.step, torch.tensor([news.job.index]), news.tokens[None])
+
+        made = self._worker.fill(jobs, self._ticket, told)
+        # What is finished has both.
+        pixels = torch.stack([news.pixels for news in made if news.pixels is not None])
+        yield Output(pixels, torch.stack([news.tokens for news in made if news.tokens is not None]))
+
+    def predict_logits(self, sequence: Tensor) -> Tensor:
+        """Return the logits of the image codes; see `MaskGIT.predict_logits`."""
+        return self._worker.run(self._worker.model.predict_logits, sequence, self._ticket)
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the images of tokens, decoded as those of finished jobs are; see `MaskGIT.decode_tokens`."""
+        return self._worker.call(partial(self._worker.batcher.decode, tokens), self._ticket)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the tokens of images; see `MaskGIT.encode_pixels`."""
+        return self._worker.call(partial(self._worker.model.encode_pixels, pixels), self._ticket)
+
+
+class _SharedTokenizer:
+    """What is used of a tokenizer outside the pipeline, run by the worker."""
+
+    def __init__(self, worker: Worker, ticket: Ticket) -> None:
+        self._worker = worker
+        self._ticket = ticket
+        self._own = worker.model.tokenizer
+        self.config = self._own.config
+        self.patch_size = self._own.patch_size
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Give what says where tensors are to be put."""
+        yield torch.empty(0)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self._worker.run(self._own.encode, images, self._ticket)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self._worker.run(self._own.decode, tokens, self._ticket)

@@ -1,0 +1,301 @@
+"""The thread that owns a model: it makes all requests' images in shared batches, and runs what else they need.
+
+Shapes: as in `maskgit.batching`.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from maskgit.apps.serving.faults import (
+    ClientGoneError,
+    DeadlineError,
+    FailedError,
+    ServiceError,
+    UnavailableError,
+)
+from maskgit.batching import Batcher, Job, News, equal_sizes, ran_out_of_memory
+from maskgit.pipeline import MaskGIT
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+# The past counts this much less with each step, when the speed is estimated.
+_FADING = 0.99
+
+
+class Ticket:
+    """A request's right to be worked for: it ends at its deadline, or when it is cancelled."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.deadline = time.monotonic() + seconds
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End it."""
+        self._cancelled = True
+
+    def left(self) -> float:
+        """Return the seconds to the deadline, at least 0."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def late(self) -> DeadlineError:
+        """Return the fault of a request that was not done in time."""
+        return DeadlineError(
+            f"The request was not done within {self.seconds:g} seconds; ask for less, or allow more time."
+        )
+
+    def fault(self) -> ServiceError | None:
+        """Return why it has ended, or None."""
+        if not self.left():
+            return self.late()
+        return ClientGoneError("The request was cancelled.") if self._cancelled else None
+
+    def check(self) -> None:
+        """Raise the fault if it has ended."""
+        fault = self.fault()
+        if fault is not None:
+            raise fault
+
+
+@dataclass
+class Stats:
+    """What a worker has done.
+
+    Attributes:
+        images, steps, failures: finished images, steps of the batch, jobs that failed.
+        rows: images in the batch now.
+        waiting: images that wait for a place in it.
+        halvings: how often memory ran out.
+        seconds_per_image: lately, while there was work.
+    """
+
+    images: int = 0
+    steps: int = 0
+    failures: int = 0
+    rows: int = 0
+    waiting: int = 0
+    halvings: int = 0
+    seconds_per_image: float = 1.0
+
+
+@dataclass(eq=False)
+class _Filling:
+    """Jobs of one request, and where their news goes."""
+
+    jobs: list[Job]
+    ticket: Ticket
+    news: "SimpleQueue[News | ServiceError]" = field(default_factory=SimpleQueue)
+
+
+class Worker:
+    """Runs one model in one thread; `fill` and `call` may be used from any other."""
+
+    def __init__(self, model: MaskGIT, *, max_batch: int) -> None:
+        """Describe the worker; `start` starts it.
+
+        Args:
+            model: nobody else may use it from now on.
+            max_batch: images in the batch.
+        """
+        self.model = model
+        self.stats = Stats()
+        self.batcher = Batcher(model, max_batch=max_batch)
+        self.ready = threading.Event()
+        self.failure: Exception | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._calls: deque[tuple[Callable[[], Any], Ticket, Future[Any]]] = deque()
+        self._fillings: deque[_Filling] = deque()
+        self._owners: dict[Job, _Filling] = {}
+        self._busy, self._made = 0.0, 0.0
+        self._thread = threading.Thread(target=self._run, name="maskgit-model", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, which warms the model up first."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what there is to do and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def call(self, function: Callable[[], T], ticket: Ticket) -> T:
+        """Run a function in the model's thread between two steps, and return what it returns.
+
+        Raises:
+            ServiceError: the ticket ended before.
+        """
+        done: Future[T] = Future()
+        with self._changed:
+            self._check_open()
+            self._calls.append((function, ticket, done))
+            self._changed.notify()
+        return done.result()
+
+    def run(self, network: Callable[[Tensor], Tensor], tensor: Tensor, ticket: Ticket) -> Tensor:
+        """Return what a network of the model makes of a tensor, from the CPU to the CPU; see `call`."""
+        device = self.model.device
+        return self.call(lambda: network(tensor.to(device)).cpu(), ticket)
+
+    def fill(self, jobs: list[Job], ticket: Ticket, told: Callable[[News], None] | None = None) -> list[News]:
+        """Have jobs done, and return their results in their order.
+
+        Args:
+            jobs: at least one.
+            ticket: if it ends, the jobs are dropped at the next step.
+            told: called in this thread with all news.
+
+        Raises:
+            ServiceError: the ticket ended, or a job failed.
+        """
+        filling = _Filling(jobs, ticket)
+        with self._changed:
+            self._check_open()
+            self._fillings.append(filling)
+            self._changed.notify()
+        results: dict[Job, News] = {}
+        while len(results) < len(jobs):
+            news = filling.news.get()
+            if isinstance(news, ServiceError):
+                raise news
+            if news.error is not None:
+                raise FailedError(
+                    "The model failed at this request; the server's log says why."
+                ) from news.error
+            if told is not None:
+                told(news)
+            if news.last:
+                results[news.job] = news
+        return [results[job] for job in jobs]
+
+    def _check_open(self) -> None:
+        if self._closing or self.failure is not None:
+            raise UnavailableError("The server is stopping; send the request to another one.")
+
+    def _run(self) -> None:
+        try:
+            self._warm_up()
+        # `serve` tells it, and ends.
+        except Exception as error:
+            self.failure = error
+            self.ready.set()
+            return
+        self.ready.set()
+        while self._wait():
+            try:
+                self._turn()
+            # The batcher has its own answer to whatever fails in the networks: this is a mistake of ours.
+            except Exception:
+                log.exception("A step failed; the requests in it are given up.")
+                self._give_up(FailedError("The server failed at this request; its log says why."))
+
+    def _wait(self) -> bool:
+        """Wait for work; return whether there is any, False at the end."""
+        with self._changed:
+            while not (self._calls or self._fillings or self._owners or self._closing):
+                self._changed.wait()
+            return bool(self._calls or self._fillings or self._owners)
+
+    def _warm_up(self) -> None:
+        """Run everything once, so that the first request does not pay for it; see what is broken, and how fast."""
+        started = time.perf_counter()
+        model, engine = self.model, self.model.engine
+        # A compiled or captured network is built anew for every size, which takes long.
+        if engine is None or not (engine.compile or engine.graphs):
+            self.batcher.sizes = equal_sizes(model, self.batcher.max_batch)
+        label = -1 if model.config.label_dropout else 0
+        sequence = model.vocabulary.sequence(torch.tensor([label]))[0]
+        own = model.config.sampler
+        for config in (own, replace(own, guidance_scale=1.0)):
+            self.batcher.add(Job(sequence, config))
+        while len(self.batcher):
+            for news in self.batcher.step():
+                if news.error is not None:
+                    raise news.error
+                if news.pixels is not None and not news.pixels.isfinite().all():
+                    raise FailedError(
+                        "The model makes NaN: its weights, or the type computed in, are broken."
+                    )
+        model.encode_pixels(torch.zeros(1, 3, model.config.image_size, model.config.image_size))
+        self.stats.seconds_per_image = time.perf_counter() - started
+
+    def _turn(self) -> None:
+        """Run what was called for, and make a step."""
+        with self._changed:
+            calls, self._calls = self._calls, deque()
+            fillings, self._fillings = self._fillings, deque()
+        for function, ticket, done in calls:
+            _answer(function, ticket, done)
+        for filling in fillings:
+            for job in filling.jobs:
+                self._owners[job] = filling
+                self.batcher.add(job)
+        for filling in set(self._owners.values()):
+            fault = filling.ticket.fault()
+            if fault is not None:
+                self._drop(filling, fault)
+        if len(self.batcher):
+            self._step()
+        self.stats.rows, self.stats.waiting = self.batcher.num_rows, self.batcher.num_waiting
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        all_news = self.batcher.step()
+        finished = 0
+        for news in all_news:
+            owner = self._owners[news.job]
+            if news.last:
+                del self._owners[news.job]
+            if news.error is not None:
+                self.stats.failures += 1
+                log.error("An image failed.", exc_info=news.error)
+            finished += news.pixels is not None
+            owner.news.put(news)
+        stats = self.stats
+        stats.images, stats.steps = stats.images + finished, stats.steps + 1
+        if self.batcher.halvings > stats.halvings:
+            stats.halvings = self.batcher.halvings
+            log.warning("Memory ran out: batches have at most %d rows from now on.", self.batcher.sizes[-1])
+        self._busy = _FADING * self._busy + time.perf_counter() - started
+        self._made = _FADING * self._made + finished
+        if self._made > 1:
+            stats.seconds_per_image = self._busy / self._made
+
+    def _drop(self, filling: _Filling, fault: ServiceError) -> None:
+        for job in filling.jobs:
+            if self._owners.pop(job, None) is not None:
+                self.batcher.drop(job)
+        filling.news.put(fault)
+
+    def _give_up(self, fault: ServiceError) -> None:
+        for filling in set(self._owners.values()):
+            self._drop(filling, fault)
+
+
+def _answer(function: Callable[[], Any], ticket: Ticket, done: "Future[Any]") -> None:
+    """Run a call whose ticket is good, and hand its result or its error over."""
+    fault = ticket.fault()
+    if fault is not None:
+        done.set_exception(fault)
+        return
+    try:
+        done.set_result(function())
+    # It belongs to the thread that called.
+    except Exception as error:
+        if ran_out_of_memory(error):
+            error = FailedError("The server has not enough memory for this request; make it smaller.")
+        done.set_exception(error)

@@ -1,0 +1,43 @@
+"""The command that serves a model over HTTP."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from maskgit.apps.flags import Model
+
+
+def serve(
+    model: Model,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    queue_size: int = 64,
+    max_batch: int = 16,
+    max_images: int = 16,
+    timeout: float = 120.0,
+    api_key_file: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: no keys)")] = None,
+) -> None:
+    """Serve a model over HTTP; see docs/serving.md.
+
+    Args:
+        host: The address to listen on; 0.0.0.0 is every one of this machine.
+        port: 0 takes any that is free.
+        queue_size: Images accepted and not answered yet; further requests are told to come again later.
+        max_batch: Images made together.
+        max_images: Images that one request may ask for.
+        timeout: Seconds in which a request must be answered.
+        api_key_file: Keys, one a line, of which a client must show one.
+    """
+    import logging
+
+    from maskgit.apps.serving.gates import read_keys
+    from maskgit.apps.serving.server import bind, run
+    from maskgit.apps.serving.service import Limits, Service
+
+    limits = Limits(queue_size=queue_size, max_batch=max_batch, max_images=max_images, timeout=timeout)
+    keys = read_keys(api_key_file) if api_key_file else ()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with bind(host, port) as listener:
+        service = Service(model.load(), model.model, limits, recorded=model.recorded("serve"))
+        run(service, listener, keys, lambda url: print(f"Serving {model.model} at {url}", flush=True))

@@ -1,0 +1,32 @@
+"""The command that starts the page."""
+
+from typing import Annotated
+
+from tyro.conf import arg
+
+from maskgit.apps.flags import Model
+
+
+def page(
+    model: Model,
+    port: Annotated[int, arg(metavar="INT")] = 7860,
+    host: str = "127.0.0.1",
+) -> None:
+    """Open a page in the browser: generate, edit, look inside and compare.
+
+    Args:
+        port: Where the page is; 0 takes one that is free.
+        host: Who may see it: 127.0.0.1 is this computer alone, 0.0.0.0 everybody who can reach it.
+    """
+    from maskgit.config import check_count
+    from maskgit.errors import ConfigError
+
+    check_count("port", port, 0, 65_535)
+    print("loading the libraries…", flush=True)
+    try:
+        from maskgit.apps.webui import serving
+    except ImportError as error:
+        raise ConfigError(
+            f"The page needs the package {error.name}; install it with pip install 'maskgit-torch[app]'."
+        ) from error
+    serving.serve(model, host, port)

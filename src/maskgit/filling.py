@@ -1,0 +1,173 @@
+"""Masked sequences filled in, a batch at a time, and turned into images.
+
+Shapes: B images, S the sequence with its class token, h × w the token grid.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from maskgit.config import SamplerConfig, check_count
+from maskgit.noise import ImageNoise
+from maskgit.policies.base import log_probs_of
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace, join_outputs
+from maskgit.sampler import Decoded, decode_steps
+
+if TYPE_CHECKING:
+    from maskgit.pipeline import MaskGIT
+
+
+def fill(
+    model: "MaskGIT",
+    sequences: Tensor,
+    config: SamplerConfig,
+    *,
+    start_step: int = 0,
+    switch: tuple[int, Tensor] | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    return_steps: bool = False,
+    callback: Callback | None = None,
+) -> Output:
+    """Fill in masked sequences, a batch at a time, and turn the result into images.
+
+    Args:
+        sequences: int64 (B, S), as `Vocabulary.sequence` makes them.
+        config: how they are decoded.
+        start_step: the step to begin decoding at.
+        switch: (step, class tokens int64 (B,)) to go on with other classes from that step.
+        seed, first_index, batch_size, return_steps, callback: as for `generate`.
+
+    Returns:
+        `Output` with B images.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    made = fill_batches(
+        model,
+        sequences,
+        config,
+        start_step=start_step,
+        switch=switch,
+        seed=seed,
+        first_index=first_index,
+        batch_size=batch_size,
+        return_steps=return_steps,
+        callback=callback,
+    )
+    return join_outputs(list(made))
+
+
+def fill_batches(
+    model: "MaskGIT",
+    sequences: Tensor,
+    config: SamplerConfig,
+    *,
+    start_step: int = 0,
+    switch: tuple[int, Tensor] | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    return_steps: bool = False,
+    callback: Callback | None = None,
+) -> Iterator[Output]:
+    """Give the `Output` of each batch as soon as it is there; see `fill`.
+
+    On a GPU the steps of a batch are under way before the pixels of the last are waited for, so that the
+    device is busy while the caller writes them.
+    """
+    batch_size = check_count("batch_size", batch_size, 1, 65_536)
+    first_index = check_count("first_index", first_index, 0, 2**62)
+    waiting: _Landing | None = None
+    for start in range(0, len(sequences), batch_size):
+        rows = slice(start, start + batch_size)
+        batch = sequences[rows].to(model.device)
+        indices = torch.arange(first_index + start, first_index + start + len(batch), device=model.device)
+        noise = ImageNoise(seed, indices, batch.shape[1], model.vocabulary.num_codes)
+        part = None if switch is None else (switch[0], switch[1][rows].to(model.device))
+        history = []
+        for made in _steps(model, batch, config, noise, start_step, part):
+            grid = model.vocabulary.grid(made.tokens)
+            if return_steps:
+                history.append(_record(model, made))
+            if callback is not None:
+                callback(made.step, indices, grid)
+        landing = _Landing(model.decode_on_device(grid), grid, history)
+        if waiting is not None:
+            yield waiting.output()
+        waiting = landing
+        if model.device.type != "cuda":
+            yield waiting.output()
+            waiting = None
+    if waiting is not None:
+        yield waiting.output()
+
+
+def _steps(
+    model: "MaskGIT",
+    sequences: Tensor,
+    config: SamplerConfig,
+    noise: ImageNoise,
+    start_step: int,
+    switch: tuple[int, Tensor] | None,
+) -> Iterator[Decoded]:
+    """Give the steps of decoding; from the step of the switch on, the class tokens are others."""
+    options: dict[str, Any] = {
+        "mask_token": model.vocabulary.mask,
+        "noise": noise,
+        "start_step": start_step,
+        "step_function": model.decode_step,
+    }
+    state = None
+    if switch is not None:
+        step, classes = switch
+        if step > start_step:
+            for made in decode_steps(model.predict_logits, sequences, config, **options):
+                yield made
+                state = made.state
+                if state is None:
+                    return
+                if state.step == step:
+                    sequences = state.sequence
+                    break
+        sequences = torch.cat([classes[:, None], sequences[:, 1:]], dim=1)
+        state = None if state is None else state._replace(sequence=sequences)
+    yield from decode_steps(model.predict_logits, sequences, config, state=state, **options)
+
+
+def _record(model: "MaskGIT", made: Decoded) -> Trace:
+    """Return what a trace keeps of one step."""
+    parts = (made.tokens, made.unknown, log_probs_of(made.logits, made.tokens).exp())
+    return Trace(*(model.vocabulary.grid(part).cpu() for part in parts))
+
+
+class _Landing:
+    """A batch on its way to the CPU."""
+
+    def __init__(self, pixels: Tensor, tokens: Tensor, history: list[Trace]) -> None:
+        self.parts = [part.to("cpu", non_blocking=True) for part in (pixels, tokens)]
+        self.history = history
+        self.landed = torch.cuda.Event() if pixels.is_cuda else None
+        if self.landed is not None:
+            self.landed.record()
+
+    def output(self) -> Output:
+        """Wait for it."""
+        if self.landed is not None:
+            self.landed.synchronize()
+        pixels, tokens = self.parts
+        return Output(pixels, tokens, _stack(self.history) if self.history else None)
+
+
+def _stack(history: list[Trace]) -> Trace:
+    """Join the steps of a batch."""
+    return Trace(
+        *(
+            torch.stack([getattr(step, name) for step in history], 1)
+            for name in ("tokens", "unknown", "confidence")
+        )
+    )
