@@ -20,6 +20,16 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/activate
 	$(PIP) -e '.[test]'
 	@touch $@
 
+# Tests need a browser for the page and a C++ compiler for torch.compile. Where this may, it installs what is
+# missing; elsewhere, do it by hand.
+PACKAGES := chromium fonts-dejavu-core g++
+$(VENV)/.packages: | $(BIN)/activate
+	@if ! { command -v chromium && command -v g++; } >/dev/null \
+	    && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; fi
+	@touch $@
+
 # Ten classes from the bundled model, and a real photograph edited.
 demo: $(VENV)/.demo
 	$(BIN)/maskgit generate --class airplane automobile bird cat deer dog frog horse ship truck \
@@ -35,7 +45,7 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-test: lint types
+test: lint types $(VENV)/.packages
 	$(BIN)/python -m pytest
 
 # Runs docs/demo.ipynb anew, with its pictures.

@@ -345,3 +345,10 @@ def test_policies_are_listed(capsys):
     text = capsys.readouterr().out
     assert "halton" in text
     assert "--policy-options eta=0.05" in text
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    command = [sys.executable, "-m", "maskgit", "policies"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""

@@ -3,6 +3,7 @@
 torch and the model code are imported inside the commands, so that `--help` answers at once.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -301,6 +302,10 @@ def main(argv: list[str] | None = None) -> int:
     except MaskGITError as error:
         print(f"maskgit: {error}", file=sys.stderr)
         return EXIT_INPUT
+    except BrokenPipeError:
+        # Who reads the output has had enough, as `head` does; nothing more is to be said, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_INTERRUPTED
     except OSError as error:
         # Whatever the file system has against a path that was given: too long, forbidden, gone.
         print(f"maskgit: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
