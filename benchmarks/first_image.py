@@ -19,21 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-STEPS = 8
-
-
-def write_model(folder: Path) -> None:
-    """Write a model of the official 256×256 architecture with random weights."""
-    import torch
-
-    from maskgit import MaskGIT
-    from maskgit.config import ModelConfig, TokenizerConfig, TransformerConfig
-    from maskgit.tokenizer import Tokenizer
-    from maskgit.transformer import Transformer
-
-    torch.manual_seed(0)
-    config = ModelConfig(tokenizer=TokenizerConfig(), transformer=TransformerConfig(), image_size=256)
-    MaskGIT(config, Tokenizer(config.tokenizer), Transformer(config.transformer)).save_pretrained(folder)
+import models
 
 
 def timed(command: list[str]) -> float:
@@ -54,8 +40,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model")
-        generate = [sys.executable, "-m", "maskgit", "generate", "--class", "1", "--steps", str(STEPS)]
+        models.random_model(models.SIZES["256"]()).save_pretrained(folder / "model")
+        generate = [sys.executable, "-m", "maskgit", "generate", "--class", "1", "--steps", str(models.STEPS)]
         generate += ["--model", str(folder / "model"), "--device", options.device, "--overwrite"]
         generate += ["--out", str(folder / "out")]
         row = {

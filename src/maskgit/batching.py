@@ -132,7 +132,7 @@ Item = TypeVar("Item", _Row, News)
 
 
 class Batcher:
-    """Takes jobs and makes their images, a step of all of them at a time; not to be shared between threads."""
+    """Takes jobs and makes their images, a step of all of them at a time; for one thread alone."""
 
     def __init__(
         self,

@@ -28,7 +28,8 @@ _ERRORS = {
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>maskgit</title>
 <style>body{{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}
 code{{background:#eee;padding:0 .2em}}td{{vertical-align:top;padding:.2em .8em .2em 0}}</style>
-<h1>maskgit {version}</h1><p>The whole description is <a href="openapi.json">openapi.json</a>.</p>{parts}</html>
+<h1>maskgit {version}</h1><p>The whole description is <a href="openapi.json">openapi.json</a>.</p>
+{parts}</html>
 """
 
 

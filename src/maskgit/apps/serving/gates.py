@@ -1,4 +1,4 @@
-"""What stands before the application: who may come in, and how much they may bring. Nothing here decodes anything.
+"""What stands before the application: who may come in, and how much they may bring; nothing is decoded.
 
 These are plain ASGI wrappers, because a body must be counted while it arrives.
 """
@@ -100,7 +100,7 @@ class KeyGate:
 
 
 class BodyGate:
-    """Takes bodies whole, if they are small enough and come soon enough, before the application sees anything."""
+    """Takes bodies whole, if they are small and come soon enough, before the application sees them."""
 
     def __init__(self, app: App, max_bytes: int, seconds: float) -> None:
         """Wrap an application.

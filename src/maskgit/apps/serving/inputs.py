@@ -1,4 +1,4 @@
-"""Reading requests: JSON or a form, what of it is accepted, and the size of its pictures before they are decoded."""
+"""Reading requests: JSON or a form, what is accepted of it, and how large its pictures claim to be."""
 
 import json
 from typing import Any, TypeVar
@@ -119,6 +119,7 @@ def picture_size(data: bytes, max_pixels: int) -> tuple[int, int]:
         width, height = image.size
     if width * height > max_pixels:
         raise TooLargeError(
-            f"The picture has {width} × {height} pixels, but {max_pixels:,} are the limit; make it smaller first."
+            f"The picture has {width} × {height} pixels, but {max_pixels:,} are the limit; "
+            "make it smaller first."
         )
     return width, height

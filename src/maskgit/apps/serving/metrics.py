@@ -86,7 +86,7 @@ class Counted:
         try:
             await self.app(scope, receive, counted)
         finally:
-            # Paths that are no route of ours are not told apart, or anyone could make up as many as there is memory.
+            # Paths that are no route of ours are not told apart, or anyone could fill the memory with them.
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self.metrics.requests.labels(path, str(status)).inc()

@@ -1,4 +1,4 @@
-"""What requests and answers hold, as OpenAPI shows it; what a value may be beyond its type is the model's to say."""
+"""What requests and answers hold, as OpenAPI shows it; the model itself checks what a value may be."""
 
 import base64
 import binascii

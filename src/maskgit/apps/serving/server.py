@@ -58,7 +58,7 @@ def run(
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that goes on answering while it drains, so that clients hear 503 and not a closed door."""
+    """A uvicorn server that goes on answering while it drains: clients hear 503 and find no closed door."""
 
     def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[str], None]) -> None:
         super().__init__(config)

@@ -188,7 +188,7 @@ class Service:
             return Accepted(self._pool.submit(self._run, work, ticket, images, pixels), ticket)
 
     def retry_after(self) -> int:
-        """Return the whole seconds in which what is accepted will be done, by the speed of late, at least 1."""
+        """Return in how many seconds what is accepted will be done, by the speed of late; at least 1."""
         seconds = self._images * self.stats.seconds_per_image
         return max(1, min(_MAX_RETRY_AFTER, math.ceil(seconds)))
 

@@ -1,6 +1,7 @@
 """A model as a request sees it: the whole of `MaskGIT`, whose networks run in the worker's batches.
 
-What a method does besides (reading photos, finding windows, pasting results) happens in the request's own thread.
+What a method does besides (reading photos, finding windows, pasting results) happens in the request's own
+thread.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The thread that owns a model: it makes all requests' images in shared batches, and runs what else they need.
+"""The thread that owns a model: it makes the images of all requests in shared batches.
 
 Shapes: as in `maskgit.batching`.
 """
@@ -189,8 +189,12 @@ class Worker:
     def _run(self) -> None:
         try:
             self._warm_up()
-        # `serve` tells it, and ends.
+        # Whoever waits for readiness is told.
         except Exception as error:
+            if ran_out_of_memory(error):
+                error = FailedError(
+                    f"Memory ran out at batches of {self.batcher.max_batch}; choose a smaller --max-batch."
+                )
             self.failure = error
             self.ready.set()
             return
@@ -211,7 +215,7 @@ class Worker:
             return bool(self._calls or self._fillings or self._owners)
 
     def _warm_up(self) -> None:
-        """Run everything once, so that the first request does not pay for it; see what is broken, and how fast."""
+        """Run everything once, so that the first request does not pay for it, and find out what is broken."""
         started = time.perf_counter()
         model, engine = self.model, self.model.engine
         # A compiled or captured network is built anew for every size, which takes long.

@@ -1,0 +1,199 @@
+"""The official JAX code as a worker of benchmarks/against_official.py; it runs in a Python of its own.
+
+    python benchmarks/official_worker.py CHECKOUT --size 256 [--device cpu] [--image FILE]
+
+It works in a folder that holds `checkpoints/`, as the official code does, and leaves the checkout's files
+as they are: names that JAX has dropped are put back, and packages that are imported only for plotting,
+downloading and opening files are stood in for. Everything is jitted, the whole decoding loop included, with
+the weights as arguments; the official demo jits less. With --image it makes one image from a fresh start
+and ends.
+"""
+
+import argparse
+import os
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import workers
+
+STEPS = 8
+CODES = 1024
+
+
+def bridge(checkout: Path) -> None:
+    """Make today's JAX and this Python able to import the official code."""
+    import jax
+    import jax.numpy as jnp
+
+    jnp.DeviceArray = jax.Array  # type: ignore[attr-defined]
+    for name in ("matplotlib", "matplotlib.pyplot", "matplotlib.patches", "requests", "tensorflow"):
+        sys.modules[name] = types.ModuleType(name)
+    tensorflow = types.ModuleType("tensorflow.compat.v1")
+    gfile = types.SimpleNamespace(GFile=open)
+    tensorflow.io = types.SimpleNamespace(gfile=gfile)  # type: ignore[attr-defined]
+    sys.modules["tensorflow.compat"] = types.ModuleType("tensorflow.compat")
+    sys.modules["tensorflow.compat.v1"] = tensorflow
+    for name in ("pyplot", "patches"):
+        setattr(sys.modules["matplotlib"], name, sys.modules[f"matplotlib.{name}"])
+    sys.path.insert(0, str(checkout))
+
+
+class Official:
+    """The official generator, jitted."""
+
+    def __init__(self, checkout: Path, size: int) -> None:
+        import jax
+
+        bridge(checkout)
+        from maskgit import inference  # the official package, from the checkout
+
+        self.generator = inference.ImageNet_class_conditional_generator(image_size=size)
+        self.generator.transformer_variables = jax.device_put(self.generator.transformer_variables)
+        self.generator.tokenizer_variables = jax.device_put(self.generator.tokenizer_variables)
+        self.weights = self.generator.transformer_variables, self.generator.tokenizer_variables
+        self.jitted = {
+            name: jax.jit(getattr(self, name)) for name in ("forward", "decode", "encode", "image8")
+        }
+        self.inputs: dict[tuple[str, int], tuple[Any, ...]] = {}
+
+    def forward(self, weights: Any, sequence: Any) -> Any:
+        """Logits of a sequence: int32 (B, N + 1), −1 where masked → float32 (B, N + 1, codes)."""
+        return self.generator.transformer_model.apply(weights[0], sequence, deterministic=True)[..., :CODES]
+
+    def decode(self, weights: Any, tokens: Any) -> Any:
+        """Images of tokens: int32 (B, h, w) → float32 (B, H, W, 3)."""
+        model = self.generator.tokenizer_model
+        return model.apply(weights[1], tokens, method=model.decode_from_indices, mutable=False)
+
+    def encode(self, weights: Any, image: Any) -> Any:
+        """Tokens of images: float32 (B, H, W, 3) in [0, 1] → int32 (B, h, w)."""
+        model = self.generator.tokenizer_model
+        return model.apply(weights[1], {"image": image}, method=model.encode_to_indices, mutable=False)
+
+    def image8(self, weights: Any, sequence: Any, key: Any) -> Any:
+        """Images and their tokens, by the official `generate_samples`."""
+        from maskgit.libml import parallel_decode
+
+        made, decode = [], parallel_decode.decode
+
+        def kept(*arguments: Any, **options: Any) -> Any:
+            made.append(decode(*arguments, **options))
+            return made[-1]
+
+        # The weights are arguments of the jitted function: as constants they would be folded into it.
+        self.generator.transformer_variables, self.generator.tokenizer_variables = weights
+        parallel_decode.decode = kept
+        try:
+            images = self.generator.generate_samples(sequence, key, num_iterations=STEPS)
+        finally:
+            parallel_decode.decode = decode
+        return images, made[0][:, -1, 1:]
+
+    def arguments(self, name: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
+        """Return what a jitted function takes, on the device."""
+        import jax
+        import jax.numpy as jnp
+
+        if name == "image8":
+            labels = jnp.asarray(inputs["labels"], jnp.int32)
+            blank = jnp.full((len(labels), self.generator.transformer_block_size - 1), -1, jnp.int32)
+            sequence = jnp.concatenate([labels[:, None] + CODES, blank], axis=1)
+            return sequence, jax.random.PRNGKey(int(inputs["seed"]))
+        kind = {"forward": "sequence", "decode": "tokens", "encode": "image"}[name]
+        return (jax.device_put(inputs[kind]),)
+
+    def run(self, name: str, batch: int) -> Any:
+        """Run a prepared function and bring what it makes to the host."""
+        import jax
+
+        return jax.device_get(self.jitted[name](self.weights, *self.inputs[name, batch]))
+
+
+def noise(key: Any, batch: int, positions: int) -> dict[str, Any]:
+    """Return the Gumbel noise that the official decoder draws from a key, for T steps.
+
+    Returns:
+        `gumbel_tokens` float32 (T, B, N + 1, codes) and `gumbel_choice` float32 (T, B, N + 1).
+    """
+    import jax
+    import numpy as np
+
+    tokens, choice = [], []
+    for _ in range(STEPS):
+        key, drawn = jax.random.split(key, 2)
+        tokens.append(np.asarray(jax.random.gumbel(drawn, (batch, positions, CODES))))
+        key, drawn = jax.random.split(key)
+        choice.append(np.asarray(jax.random.gumbel(drawn, (batch, positions))))
+    return {"gumbel_tokens": np.stack(tokens), "gumbel_choice": np.stack(choice)}
+
+
+def handlers(official: Official) -> dict[str, Any]:
+    """Return what the worker can be asked for."""
+    import flax
+    import jax
+    import numpy as np
+
+    def describe() -> dict[str, Any]:
+        return {
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "device": str(jax.devices()[0]),
+            "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        }
+
+    def prepare(name: str, batch: int, inputs: str, mode: str) -> dict[str, Any]:
+        start = time.perf_counter()
+        official.inputs[name, batch] = official.arguments(name, dict(np.load(inputs)))
+        official.run(name, batch)
+        return {"seconds": time.perf_counter() - start}
+
+    def timed(name: str, batch: int, mode: str) -> dict[str, Any]:
+        start = time.perf_counter()
+        official.run(name, batch)
+        return {"seconds": time.perf_counter() - start}
+
+    def outputs(name: str, batch: int, mode: str, path: str) -> dict[str, Any]:
+        made = official.run(name, batch)
+        if name == "image8":
+            sequence, key = official.inputs[name, batch]
+            record = {"images": made[0], "tokens": made[1]} | noise(key, *sequence.shape)
+        else:
+            record = {{"forward": "logits", "decode": "images", "encode": "tokens"}[name]: made}
+        np.savez(path, **record)
+        return {}
+
+    return {"describe": describe, "prepare": prepare, "time": timed, "outputs": outputs}
+
+
+def main() -> None:
+    """Serve, or make one image."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--image", type=Path)
+    options = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = options.device
+    # The GPU's memory is shared with the other side.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # XLA warns of each constant that it takes more than a second to fold.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    official = Official(options.checkout.resolve(), options.size)
+    if options.image is None:
+        workers.serve(handlers(official))
+        return
+    import numpy as np
+    from PIL import Image
+
+    official.inputs["image8", 1] = official.arguments("image8", {"labels": np.array([1]), "seed": 0})
+    images, _ = official.run("image8", 1)
+    Image.fromarray((np.clip(images[0], 0, 1) * 255).round().astype(np.uint8)).save(options.image)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""`maskgit serve` as a process: under load, when it is told to stop, when it is killed."""
+
+import contextlib
+import re
+import signal
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from maskgit import MaskGIT, images
+from maskgit.apps.cli import main
+from maskgit.apps.serving.server import bind
+from maskgit.errors import ConfigError
+from servers import in_process, wait_for
+
+CLIENTS = 200
+
+
+@contextlib.contextmanager
+def client_of(url: str):
+    """Give a client that may have many requests under way; one for each would take most of the time."""
+    limits = httpx.Limits(max_connections=CLIENTS)
+    with httpx.Client(base_url=url, timeout=60, limits=limits) as client:
+        yield client
+
+
+def ask(client: httpx.Client, seed: int, steps: int = 1) -> httpx.Response:
+    body = {"class": "frog", "seed": seed, "steps": steps}
+    return client.post("/v1/generate", json=body, headers={"accept": "image/png"})
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    found = re.search(rf"^maskgit_{name} (.*)$", client.get("/metrics").text, re.MULTILINE)
+    return float(found[1])
+
+
+def test_200_clients_at_a_queue_of_32():
+    with (
+        in_process("--queue-size", "32") as (_, url),
+        client_of(url) as client,
+        ThreadPoolExecutor(CLIENTS) as pool,
+    ):
+        answers = list(pool.map(lambda seed: ask(client, seed), range(CLIENTS)))
+        counts = Counter(answer.status_code for answer in answers)
+        assert set(counts) == {200, 429}
+        assert counts.total() == CLIENTS
+        for seed, answer in enumerate(answers):
+            if answer.status_code == 200:
+                # Everybody got their own image, and the server made no other.
+                assert images.read_settings(answer.content)["seed"] == seed
+            else:
+                assert int(answer.headers["retry-after"]) >= 1
+                assert answer.json()["error"]["type"] == "overloaded"
+        assert metric(client, "images_total") == counts[200]
+        wait_for(lambda: metric(client, "accepted_images") == 0)
+
+
+def test_told_to_stop_it_finishes_what_it_accepted():
+    with in_process() as (server, url), client_of(url) as client, ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask, client, seed, 48) for seed in range(8)]
+        wait_for(lambda: metric(client, "accepted_images") == 8)
+        server.send_signal(signal.SIGTERM)
+        wait_for(lambda: client.get("/readyz").status_code == 503)
+        refused = ask(client, 0)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "unavailable")
+        assert [answer.result().status_code for answer in answers] == [200] * 8
+        assert server.wait(30) == 0
+        assert server.stderr.read() == ""
+
+
+def test_killed_under_load_it_starts_again_on_its_port():
+    with in_process() as (server, url), client_of(url) as client, ThreadPoolExecutor(8) as pool:
+        before = ask(client, 7, 2).content
+        answers = [pool.submit(ask, client, seed, 200) for seed in range(8)]
+        wait_for(lambda: metric(client, "batch_rows") == 8)
+        server.send_signal(signal.SIGKILL)
+        for answer in answers:
+            with pytest.raises(httpx.TransportError):
+                answer.result()
+    with in_process(port=int(url.rpartition(":")[2])) as (_, again), client_of(again) as client:
+        assert again == url
+        assert ask(client, 7, 2).content == before
+    wanted = MaskGIT.from_pretrained().generate("frog", seed=7, steps=2).to_pil()[0]
+    made = images.read_image(before)
+    assert max(abs(a - b) for a, b in zip(made.tobytes(), wanted.tobytes(), strict=True)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--queue-size", "0"], "queue_size"),
+        (["--model", "nothing/there/at/all"], "nothing/there"),
+        (["--api-key-file", "missing"], "missing"),
+        (["--host", "no.such.host.invalid"], "--host"),
+        (["--port", "99999"], "--port"),
+    ],
+)
+def test_wrong_flags_end_in_a_sentence(flags, words, capsys):
+    assert main(["serve", "--port", "0", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_refused():
+    with bind("127.0.0.1", 0) as first, pytest.raises(ConfigError, match="choose another --port"):
+        bind("127.0.0.1", first.getsockname()[1])

@@ -1,0 +1,333 @@
+"""What the server refuses: bad values and pictures, bodies that are too large or too slow, missing keys."""
+
+import asyncio
+import base64
+import io
+import logging
+import socket
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+from maskgit import MaskGIT, images
+from maskgit.apps.serving.app import create_app
+from maskgit.apps.serving.gates import BodyGate, read_keys
+from maskgit.apps.serving.service import Limits, Service
+from maskgit.errors import ConfigError
+from servers import in_thread
+
+LIMITS = Limits(max_batch=4, max_images=4, max_pixels=100_000, max_body=200_000, body_seconds=1.0)
+KEYS = ("first-key-0123456789", "second-key-987654321")
+
+
+@pytest.fixture(scope="module")
+def client():
+    with in_thread(LIMITS) as (made, _):
+        yield made
+
+
+def png(picture) -> bytes:
+    return images.png_bytes(picture)
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+PHOTO = Image.fromarray((np.random.default_rng(0).random((40, 50, 3)) * 255).astype("uint8"))
+GENERATE = {"class": "frog", "seed": 5, "steps": 3}
+
+
+TOO_MANY_PIXELS = Image.new("1", (1000, 101))
+ANIMATED = io.BytesIO()
+PHOTO.save(ANIMATED, "GIF", save_all=True, append_images=[PHOTO.rotate(90)])
+BOX = {"boxes": [[0, 0, 8, 8]], "class": "cat"}
+BAD = {
+    "no JSON": ("generate", {"content": b'{"class": '}, 422, "JSON"),
+    "deep JSON": ("generate", {"content": b"[" * 50_000}, 422, "JSON"),
+    "a list": ("generate", {"json": [1]}, 422, "object"),
+    "another type": (
+        "generate",
+        {"content": b"x", "headers": {"content-type": "text/plain"}},
+        422,
+        "text/plain",
+    ),
+    "no class": ("generate", {"json": {}}, 422, "class"),
+    "unknown class": ("generate", {"json": {"class": "unicorn"}}, 422, "Unknown class"),
+    "class of another type": ("generate", {"json": {"class": True}}, 422, "class"),
+    "class out of range": ("generate", {"json": {"class": 10**30}}, 422, "class"),
+    "unknown field": ("generate", {"json": {"class": 1, "image_url": "http://x"}}, 422, "image_url"),
+    "infinite": ("generate", {"content": b'{"class": 1, "temperature": Infinity}'}, 422, "temperature"),
+    "negative seed": ("generate", {"json": {"class": 1, "seed": -1}}, 422, "seed"),
+    "too large a seed": ("generate", {"json": {"class": 1, "seed": 2**64}}, 422, "seed"),
+    "too many images": ("generate", {"json": {"class": 1, "num_images": 5}}, 422, "num_images"),
+    "too many steps": ("generate", {"json": {"class": 1, "steps": 257}}, 422, "steps"),
+    "unknown policy": ("generate", {"json": {"class": 1, "policy": "haltn"}}, 422, "halton"),
+    "unknown option": ("generate", {"json": {"class": 1, "policy_options": {"x": 1}}}, 422, "x"),
+    "wrong tables": ("generate", {"json": {"class": 1, "tables": {"mask_ratio": [2.0]}}}, 422, "mask_ratio"),
+    "two images as one": (
+        "generate",
+        {"json": {"class": 1, "num_images": 2}, "headers": {"accept": "image/png"}},
+        422,
+        "one image",
+    ),
+    "nothing acceptable": ("generate", {"json": GENERATE, "headers": {"accept": "text/html"}}, 406, "Accept"),
+    "no base64": ("edit", {"json": BOX | {"image": "../../etc/passwd"}}, 422, "base64"),
+    "a path as a mask": (
+        "inpaint",
+        {"json": {"image": b64(png(PHOTO)), "mask": "/etc/passwd"}},
+        422,
+        "base64",
+    ),
+    "an address": ("edit", {"json": BOX | {"image": "https://example.org/a.png"}}, 422, "base64"),
+    "no picture": ("edit", {"json": BOX | {"image": b64(b"hello")}}, 422, "not a picture"),
+    "empty picture": ("edit", {"json": BOX | {"image": ""}}, 422, "empty"),
+    "truncated": ("edit", {"json": BOX | {"image": b64(png(PHOTO)[:-900])}}, 422, "damaged or cut short"),
+    "animated": ("edit", {"json": BOX | {"image": b64(ANIMATED.getvalue())}}, 422, "animated"),
+    "a bomb": ("edit", {"json": BOX | {"image": b64(png(TOO_MANY_PIXELS))}}, 413, "101,000|1000 × 101"),
+    "a bomb as a mask": (
+        "inpaint",
+        {"json": {"image": b64(png(PHOTO)), "mask": b64(png(TOO_MANY_PIXELS))}},
+        413,
+        "1000 × 101",
+    ),
+    "large results": ("outpaint", {"json": {"image": b64(png(PHOTO)), "left": 5000}}, 413, "results"),
+    "large canvas": (
+        "outpaint",
+        {"json": {"image": b64(png(PHOTO)), "canvas": [10**9, 10**9]}},
+        413,
+        "results",
+    ),
+    "box outside": (
+        "edit",
+        {"json": {"image": b64(png(PHOTO)), "boxes": [[0, 0, 99, 9]], "class": 1}},
+        422,
+        "box",
+    ),
+    "no boxes": ("edit", {"json": {"image": b64(png(PHOTO)), "boxes": [], "class": 1}}, 422, "boxes"),
+    "box of three": (
+        "edit",
+        {"json": {"image": b64(png(PHOTO)), "boxes": [[1, 2, 3]], "class": 1}},
+        422,
+        "boxes",
+    ),
+    "start beyond": (
+        "edit",
+        {"json": BOX | {"image": b64(png(PHOTO)), "steps": 3, "start_step": 3}},
+        422,
+        "start_step",
+    ),
+    "field twice": (
+        "edit",
+        {"files": [("image", png(PHOTO)), ("class", (None, "1")), ("class", (None, "2"))]},
+        422,
+        "twice",
+    ),
+    "file as a field": ("edit", {"data": {"image": "x"}, "files": {"boxes": b"[[0,0,8,8]]"}}, 422, "image"),
+    "broken form": (
+        "edit",
+        {"content": b"--x\r\nbad", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+        422,
+        "",
+    ),
+    "no boundary": (
+        "edit",
+        {"content": b"x", "headers": {"content-type": "multipart/form-data"}},
+        422,
+        "form",
+    ),
+    "tokens of another size": ("detokenize", {"json": {"tokens": [[1, 2], [3, 4]]}}, 422, "8 rows"),
+    "tokens beyond": ("detokenize", {"json": {"tokens": [[512] * 8] * 8}}, 422, "512"),
+    "zero timeout": ("generate", {"json": GENERATE | {"timeout": 0}}, 422, "timeout"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_told_in_a_sentence(client, name):
+    command, request, status, words = BAD[name]
+    headers = {"content-type": "application/json"} if "content" in request else {}
+    request = request | {"headers": headers | request.get("headers", {})}
+    answer = client.post(f"/v1/{command}", **request)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert any(word in error["message"] for word in words.split("|")), error
+    assert error["message"].endswith((".", "?"))
+    assert "Traceback" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/generate", 405), ("GET", "/v1/../../etc/passwd", 404), ("POST", "/v1/%2e%2e/x", 404)],
+)
+def test_other_paths_and_methods(client, method, path, status):
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"type", "message"}
+
+
+def raw(client: httpx.Client, head: str, parts, wait: float = 10.0) -> bytes:
+    """Send bytes as they are, and return all that comes back until the server ends the connection."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=wait) as connection:
+        connection.sendall(head.replace("\n", "\r\n").encode())
+        try:
+            for part in parts:
+                connection.sendall(part)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        answer = b""
+        while data := connection.recv(65536):
+            answer += data
+        return answer
+
+
+HEAD = "POST /v1/edit HTTP/1.1\nHost: x\nContent-Type: application/json\n"
+MEGABYTE = b"x" * 2**20
+
+
+def test_100_megabytes_with_a_length_are_refused(client):
+    answer = raw(client, f"{HEAD}Content-Length: {100 * 2**20}\n\n", [MEGABYTE] * 100)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"200,000 bytes" in answer
+
+
+def test_100_megabytes_without_a_length_are_refused(client):
+    chunk = b"%x\r\n" % len(MEGABYTE) + MEGABYTE + b"\r\n"
+    answer = raw(client, f"{HEAD}Transfer-Encoding: chunked\n\n", [chunk] * 100 + [b"0\r\n\r\n"])
+    assert answer.startswith(b"HTTP/1.1 413")
+
+
+def test_an_ordinary_client_sees_the_refusal_of_100_megabytes(client):
+    for content in (MEGABYTE * 100, iter([MEGABYTE] * 100)):
+        answer = client.post("/v1/edit", content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 413
+        assert answer.json()["error"]["type"] == "too_large"
+
+
+def test_a_slow_body_is_refused(client):
+    answer = raw(client, f"{HEAD}Content-Length: 1000\n\n", [b"{"])
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"within 1 seconds" in answer
+
+
+@pytest.mark.parametrize("length", ["-5", "abc", "1e3"])
+def test_a_length_that_is_none_is_refused(client, length):
+    assert b"400" in raw(client, f"{HEAD}Content-Length: {length}\n\n", []).split(b"\r\n")[0]
+
+
+def test_too_many_bodies_at_once_are_refused():
+    """Eight bodies of the largest size may arrive at once; a ninth finds no room."""
+    sent, waiting = [], asyncio.Event()
+
+    async def app(scope, receive, send):
+        await waiting.wait()
+
+    gate = BodyGate(app, 1000, 60)
+
+    async def post():
+        parts = [{"type": "http.request", "body": b"x" * 1000}]
+
+        async def receive():
+            return parts.pop() if parts else {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        await gate({"type": "http", "headers": []}, receive, send)
+
+    async def run():
+        first = [asyncio.create_task(post()) for _ in range(8)]
+        await asyncio.sleep(0)
+        await post()
+        waiting.set()
+        await asyncio.gather(*first)
+        await post()
+
+    asyncio.run(run())
+    assert [message["status"] for message in sent if "status" in message] == [429]
+    assert (b"retry-after", b"1") in sent[0]["headers"]
+
+
+def test_h11_refuses_as_httptools_does():
+    """The parser that is there without further packages."""
+    service = Service(MaskGIT.from_pretrained(), "cifar10", LIMITS)
+    config = uvicorn.Config(
+        create_app(service), http="h11", loop="asyncio", log_config=None, log_level="error"
+    )
+
+    async def run():
+        server = uvicorn.Server(config)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            task = asyncio.create_task(server.serve([listener]))
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+                headers = {"content-type": "application/json"}
+                answer = await client.post("/v1/edit", content=MEGABYTE * 100, headers=headers)
+                server.should_exit = True
+            await task
+            return answer
+
+    assert asyncio.run(run()).status_code == 413
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    with in_thread(LIMITS, KEYS) as (made, _):
+        yield made
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer wrong",
+        f"Bearer {KEYS[0]}x",
+        f"Bearer {KEYS[0][:-1]}",
+        f"Basic {KEYS[0]}",
+        KEYS[0],
+        f"Bearer {KEYS[0]} {KEYS[1]}",
+    ],
+)
+@pytest.mark.parametrize(
+    "path", ["/v1/generate", "/v1/models", "/metrics", "/docs", "/openapi.json", "/nothing"]
+)
+def test_without_a_key_nobody_comes_in(guarded, path, header):
+    headers = {} if header is None else {"authorization": header}
+    answer = guarded.get(path, headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.json()["error"]["type"] == "unauthorized"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_any_key_opens(guarded, key, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    headers = {"authorization": f"bearer {key}"}
+    assert guarded.get("/v1/models", headers=headers).status_code == 200
+    assert guarded.post("/v1/generate", json=GENERATE, headers=headers).status_code == 200
+    assert key not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_health_needs_no_key(guarded):
+    assert guarded.get("/healthz").status_code == guarded.get("/readyz").status_code == 200
+
+
+def test_keys_are_read_from_a_file(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nfirst\n\n  second  \n")
+    assert read_keys(file) == ("first", "second")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "no keys"), ("# only\n", "no keys"), ("a b\n", "Key 1"), ("ü\n", "Key 1")]
+)
+def test_a_file_without_good_keys_is_refused(tmp_path, text, words):
+    file = tmp_path / "keys"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_keys(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_keys(tmp_path / "missing")

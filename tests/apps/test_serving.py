@@ -1,0 +1,235 @@
+"""The service without HTTP: requests of all kinds in shared batches, and how they end."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit import MaskGIT
+from maskgit.apps.serving.faults import (
+    ClientGoneError,
+    DeadlineError,
+    FailedError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+from maskgit.apps.serving.service import Limits, Service
+from maskgit.apps.serving.worker import Ticket
+from maskgit.errors import ConfigError
+from servers import wait_for
+
+PHOTO = Image.fromarray((np.random.default_rng(0).random((40, 50, 3)) * 255).astype("uint8"))
+PAINTED = np.arange(40 * 50).reshape(40, 50) % 50 < 20
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return MaskGIT.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def service():
+    made = Service(MaskGIT.from_pretrained(), "cifar10", Limits(queue_size=8, max_batch=4))
+    made.start()
+    made.wait_ready()
+    yield made
+    made.close()
+
+
+KINDS = {
+    "generate": lambda m: m.generate("frog", num_images=3, seed=1, first_index=5, steps=4),
+    "edit": lambda m: m.edit(PHOTO, [(3, 3, 10, 10)], "cat", seed=2, steps=6),
+    "inpaint": lambda m: m.inpaint(PHOTO, PAINTED, seed=2, steps=4),
+    "outpaint": lambda m: m.outpaint(PHOTO, left=10, label=3, steps=3),
+    "vary": lambda m: m.vary(PHOTO, 0.5, "dog", steps=3),
+    "panorama": lambda m: m.panorama(["ship", "bird"], 64, steps=2),
+    "reconstruct": lambda m: m.reconstruct(PHOTO),
+}
+
+
+def test_every_method_gives_what_the_pipeline_gives(pipe, service):
+    accepted = {kind: service.submit(work) for kind, work in KINDS.items()}
+    for kind, work in KINDS.items():
+        made, wanted = accepted[kind].future.result(), work(pipe)
+        assert torch.equal(made.tokens, wanted.tokens), kind
+        torch.testing.assert_close(made.images, wanted.images, rtol=0, atol=1 / 510)
+    wait_for(lambda: service.num_accepted == 0)
+
+
+def test_a_callback_is_told_of_every_step_in_the_requests_own_thread(service):
+    told = []
+
+    def work(model):
+        def callback(step, indices, tokens):
+            # Another thing asked of the model meanwhile must not wait for itself.
+            told.append((step, indices.tolist(), model.decode_tokens(tokens).shape, threading.get_ident()))
+
+        model.generate("frog", steps=3, first_index=9, callback=callback)
+        return threading.get_ident()
+
+    thread = service.submit(work).future.result()
+    assert [(step, indices) for step, indices, *_ in told] == [(step, [9]) for step in range(3)]
+    assert all(shape == (1, 3, 32, 32) and where == thread for _, _, shape, where in told)
+
+
+def test_a_wrong_request_fails_alone(pipe, service):
+    good = service.submit(lambda m: m.generate("frog", seed=1, steps=3))
+    bad = service.submit(lambda m: m.generate("frg", steps=3))
+    other = service.submit(lambda m: m.generate("cat", seed=2, steps=3))
+    with pytest.raises(ConfigError, match="Did you mean 6: frog"):
+        bad.future.result()
+    for accepted, label, seed in ((good, "frog", 1), (other, "cat", 2)):
+        assert torch.equal(accepted.future.result().tokens, pipe.generate(label, seed=seed, steps=3).tokens)
+
+
+def test_a_failing_row_fails_its_request_alone(pipe, service, monkeypatch, caplog):
+    predict = service.model.predict_logits
+    bad = pipe.vocabulary.num_codes + pipe.label("cat")
+
+    def picky(sequence):
+        assert not (sequence[:, 0] == bad).any(), "not a cat"
+        return predict(sequence)
+
+    monkeypatch.setattr(service.model, "predict_logits", picky)
+    accepted = [
+        service.submit(lambda m, label=label: m.generate(label, seed=1, steps=3))
+        for label in ("frog", "cat", "dog")
+    ]
+    with pytest.raises(FailedError, match="log says why"):
+        accepted[1].future.result()
+    assert "not a cat" in caplog.text
+    for i, label in ((0, "frog"), (2, "dog")):
+        wanted = pipe.generate(label, seed=1, steps=3)
+        assert torch.equal(accepted[i].future.result().tokens, wanted.tokens)
+
+
+def test_a_mistake_in_the_loop_is_survived(pipe, service, monkeypatch):
+    def broken():
+        raise RuntimeError("a mistake of ours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service._worker.batcher, "step", broken)
+        accepted = service.submit(lambda m: m.generate("frog", steps=2))
+        with pytest.raises(FailedError):
+            accepted.future.result()
+    made = service.submit(lambda m: m.generate("frog", seed=1, steps=2)).future.result()
+    assert torch.equal(made.tokens, pipe.generate("frog", seed=1, steps=2).tokens)
+
+
+def test_the_queue_is_bounded_in_images(service):
+    stop = threading.Event()
+    held = [service.submit(lambda m: stop.wait(30), images=4) for _ in range(2)]
+    with pytest.raises(OverloadedError, match="All 8 places") as caught:
+        service.submit(lambda m: None)
+    assert 1 <= caught.value.retry_after <= 300
+    stop.set()
+    for accepted in held:
+        accepted.future.result()
+    wait_for(lambda: service.num_accepted == 0)
+    service.submit(lambda m: None).future.result()
+    with pytest.raises(InvalidRequestError, match="9 images"):
+        service.submit(lambda m: None, images=9)
+
+
+def test_pixels_are_bounded_but_one_request_is_always_taken():
+    service = Service(MaskGIT.from_pretrained(), "cifar10", Limits(max_pixels=1000))
+    service.start()
+    service.wait_ready()
+    stop = threading.Event()
+    held = service.submit(lambda m: stop.wait(30), pixels=5000)
+    with pytest.raises(OverloadedError):
+        service.submit(lambda m: None, pixels=1)
+    stop.set()
+    held.future.result()
+    wait_for(lambda: service.num_accepted == 0)
+    service.submit(lambda m: None, pixels=1).future.result()
+    service.close()
+
+
+def test_what_is_late_is_dropped(service):
+    made = service.stats.images
+    accepted = service.submit(lambda m: m.generate("frog", steps=256, num_images=4), images=4, timeout=0.2)
+    with pytest.raises(DeadlineError, match=r"within 0\.2 seconds"):
+        accepted.future.result()
+    wait_for(lambda: service.stats.rows == 0)
+    assert service.stats.images == made
+
+
+def test_what_is_cancelled_is_dropped_and_its_place_is_free(service):
+    made = service.stats.images
+    accepted = service.submit(lambda m: m.generate("frog", steps=256, num_images=8), images=8)
+    wait_for(lambda: service.stats.rows == 4)
+    accepted.ticket.cancel()
+    with pytest.raises(ClientGoneError):
+        accepted.future.result()
+    wait_for(lambda: service.stats.rows == 0 and service.num_accepted == 0)
+    assert service.stats.images == made
+
+
+def test_closing_finishes_what_was_accepted():
+    service = Service(MaskGIT.from_pretrained(), "cifar10", Limits(queue_size=4, max_batch=2))
+    with pytest.raises(UnavailableError, match="not ready"):
+        service.submit(lambda m: None)
+    service.start()
+    service.wait_ready()
+    accepted = [service.submit(lambda m: m.generate("frog", steps=3)) for _ in range(4)]
+    service.close()
+    assert all(one.future.result().images.shape == (1, 3, 32, 32) for one in accepted)
+    with pytest.raises(UnavailableError, match="stopping"):
+        service.submit(lambda m: None)
+
+
+def test_closing_at_once_cancels():
+    service = Service(MaskGIT.from_pretrained(), "cifar10", Limits(max_batch=2))
+    service.start()
+    service.wait_ready()
+    accepted = service.submit(lambda m: m.generate("frog", steps=10_000))
+    service.close(finish=False)
+    with pytest.raises(ClientGoneError):
+        accepted.future.result()
+
+
+def test_a_broken_model_does_not_become_ready():
+    model = MaskGIT.from_pretrained()
+    with torch.no_grad():
+        model.tokenizer.decoder.conv_out.bias.fill_(torch.nan)
+    service = Service(model, "cifar10")
+    service.start()
+    with pytest.raises(FailedError, match="NaN"):
+        service.wait_ready()
+    assert not service.ready
+    service.close()
+
+
+def test_too_large_a_batch_for_the_memory_is_told(monkeypatch):
+    model = MaskGIT.from_pretrained()
+
+    def full(sequence):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(model, "predict_logits", full)
+    service = Service(model, "cifar10")
+    service.start()
+    with pytest.raises(FailedError, match="smaller --max-batch"):
+        service.wait_ready()
+    service.close()
+
+
+def test_a_ticket_ends_at_its_deadline():
+    ticket = Ticket(0.05)
+    ticket.check()
+    time.sleep(0.06)
+    with pytest.raises(DeadlineError):
+        ticket.check()
+
+
+@pytest.mark.parametrize(
+    "limits", [{"queue_size": 0}, {"max_batch": 0}, {"timeout": 0.0}, {"max_images": 10_000}]
+)
+def test_wrong_limits_are_refused(limits):
+    with pytest.raises(ConfigError, match=next(iter(limits))):
+        Limits(**limits)

@@ -1,0 +1,192 @@
+"""The benchmarks run at a tiny size, count rightly, and fill in the tables of docs/performance.md."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+MODES = ["eager", "exact", "int8"]
+
+
+@pytest.fixture(autouse=True)
+def _modules(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, BENCHMARKS / name, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def counted(work) -> int:
+    # Fused attention on a CPU is not counted; taken apart it is.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def test_operations_are_counted_as_torch_counts_them():
+    import flops
+    import models
+
+    config = models.tiny()
+    model = models.random_model(config)
+    sequence = model.vocabulary.sequence(torch.tensor([1, 2]))
+    images = torch.rand(2, 3, 8, 8)
+    tokens = torch.zeros(2, 4, 4, dtype=torch.long)
+    assert counted(lambda: model.predict_logits(sequence)) == flops.forward(config.transformer, 2)
+    assert counted(lambda: model.encode_pixels(images)) == flops.encode(config.tokenizer, 8, 2)
+    assert counted(lambda: model.decode_tokens(tokens)) == flops.decode(config.tokenizer, 8, 2)
+    made = counted(lambda: model.generate([1, 2], steps=3, policy="random"))
+    assert made == flops.generate(config, 3, 2)
+
+
+@pytest.mark.parametrize("multipliers", [(1, 2), (1, 1, 2, 2, 4)])
+@pytest.mark.parametrize("conv_downsample", [False, True])
+def test_operations_of_every_form_of_tokenizer(multipliers, conv_downsample):
+    import flops
+    from maskgit.config import TokenizerConfig
+    from maskgit.tokenizer import Tokenizer
+
+    config = TokenizerConfig(
+        filters=32, channel_multipliers=multipliers, embedding_dim=8, conv_downsample=conv_downsample
+    )
+    side = 2 * config.patch_size
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config)
+        images, features = torch.empty(1, 3, side, side), torch.empty(1, 8, 2, 2)
+    encoded = counted(lambda: tokenizer.quantizer.distances(tokenizer.encoder(images)))
+    assert encoded == flops.encode(config, side)
+    assert counted(lambda: tokenizer.decoder(features)) == flops.decode(config, side)
+
+
+def test_the_released_model_has_the_known_operations():
+    import flops
+    import models
+
+    config = models.SIZES["256"]()
+    assert flops.forward(config.transformer) == pytest.approx(93e9, rel=5e-3)
+    assert flops.decode(config.tokenizer, 256) == pytest.approx(187e9, rel=5e-3)
+
+
+def test_roofline_and_scaling_write_rows(tmp_path):
+    file = tmp_path / "roofline.json"
+    small = ("--size", "tiny", "--device", "cpu", "--rounds", "2", "--json", file)
+    printed = run("roofline.py", *small, "--modes", *MODES, "--product", "64", "--convolution", "4")
+    record = json.loads(file.read_text())
+    assert {(row["mode"], row["name"]) for row in record["rows"]} == {
+        (mode, name) for mode in MODES for name in ("forward", "decode", "encode", "image8")
+    }
+    assert all(row["seconds"] > 0 and row["rounds"] == 2 and row["share"] > 0 for row in record["rows"])
+    mixed = next(row for row in record["rows"] if (row["mode"], row["name"]) == ("int8", "image8"))
+    assert set(mixed["gflop"]) == {"int8", "float32"} == set(record["attainable_gflop_per_s"])
+    assert record["environment"]["device"] == "cpu"
+    assert "attainable in float32" in printed
+
+    file = tmp_path / "scaling.json"
+    small = ("--size", "tiny", "--device", "cpu", "--rounds", "1", "--json", file)
+    run("scaling.py", *small, "--steps", "1", "2", "--batches", "1", "3")
+    record = json.loads(file.read_text())
+    axes = [row["axis"] for row in record["rows"]]
+    assert {axis: axes.count(axis) for axis in axes} == {"steps": 2, "batch": 2, "resolution": 3, "model": 5}
+    assert all(row["images_per_second"] > 0 for row in record["rows"])
+
+
+def test_both_sides_are_compared_in_turns(tmp_path):
+    import against_official
+    import models
+    from workers import Worker, WorkerError
+
+    config = models.tiny()
+    models.write_official(models.random_model(config), tmp_path / "checkpoints")
+    against_official.write_inputs(tmp_path / "inputs2.npz", config, 2)
+    command = [sys.executable, str(BENCHMARKS / "our_worker.py"), "--device", "cpu"]
+    with Worker(command, tmp_path) as theirs, Worker(command, tmp_path) as ours:
+        # Ours stands in for the official code, which the tests do not have.
+        theirs.ask("describe")
+        for name in ("forward", "decode", "encode"):
+            stand_in = _StandIn(theirs)
+            (row,) = against_official.compare(name, 2, ["exact"], stand_in, ours, tmp_path, rounds=2)
+            assert row["ratio"] == pytest.approx(row["official_s"] / row["ours_s"])
+            assert row["agreement"] in ((None,) if name == "decode" else (1.0,))
+            if name == "decode":
+                assert row["image_difference_greatest"] < 1e-5
+            assert stand_in.timed == 3  # a warm-up and two rounds
+        with pytest.raises(WorkerError, match="no_such_work"):
+            ours.ask("no_such_work")
+
+
+class _StandIn:
+    """A worker whose mode is always eager, as the official one has none."""
+
+    def __init__(self, worker) -> None:
+        self.worker = worker
+        self.timed = 0
+
+    def ask(self, do, **arguments):
+        self.timed += do == "time"
+        if do == "outputs":
+            arguments["noise"] = ""
+        return self.worker.ask(do, **arguments | {"mode": "eager"})
+
+
+def test_given_noise_makes_the_image_that_it_makes_in_the_pipeline():
+    import models
+    import our_worker
+    from maskgit.noise import ImageNoise
+
+    model = models.random_model(models.tiny())
+    labels = torch.tensor([3, 4])
+    steps = torch.arange(models.STEPS)
+    drawn = ImageNoise(5, torch.arange(2), 17, 64)
+    record = {
+        "gumbel_tokens": torch.stack([drawn.tokens(step.expand(2, 1)) for step in steps]).numpy(),
+        "gumbel_choice": torch.stack([drawn.choice(step.expand(2, 1)) for step in steps]).numpy(),
+    }
+    made = our_worker.with_noise(model, labels, our_worker.Recorded(record, torch.device("cpu")))
+    expected = model.generate(labels, seed=5, steps=models.STEPS)
+    assert torch.equal(made["tokens"].view(2, 4, 4), expected.tokens)
+    assert torch.equal(made["images"], expected.images.movedim(1, -1))
+
+
+def test_a_worker_that_dies_is_told(tmp_path):
+    from workers import Worker, WorkerError
+
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    with Worker(command, tmp_path) as worker, pytest.raises(WorkerError, match="exit code 3"):
+        worker.ask("describe")
+
+
+def test_tables_say_what_the_json_says(tmp_path):
+    import tables
+
+    text = "before\n<!-- table: scaling one -->\nold\n<!-- end -->\nafter\n"
+    assert tables.filled(text, tmp_path) == text.replace("old", "Not measured.")
+    row = {
+        "axis": "steps",
+        "value": "8",
+        "seconds_per_image": 2.5,
+        "images_per_second": 0.4,
+        "gflop_per_s": 99.6,
+    }
+    where = {"processor": "P", "features": [], "threads": 2, "torch": "2", "load_average": None}
+    (tmp_path / "one.json").write_text(json.dumps({"environment": where, "rows": [row]}))
+    made = tables.filled(text, tmp_path)
+    assert "| steps | 8 | 2.500 | 0.40 | 100 |" in made
+    assert tables.filled(made, tmp_path) == made
+
+
+def test_the_documents_tables_are_those_of_the_results():
+    import tables
+
+    text = tables.DOCUMENT.read_text()
+    assert tables.filled(text, tables.RESULTS) == text
+    kinds = [kind for _, kind, _, _ in tables.TABLE.findall(text)]
+    assert set(kinds) == set(tables.TABLES)
