@@ -48,9 +48,10 @@ def in_thread(
 
 
 @contextlib.contextmanager
-def in_process(*flags: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def in_process(*flags: str, port: int = 0, page: bool = False) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Give a `maskgit serve` and its URL; it is killed at the end if it still runs."""
     command = [sys.executable, "-m", "maskgit", "serve", "--port", str(port), *flags]
+    command += [] if page else ["--no-page"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

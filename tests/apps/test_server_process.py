@@ -105,3 +105,25 @@ def test_wrong_flags_end_in_a_sentence(flags, words, capsys):
 def test_a_port_in_use_is_refused():
     with bind("127.0.0.1", 0) as first, pytest.raises(ConfigError, match="choose another --port"):
         bind("127.0.0.1", first.getsockname()[1])
+
+
+def test_the_page_is_at_the_root_beside_the_service():
+    with in_process(page=True) as (server, url), client_of(url) as client:
+        page = client.get("/")
+        assert page.status_code == 200
+        assert page.headers["content-type"].startswith("text/html")
+        assert "MaskGIT" in page.text
+        assert ask(client, 3).status_code == 200
+        assert client.get("/healthz").json() == {"status": "alive"}
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+
+
+def test_where_keys_are_asked_for_there_is_no_page(tmp_path):
+    (tmp_path / "keys").write_text("secret\n")
+    with (
+        in_process("--api-key-file", str(tmp_path / "keys"), page=True) as (_, url),
+        client_of(url) as client,
+    ):
+        assert client.get("/").status_code == 401
+        assert client.get("/", headers={"authorization": "Bearer secret"}).status_code == 404

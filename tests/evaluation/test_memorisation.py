@@ -45,5 +45,10 @@ def test_copies_are_found_and_shown():
     assert score.value == pytest.approx(authenticity(gallery, samples))
     assert score.value < 1
     assert found.real_distance is None
+    hidden, _ = search(
+        samples, np.arange(20), lambda i: blank + i, training, None, None, Names("toy", toy_net())
+    )
+    assert all(not row.neighbours for row in (*hidden.random, *hidden.nearest))
+    assert hidden.to_dict() == found.to_dict()
     with pytest.raises(DataError, match="at least two"):
         search(samples[:1], np.arange(1), lambda i: blank, training, data, None, Names("toy", toy_net()))

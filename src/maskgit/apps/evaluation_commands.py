@@ -75,6 +75,7 @@ def _of_samples(
         samples.num_training,
         samples.curve_images,
         samples.epochs,
+        show_training=samples.show_training,
         stale_seconds=work.stale_seconds,
     )
     axes, device = samples.axes(), own_device(work.device)
@@ -86,7 +87,7 @@ def _of_samples(
     plain = Model(model, str(device)).plain()
     stages = {"tokenizer": plain.tokenizer, "transformer": plain.transformer}
     return SampleEvaluation(
-        model=plain.optimize(work.speed.mode, dtype=work.dtype),
+        model=plain.optimize(work.speed.mode, dtype=work.dtype, reuse=work.speed.reuse),
         name=model,
         weights={name: weights_fingerprint(stage) for name, stage in stages.items()},
         net=net.load(device),

@@ -47,6 +47,8 @@ class SampleFlags:
     """The images that the model was trained on, which are searched for copies."""
     num_training: int = 50_000
     """So many of them, spread evenly over them."""
+    show_training: bool = True
+    """Show the training images that samples are nearest to; leave them out of a page that is published."""
     curve: Annotated[tuple[str, ...], arg(metavar="KEY=A,B,…", help_behavior_hint="")] = ()
     """Further, smaller runs with other sampler settings, such as steps=4,8,12 policy=confidence,halton: all
     combinations."""

@@ -27,7 +27,7 @@ Dtype = Annotated[
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast, and how exactly: the first of these that is given, or exact."""
+    """How fast, and how exactly: the first of these modes that is given, or exact."""
 
     exact: FlagCreatePairsOff[bool] = False
     """float32, with the same tokens as plain networks; this is what is done if nothing is said."""
@@ -35,6 +35,9 @@ class Speed:
     """bfloat16 on GPUs; on CPUs bfloat16 or int8, whichever this one is faster at. Images differ a little."""
     int8: FlagCreatePairsOff[bool] = False
     """int8 layers, on CPUs. Images differ a little."""
+    reuse: Annotated[int, arg(metavar="INT")] = 1
+    """Above 1, an approximation: between evaluations of all tokens, up to INT - 1 in a row compute only those that
+    are masked or new. Faster; images differ, and may be worse."""
 
     @property
     def mode(self) -> str:
@@ -43,7 +46,7 @@ class Speed:
         Raises:
             ConfigError: two were given.
         """
-        given = [f.name for f in fields(self) if getattr(self, f.name)]
+        given = [name for name in ("exact", "fast", "int8") if getattr(self, name)]
         if len(given) > 1:
             raise ConfigError(f"Choose one of --{' and --'.join(given)}.")
         return given[0] if given else "exact"
@@ -64,7 +67,7 @@ class Model:
     def load(self) -> "MaskGIT":
         """Return the model on its device, ready to run."""
         mode = self.speed.mode
-        return self.plain().optimize(mode, dtype=self.dtype)
+        return self.plain().optimize(mode, dtype=self.dtype, reuse=self.speed.reuse)
 
     def plain(self) -> "MaskGIT":
         """Return the model on its device as it was saved, in float32."""
@@ -75,7 +78,7 @@ class Model:
         limit_threads()
         return hub.from_pretrained(self.model, device=choose_device(self.device))
 
-    def recorded(self, command: str) -> dict[str, str]:
+    def recorded(self, command: str) -> dict[str, Any]:
         """Return what a picture's metadata says of the model and of what made it."""
         mode = self.speed.mode
         # What the fast mode computes in is the machine's choice.
@@ -86,6 +89,7 @@ class Model:
             "model": self.model,
             "mode": mode,
             "dtype": dtype,
+            "reuse": self.speed.reuse,
         }
 
 

@@ -1,11 +1,13 @@
 """The command that serves a model over HTTP."""
 
+from copy import copy
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
 from maskgit.apps.flags import Model
+from maskgit.errors import ConfigError
 
 
 def serve(
@@ -17,6 +19,7 @@ def serve(
     max_images: int = 16,
     timeout: float = 120.0,
     api_key_file: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: no keys)")] = None,
+    page: bool = True,
 ) -> None:
     """Serve a model over HTTP; see docs/serving.md.
 
@@ -28,16 +31,36 @@ def serve(
         max_images: Images that one request may ask for.
         timeout: Seconds in which a request must be answered.
         api_key_file: Keys, one a line, of which a client must show one.
+        page: Put the page of `maskgit app` at /, if Gradio is installed; not with keys, which browsers do not send.
     """
     import logging
+    from functools import partial
+    from importlib.util import find_spec
 
-    from maskgit.apps.serving.gates import read_keys
-    from maskgit.apps.serving.server import bind, run
-    from maskgit.apps.serving.service import Limits, Service
+    try:
+        from maskgit.apps.serving.gates import read_keys
+        from maskgit.apps.serving.server import bind, run
+        from maskgit.apps.serving.service import Limits, Service
+    except ImportError as error:
+        raise ConfigError(
+            f"The server needs the package {error.name}; install it with pip install 'maskgit-torch[serve]'."
+        ) from error
 
     limits = Limits(queue_size=queue_size, max_batch=max_batch, max_images=max_images, timeout=timeout)
     keys = read_keys(api_key_file) if api_key_file else ()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with bind(host, port) as listener:
-        service = Service(model.load(), model.model, limits, recorded=model.recorded("serve"))
-        run(service, listener, keys, lambda url: print(f"Serving {model.model} at {url}", flush=True))
+        pipe = model.load()
+        service = Service(pipe, model.model, limits, recorded=model.recorded("serve"))
+        mounted = None
+        if page and not keys and find_spec("gradio"):
+            from maskgit.apps.webui.page import mount
+
+            # Its pictures are made beside the batches of requests, by a model that shares the weights.
+            mounted = partial(mount, pipe=copy(pipe), name=model.model)
+        announce = partial(_announce, model.model)
+        run(service, listener, keys, announce, mounted)
+
+
+def _announce(name: str, url: str) -> None:
+    print(f"Serving {name} at {url}", flush=True)

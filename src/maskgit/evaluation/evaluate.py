@@ -43,6 +43,8 @@ class EvaluationConfig(Config):
         curve_images: images of each run of a curve.
         epochs: passes over the samples when a classifier is trained on them.
         num_examples: pictures of each class that is shown.
+        show_training: whether the page shows training images beside the samples that they are nearest to; a page
+            that is published may not be free to.
         stale_seconds: the age at which another host's lock counts as left behind.
     """
 
@@ -51,6 +53,7 @@ class EvaluationConfig(Config):
     curve_images: int = 1000
     epochs: int = 14
     num_examples: int = 4
+    show_training: bool = True
     stale_seconds: float = 300.0
 
     def validate(self) -> None:
@@ -223,7 +226,7 @@ class SampleEvaluation:
             work.shown,
             lambda i: work.pictures(i, i + 1)[0],
             training.arrays,
-            self.training,
+            self.training if self.config.show_training else None,
             # Training images are their own nearest, which says nothing.
             None if self.reference.digest == self.training.fingerprint else reference,
             names,

@@ -29,7 +29,7 @@ class Row(NamedTuple):
         image: uint8 (H, W, 3).
         numbers: of the training images, nearest first.
         distances: theirs, Euclidean, of features.
-        neighbours: uint8 (H, W, 3) each.
+        neighbours: uint8 (H, W, 3) each; none where they are not to be shown.
     """
 
     sample: int
@@ -75,7 +75,7 @@ def search(
     shown: NDArray[np.int64],
     picture: Callable[[int], NDArray[np.uint8]],
     training: Arrays,
-    data: Pictures,
+    data: Pictures | None,
     reference: ImageStatistics | None,
     names: Names,
 ) -> tuple[Memorisation, Score]:
@@ -86,7 +86,7 @@ def search(
         shown: indices of the samples of the random sheet.
         picture: makes a sample's picture, uint8 (H, W, 3), from its index.
         training: what `gather` returns of training images: `pooled` and `numbers`.
-        data: the training images themselves.
+        data: the training images themselves; None leaves them out.
         reference: real images to compare with, of which those with features are asked the same.
         names: of scores.
 
@@ -105,7 +105,8 @@ def search(
         made = []
         for index, places, distances in zip(indices.tolist(), found.indices, found.distances, strict=True):
             numbers = training["numbers"][places].tolist()
-            made.append(Row(index, picture(index), numbers, distances.tolist(), _pictures(data, numbers)))
+            shown = [] if data is None else _pictures(data, numbers)
+            made.append(Row(index, picture(index), numbers, distances.tolist(), shown))
         return made
 
     real_distance = real_share = None

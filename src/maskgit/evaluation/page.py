@@ -201,6 +201,10 @@ def _copies(found: Memorisation | None, num_images: int) -> str:
 
 def _copy(row: Row) -> str:
     figures = [_figure(row.image, f"{row.sample}", f"sample {row.sample}"), "<span>→</span>"]
+    if not row.neighbours:
+        pairs = zip(row.numbers, row.distances, strict=True)
+        named = ", ".join(f"{place} ({number(distance)})" for place, distance in pairs)
+        return f'<div class="copy named">{"".join(figures)}<p>training images {named}</p></div>'
     for place, distance, pixels in zip(row.numbers, row.distances, row.neighbours, strict=True):
         figures.append(_figure(pixels, number(distance), f"training image {place}"))
     return f'<div class="copy">{"".join(figures)}</div>'

@@ -37,12 +37,15 @@ _STATUS_KINDS = {404: "not_found", 405: "method_not_allowed"}
 _CLIENTS_FAULTS = (ConfigError, ImageError, RegionError)
 
 
-def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    service: Service, keys: Sequence[str] = (), page: Callable[[FastAPI], object] | None = None
+) -> FastAPI:
     """Return the application; it starts the service when it starts, and closes it when it ends.
 
     Args:
         service: answers the requests; not started yet.
         keys: of which a client must show one; without any, everybody is let in.
+        page: adds a page at /, behind all other routes.
     """
 
     @asynccontextmanager
@@ -59,6 +62,8 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     app.add_middleware(BodyGate, max_bytes=limits.max_body, seconds=limits.body_seconds)
     app.add_middleware(KeyGate, keys=keys)
     app.add_middleware(Counted, metrics=app.state.metrics)
+    if page is not None:
+        page(app)
     return app
 
 

@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.service import Service
 from maskgit.errors import ConfigError
+
+# Seconds.
+PATIENCE = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -33,7 +37,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(
-    service: Service, listener: socket.socket, keys: Sequence[str], announce: Callable[[str], None]
+    service: Service,
+    listener: socket.socket,
+    keys: Sequence[str],
+    announce: Callable[[str], None],
+    page: Callable[[FastAPI], object] | None = None,
 ) -> None:
     """Serve until a signal says to stop: then nothing new is accepted, and what was accepted is answered.
 
@@ -42,14 +50,20 @@ def run(
     Args:
         service: not started yet.
         listener: see `bind`.
-        keys: see `create_app`.
+        keys, page: see `create_app`.
         announce: called with the URL once requests are taken.
 
     Raises:
         Exception: what the model failed at when it was warmed up.
     """
     config = uvicorn.Config(
-        create_app(service, keys), log_config=None, log_level="warning", access_log=False, lifespan="on"
+        create_app(service, keys, page),
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        # Of connections that stay open when all is answered, as a browser's do.
+        timeout_graceful_shutdown=PATIENCE,
     )
     server = _Server(config, service, announce)
     server.run(sockets=[listener])

@@ -101,7 +101,7 @@ class EditTab:
     def _stage(self) -> dict[str, gr.Column]:
         """Make what the photo is shown in: to paint on, to draw a box on, or to look at."""
         stage = {}
-        with gr.Column(visible=True, elem_classes="canvas") as stage["inpaint"]:
+        with gr.Column(visible=True, elem_classes="canvas painted") as stage["inpaint"]:
             self.editor = gr.ImageEditor(
                 label="Paint what is to be new",
                 type="pil",

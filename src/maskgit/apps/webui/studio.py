@@ -13,7 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from maskgit import images
-from maskgit.apps.flags import Model
+from maskgit.apps.flags import Model, Speed
 from maskgit.apps.output import slug
 from maskgit.apps.webui import pictures
 from maskgit.apps.webui.pictures import Saved, Shelf
@@ -54,7 +54,8 @@ class Studio:
     def recorded(self, command: str) -> dict[str, Any]:
         """Return what a picture's metadata says of the model and of what made it."""
         dtype: Any = str(next(self.pipe.transformer.parameters()).dtype).removeprefix("torch.")
-        return dict(Model(model=self.name, dtype=dtype).recorded(command))
+        speed = Speed(reuse=1 if self.pipe.engine is None else self.pipe.engine.reuse)
+        return Model(model=self.name, dtype=dtype, speed=speed).recorded(command)
 
     def classes(self, *, guess: bool = False) -> list[tuple[str, str]]:
         """Return what there is to choose from, as (what is shown, what `label` takes)."""
