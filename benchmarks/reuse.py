@@ -1,25 +1,27 @@
 """What reusing context features saves, and what it costs in quality.
 
     maskgit stats data/cifar10/test --out REFERENCE.npz
-    python benchmarks/reuse.py --json FILE [--quality REFERENCE.npz --num-images 1000]
-    python benchmarks/reuse.py --size 256 --steps 8 16 --json FILE
+    python benchmarks/reuse.py --mode fast --batch 16 --quality REFERENCE.npz --json FILE
+    python benchmarks/reuse.py --size 256 --steps 8 --json FILE
 
-Rows of one number of steps are timed in turns, images with their pixels. `computed` is the share of positions that the
+Rows of one number of steps are timed in turns, images with their pixels; on a CPU it is processor time, so that other
+load counts little (with OMP_NUM_THREADS=1: of one core). `computed` is the share of positions that the
 transformer computed, of those that full evaluations would. EffNet-FD is against all test images (a Fréchet distance on
 EfficientNet-Lite0's features: not an FID), every row with the same seeds; equal tokens are shares of an image's, against
 the same steps without reuse. Random weights (every size but `bundled`) are for times only.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models
-import timing
 import torch
 
+import models
+import timing
 from maskgit import MaskGIT
 from maskgit.evaluation.features import FeatureNet, load_feature_net
 from maskgit.evaluation.statistics import Collector, ImageStatistics, compare, read_statistics
@@ -42,15 +44,25 @@ class Counted:
 
     def __init__(self, model: MaskGIT) -> None:
         self.positions = 0
-        model.transformer.layers[0].mlp.register_forward_pre_hook(self._count)
+        for transformer in {model.transformer, model.local_transformer}:
+            transformer.layers[0].mlp.register_forward_pre_hook(self._count)
 
     def _count(self, module: Any, args: tuple) -> None:
         self.positions += args[0].shape[0] * args[0].shape[1]
 
 
-def timed(model: MaskGIT, steps: int, batch: int) -> Callable[[], None]:
-    """Return the work of making one batch."""
-    return lambda: model.generate([1] * batch, steps=steps, seed=SEED, batch_size=batch) and None
+def clocked(model: MaskGIT, steps: int, batch: int) -> Callable[[], float]:
+    """Return what makes one batch and returns its seconds."""
+
+    def work() -> None:
+        model.generate([1] * batch, steps=steps, seed=SEED, batch_size=batch)
+
+    def processor() -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    return processor if model.device.type == "cpu" else timing.clock(work, model.device)
 
 
 def judged(model: MaskGIT, steps: int, judge: Judge) -> tuple[float, torch.Tensor]:
@@ -77,15 +89,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         judge = Judge(net, reference, options.num_images, options.quality_batch)
     rows = []
     for steps in options.steps:
-        works = {
-            str(reuse): timing.clock(timed(model, steps, options.batch), options.device)
-            for reuse, model in by_reuse.items()
-        }
+        works = {str(reuse): clocked(model, steps, options.batch) for reuse, model in by_reuse.items()}
         times = {name: timing.spread(t) for name, t in timing.in_turns(works, options.rounds).items()}
         full: dict[str, Any] = {}
         for reuse, model in by_reuse.items():
             counters[reuse].positions = 0
-            timed(model, steps, options.batch)()
+            works[str(reuse)]()
             row: dict[str, Any] = {"steps": steps, "reuse": reuse, "batch": options.batch}
             row |= {"positions": counters[reuse].positions} | times[str(reuse)]
             if judge is not None:
@@ -120,7 +129,7 @@ def main() -> None:
     )
     parser.add_argument("--size", default="bundled", choices=["bundled", *models.SIZES])
     parser.add_argument("--mode", default="exact", choices=[m for m in models.MODES if m != "eager"])
-    parser.add_argument("--steps", type=int, nargs="+", default=[12, 16, 24])
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 12, 16, 24])
     parser.add_argument("--reuse", type=int, nargs="+", default=[1, 2, 3], help="begins with 1")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)

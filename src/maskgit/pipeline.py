@@ -16,6 +16,7 @@ from maskgit import editing, filling, images, likelihood, outpainting, variation
 from maskgit.classes import find_class
 from maskgit.config import ModelConfig, SamplerConfig, StepTables, check_count
 from maskgit.errors import ConfigError
+from maskgit.guidance import PredictLogits
 from maskgit.policies import POLICIES
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, join_outputs
 from maskgit.sampler import StepFunction, decode_step
@@ -40,6 +41,7 @@ class MaskGIT:
         config: the `ModelConfig` of both.
         tokenizer, transformer: the networks.
         vocabulary: the transformer's `Vocabulary`.
+        local_transformer: a form of the transformer whose calls may be of ever other sizes.
         engine: how the model runs, if it was made by `optimize`; else None.
         decode_step: what makes a decoding step, `sampler.decode_step` or a faster form of it.
     """
@@ -60,7 +62,7 @@ class MaskGIT:
         self.decode_step: StepFunction = decode_step
         self.config = config
         self.tokenizer = tokenizer
-        self.transformer = transformer
+        self.transformer = self.local_transformer = transformer
         self.vocabulary = Vocabulary(
             config.transformer.num_codes, config.transformer.num_classes, config.transformer.grid_size
         )
@@ -274,6 +276,23 @@ class MaskGIT:
     def predict_logits(self, sequence: Tensor) -> Tensor:
         """Return the logits of the image codes: int64 (B, S) → float (B, S, num_codes)."""
         return self.transformer(sequence, codes=self.vocabulary.num_codes)
+
+    def new_predictor(self) -> PredictLogits:
+        """Return what predicts logits through one decoding: `predict_logits`, or its approximate form.
+
+        With an engine that reuses context it remembers evaluations, so every decoding has its own.
+        """
+        if self.engine is None or self.engine.reuse == 1:
+            return self.predict_logits
+        from maskgit.engine.reuse import ContextReuse
+
+        return ContextReuse(
+            self.transformer,
+            self.local_transformer,
+            codes=self.vocabulary.num_codes,
+            mask_token=self.vocabulary.mask,
+            reuse=self.engine.reuse,
+        )
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Return the images of tokens: int64 (B, h, w) → float32 (B, 3, H, W) in [0, 1], on the CPU.

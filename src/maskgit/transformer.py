@@ -1,6 +1,7 @@
 """The bidirectional transformer that predicts masked tokens (BERT, post-norm).
 
-Shapes: B batch, N image tokens, N + 1 the sequence with its class token, E hidden_size, V vocabulary.
+Shapes: B batch, N image tokens, S = N + 1 the sequence with its class token, P some of its positions, E hidden_size,
+H heads, D = E / H, V vocabulary.
 Source: official nets/maskgit_transformer.py; paper §3.1.
 """
 
@@ -26,10 +27,19 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
+        return self.attend(x_BSE, *self.project(x_BSE))
+
+    def project(self, x_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values of positions, each (B, H, S, D)."""
         q, k, v = self.qkv(x_BSE).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return q, k, v
+
+    def attend(self, x_BPE: Tensor, q_BHPD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+        """Return what positions become by looking at the keys and values of others."""
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q_BHPD, k_BHSD, v_BHSD, dropout_p=dropout)
         y = self.out(y.transpose(1, 2).flatten(2))
-        return self.norm(x_BSE + F.dropout(y, self.dropout, self.training))
+        return self.norm(x_BPE + F.dropout(y, self.dropout, self.training))
 
 
 class Mlp(nn.Module):
@@ -106,18 +116,26 @@ class Transformer(nn.Module):
 
         Source: official `Transformer` and `MlmLayer`.
         """
+        x = self.embed(sequence)
+        for layer in self.layers:
+            x = layer(x)
+        if positions is not None:
+            x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+        return self.head(x, self.token_embedding.weight, self.config.vocab_size if codes is None else codes)
+
+    def embed(self, sequence: Tensor) -> Tensor:
+        """Return what goes into the first layer: int64 (B, N + 1) → float (B, N + 1, E).
+
+        Raises:
+            ConfigError: the sequence is not of the model's length.
+        """
         if sequence.ndim != 2 or sequence.shape[1] != self.position_embedding.num_embeddings:
             raise ConfigError(
                 f"A sequence must be of shape (B, {self.position_embedding.num_embeddings}), "
                 f"but is {tuple(sequence.shape)}."
             )
         x = self.token_embedding(sequence) + self.position_embedding.weight
-        x = F.dropout(self.embedding_norm(x), self.config.dropout, self.training)
-        for layer in self.layers:
-            x = layer(x)
-        if positions is not None:
-            x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
-        return self.head(x, self.token_embedding.weight, self.config.vocab_size if codes is None else codes)
+        return F.dropout(self.embedding_norm(x), self.config.dropout, self.training)
 
 
 def _initialize(module: nn.Module) -> None:

@@ -7,6 +7,8 @@ function, in the mode that is asked for:
     fast    the fastest of what the device is good at: bfloat16, compiled and captured on a GPU; bfloat16 or
             int8 on a CPU, whichever a first measurement finds faster.
     int8    int8 linear layers, on a CPU.
+
+Beside a mode, decoding may reuse what it computed of known tokens (`engine.reuse`), which is approximate.
 """
 
 import copy
@@ -16,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from maskgit.config import Config, check_choice
+from maskgit.config import Config, check_choice, check_count, check_range
 from maskgit.devices import choose_device
 from maskgit.engine import probe
 from maskgit.engine.convolution import prepare_convolutions
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import keep_freed_memory
-from maskgit.engine.linear import has_int8, replace_linears
+from maskgit.engine.linear import FIXED_ROWS, has_int8, replace_linears
 from maskgit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 MODES = ("exact", "fast", "int8")
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_REUSE = 256
 # Graphs are captured by `engine.graphs`, so the compiler is not to do it, too.
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     "cuda": {"mode": "max-autotune-no-cudagraphs"},
@@ -49,6 +52,7 @@ class Engine(Config):
         linear: the way of the other linear layers on a CPU, a key of `engine.linear.PATHS`.
         compile: whether `torch.compile` builds the networks; takes a minute at first use, and a C++ compiler.
         graphs: whether decoding steps are captured as CUDA graphs.
+        reuse: of so many evaluations in decoding one at least is full (see `engine.reuse`); 1 is all of them.
     """
 
     device: str = "cpu"
@@ -57,6 +61,7 @@ class Engine(Config):
     linear: str = "torch"
     compile: bool = False
     graphs: bool = False
+    reuse: int = 1
 
     def validate(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -70,6 +75,11 @@ class Engine(Config):
             raise ConfigError("This build of torch has no int8 products; use the exact or the fast mode.")
         if self.graphs and kind != "cuda":
             raise ConfigError("CUDA graphs need a CUDA device.")
+        check_range("reuse", self.reuse, 1, MAX_REUSE)
+        if self.graphs and self.reuse > 1:
+            raise ConfigError(
+                "CUDA graphs repeat the same work at every step, which reuse does not; choose one of them."
+            )
 
 
 def choose(
@@ -79,6 +89,7 @@ def choose(
     dtype: str | torch.dtype | None = None,
     compile: bool | None = None,
     quantize: str | None = None,
+    reuse: int = 1,
 ) -> Engine:
     """Return how a model should run; what is None is the mode's choice.
 
@@ -88,11 +99,13 @@ def choose(
         dtype: a type or its name.
         compile: whether to use `torch.compile`.
         quantize: "int8" or "" (no).
+        reuse: of so many evaluations in decoding one at least is full; above 1 there are no CUDA graphs.
 
     Raises:
         ConfigError: a choice is unknown, not available here, or does not go with another.
     """
     check_choice("mode", mode, MODES)
+    reuse = check_count("reuse", reuse, 1, MAX_REUSE)
     chosen = choose_device(device) if isinstance(device, str) else device
     kind = chosen.type
     named = None
@@ -115,7 +128,8 @@ def choose(
         quantize=quantize,
         linear=probe.fastest(named) if packs else "torch",
         compile=compile,
-        graphs=mode == "fast" and kind == "cuda",
+        graphs=mode == "fast" and kind == "cuda" and reuse == 1,
+        reuse=reuse,
     )
 
 
@@ -145,6 +159,7 @@ def optimize(
     dtype: str | torch.dtype | None = None,
     compile: bool | None = None,
     quantize: str | None = None,
+    reuse: int = 1,
 ) -> "MaskGIT":
     """Return the model made ready to run fast; the one it is made from stays as it is.
 
@@ -157,6 +172,8 @@ def optimize(
         dtype: float32, bfloat16 or float16 in place of the mode's choice.
         compile: whether `torch.compile` builds the networks, in place of the mode's choice.
         quantize: "int8" or "" in place of the mode's choice.
+        reuse: above 1, decoding is approximate: of so many evaluations in a row one at least is full, and the
+            others compute only tokens that are masked or new (`engine.reuse`).
 
     Returns:
         A `MaskGIT` whose `engine` says how it runs.
@@ -169,11 +186,20 @@ def optimize(
 
     if model.engine is not None:
         raise ConfigError("This model is optimized already; optimize the one that it was made from.")
-    engine = choose(mode, device=device or model.device, dtype=dtype, compile=compile, quantize=quantize)
+    engine = choose(
+        mode,
+        device=device or model.device,
+        dtype=dtype,
+        compile=compile,
+        quantize=quantize,
+        reuse=reuse,
+    )
     made = MaskGIT(model.config, _shared(model.tokenizer), _shared(model.transformer))
     made.to(torch.device(engine.device), getattr(torch, engine.dtype))
     if engine.device == "cpu":
         keep_freed_memory()
+        if engine.reuse > 1 and engine.linear in FIXED_ROWS:
+            made.local_transformer = _shared(made.transformer)
         # The last layers, small and close to the logits, stay as they are in int8.
         replace_linears(
             made.transformer.layers if engine.quantize else made.transformer, engine.quantize or engine.linear

@@ -3,7 +3,6 @@
 Shapes: M rows (of all images of a batch), I inputs, O outputs.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -33,25 +32,23 @@ class MklLinear(nn.Linear):
     the weights' own size for each of the last two numbers of rows.
     """
 
-    packs: "OrderedDict[int, Tensor]"
+    packs: dict[int, Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.numel() // self.in_features
         pack = self.packs.get(rows)
         if pack is None:
             pack = torch.ops.mkl._mkl_reorder_linear_weight(self.weight.detach(), rows)
-            self.packs[rows] = pack
-            while len(self.packs) > KEPT_PACKS:
-                self.packs.popitem(last=False)
-        else:
-            self.packs.move_to_end(rows)
+            # Another dictionary, for other threads may be reading this one.
+            kept = list(self.packs.items())[-(KEPT_PACKS - 1) :]
+            self.packs = dict([*kept, (rows, pack)])
         return torch.ops.mkl._mkl_linear(input, pack, self.weight, self.bias, rows)
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "MklLinear":
         """Return the same layer, sharing its parameters."""
         made = _sharing(cls, linear)
-        made.packs = OrderedDict()
+        made.packs = {}
         return made
 
 
@@ -124,6 +121,8 @@ PATHS: dict[str, tuple[Callable[[], bool], Callable[[nn.Linear], nn.Module]]] = 
     "onednn": (has_onednn, OneDnnLinear.of),
     "int8": (has_int8, Int8Linear),
 }
+# What packs anew for another number of rows, which takes longer than it saves if that number keeps changing.
+FIXED_ROWS = ("mkl",)
 
 
 def replace_linears(module: nn.Module, path: str) -> None:
