@@ -399,6 +399,7 @@ def test_what_is_mistaken_in_a_form_is_answered_with_a_sentence(visit, photo):
 
 
 def test_a_closed_tab_stops_its_work(visit, pipe, monkeypatch):
+    wait_until_idle()
     steps = endless(monkeypatch, pipe)
     page = visit()
     press(page, "Generate")
@@ -410,6 +411,7 @@ def test_a_closed_tab_stops_its_work(visit, pipe, monkeypatch):
 
 
 def test_stop_stops_the_work(visit, pipe, monkeypatch):
+    wait_until_idle()
     endless(monkeypatch, pipe)
     page = visit()
     press(page, "Generate")
