@@ -292,13 +292,17 @@ def main(argv: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     try:
-        app.cli(
-            prog="maskgit",
-            description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",
-            args=arguments,
-            sort_subcommands=False,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
+        try:
+            app.cli(
+                prog="maskgit",
+                description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",
+                args=arguments,
+                sort_subcommands=False,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+        finally:
+            # What nobody reads any more is found out here, and not at exit.
+            sys.stdout.flush()
     except MaskGITError as error:
         print(f"maskgit: {error}", file=sys.stderr)
         return EXIT_INPUT
