@@ -220,6 +220,8 @@ def test_a_picture_is_downloaded_with_its_settings_and_made_again(visit, pipe, t
     page.get_by_label("Seed").locator("visible=true").fill("5")
     page.get_by_label("number input for Steps").locator("visible=true").fill("6")
     page.get_by_label("number input for Steps").locator("visible=true").press("Tab")
+    # Gradio takes over what was typed a moment after the field is left.
+    page.wait_for_timeout(1000)
     press(page, "Generate")
     said(page, "4 pictures in")
     first = saved(page, tmp_path, 2)
