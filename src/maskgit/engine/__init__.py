@@ -22,6 +22,7 @@ from maskgit.config import Config, check_choice, check_count, check_range
 from maskgit.devices import choose_device
 from maskgit.engine import probe
 from maskgit.engine.convolution import prepare_convolutions
+from maskgit.engine.folding import fold_biases, replace_gelus
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import keep_freed_memory
 from maskgit.engine.linear import FIXED_ROWS, has_int8, replace_linears
@@ -200,6 +201,10 @@ def optimize(
         keep_freed_memory()
         if engine.reuse > 1 and engine.linear in FIXED_ROWS:
             made.local_transformer = _shared(made.transformer)
+        if engine.dtype == "float32" and engine.linear != "onednn" and not engine.compile:
+            if not engine.quantize:
+                fold_biases(made.transformer)
+            replace_gelus(made.transformer)
         # The last layers, small and close to the logits, stay as they are in int8.
         replace_linears(
             made.transformer.layers if engine.quantize else made.transformer, engine.quantize or engine.linear

@@ -132,14 +132,15 @@ def replace_linears(module: nn.Module, path: str) -> None:
         if not isinstance(child, nn.Linear):
             replace_linears(child, path)
         # oneDNN has a tanh-GELU for nothing.
-        elif path == "onednn" and name in ("up", "dense") and _is_gelu(getattr(module, "activation", None)):
+        elif path == "onednn" and name in ("up", "dense") and is_tanh_gelu(getattr(module, "activation", None)):
             setattr(module, name, OneDnnLinear.of(child, gelu=True))
             module.activation = nn.Identity()
         else:
             setattr(module, name, make(child))
 
 
-def _is_gelu(module: nn.Module | None) -> bool:
+def is_tanh_gelu(module: nn.Module | None) -> bool:
+    """Return whether a module is the GELU that has a fast form."""
     return isinstance(module, nn.GELU) and module.approximate == "tanh"
 
 
