@@ -5,6 +5,7 @@ are drawn so that features keep their size from layer to layer and positions sta
 models.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,18 @@ MODES = ("eager", "exact", "fast", "int8")
 def in_mode(model: MaskGIT, mode: str, device: torch.device | str) -> MaskGIT:
     """Return a model on a device as a mode runs it."""
     return model.to(device) if mode == "eager" else model.optimize(mode, device=device)
+
+
+class NewClasses:
+    """Gives ever other classes, so that none is still remembered from before (see `maskgit.engine.masked`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Begin with class 0 of a model."""
+        self._numbers = itertools.cycle(range(config.transformer.num_classes))
+
+    def take(self, count: int) -> list[int]:
+        """Return the next classes."""
+        return list(itertools.islice(self._numbers, count))
 
 
 def engine_of(model: MaskGIT) -> dict[str, Any]:

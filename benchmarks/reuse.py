@@ -51,11 +51,11 @@ class Counted:
         self.positions += args[0].shape[0] * args[0].shape[1]
 
 
-def clocked(model: MaskGIT, steps: int, batch: int) -> Callable[[], float]:
-    """Return what makes one batch and returns its seconds."""
+def clocked(model: MaskGIT, steps: int, batch: int, classes: models.NewClasses) -> Callable[[], float]:
+    """Return what makes one batch, of ever other classes, and returns its seconds."""
 
     def work() -> None:
-        model.generate([1] * batch, steps=steps, seed=SEED, batch_size=batch)
+        model.generate(classes.take(batch), steps=steps, seed=SEED, batch_size=batch)
 
     def processor() -> float:
         start = time.process_time()
@@ -82,6 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     by_reuse = {
         reuse: plain.optimize(options.mode, device=options.device, reuse=reuse) for reuse in options.reuse
     }
+    classes = {reuse: models.NewClasses(plain.config) for reuse in options.reuse}
     counters = {reuse: Counted(model) for reuse, model in by_reuse.items()}
     judge = None
     if options.quality:
@@ -89,7 +90,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         judge = Judge(net, reference, options.num_images, options.quality_batch)
     rows = []
     for steps in options.steps:
-        works = {str(reuse): clocked(model, steps, options.batch) for reuse, model in by_reuse.items()}
+        works = {
+            str(reuse): clocked(model, steps, options.batch, classes[reuse])
+            for reuse, model in by_reuse.items()
+        }
         times = {name: timing.spread(t) for name, t in timing.in_turns(works, options.rounds).items()}
         full: dict[str, Any] = {}
         for reuse, model in by_reuse.items():

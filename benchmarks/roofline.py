@@ -22,7 +22,7 @@ import models
 import timing
 from maskgit import MaskGIT
 
-PARTS = ("forward", "decode", "encode", "image8")
+PARTS = ("forward", "decode", "encode", "image8", "again8")
 
 
 class Work(NamedTuple):
@@ -82,13 +82,19 @@ def parts(model: MaskGIT, names: list[str], batch: int) -> Works:
     linear = engine.get("quantize") or plain
     forward, decode = flops.forward(config.transformer, batch), flops.decode(config.tokenizer, pixels, batch)
     image8 = Counter({linear: models.STEPS * forward}) + Counter({plain: decode})
+    classes = models.NewClasses(config)
+
+    def generate(labels: list[int]) -> None:
+        model.generate(labels, steps=models.STEPS, batch_size=batch)
+
     works = {
         "forward": Work(lambda: model.predict_logits(sequence), {linear: forward}),
         "decode": Work(lambda: model.decode_tokens(tokens), {plain: decode}),
         "encode": Work(
             lambda: model.encode_pixels(image), {plain: flops.encode(config.tokenizer, pixels, batch)}
         ),
-        "image8": Work(lambda: model.generate(labels, steps=models.STEPS, batch_size=batch), dict(image8)),
+        "image8": Work(lambda: generate(classes.take(batch)), dict(image8)),
+        "again8": Work(lambda: generate(labels), dict(image8)),
     }
     return {name: works[name] for name in names}
 

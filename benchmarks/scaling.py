@@ -73,10 +73,11 @@ def axes(options: argparse.Namespace) -> dict[str, list[Point]]:
     return {axis: found[axis] for axis in options.axes}
 
 
-def work(model: MaskGIT, point: Point, device: str) -> Callable[[], float]:
+def work(model: MaskGIT, point: Point, classes: models.NewClasses, device: str) -> Callable[[], float]:
     """Return what times the images of a point."""
-    labels = [1] * point.batch
-    return timing.clock(lambda: model.generate(labels, steps=point.steps, batch_size=point.batch), device)
+    return timing.clock(
+        lambda: model.generate(classes.take(point.batch), steps=point.steps, batch_size=point.batch), device
+    )
 
 
 def rows_of(axis: str, points: list[Point], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -86,7 +87,10 @@ def rows_of(axis: str, points: list[Point], options: argparse.Namespace) -> Iter
         if point.config.transformer not in made:
             model = models.random_model(point.config)
             made[point.config.transformer] = models.in_mode(model, options.mode, options.device)
-    clocks = {point.value: work(made[point.config.transformer], point, options.device) for point in points}
+    classes = models.NewClasses(points[0].config)
+    clocks = {
+        point.value: work(made[point.config.transformer], point, classes, options.device) for point in points
+    }
     times = timing.in_turns(clocks, options.rounds)
     for point in points:
         found = timing.spread(times[point.value])

@@ -82,7 +82,7 @@ def test_roofline_and_scaling_write_rows(tmp_path):
     printed = run("roofline.py", *small, "--modes", *MODES, "--product", "64", "--convolution", "4")
     record = json.loads(file.read_text())
     assert {(row["mode"], row["name"]) for row in record["rows"]} == {
-        (mode, name) for mode in MODES for name in ("forward", "decode", "encode", "image8")
+        (mode, name) for mode in MODES for name in ("forward", "decode", "encode", "image8", "again8")
     }
     assert all(row["seconds"] > 0 and row["rounds"] == 2 and row["share"] > 0 for row in record["rows"])
     mixed = next(row for row in record["rows"] if (row["mode"], row["name"]) == ("int8", "image8"))

@@ -246,7 +246,7 @@ class _Watched:
         remasks = make_policy(config.policy, config.policy_options).remasks
         planned = plan_steps(config, model.vocabulary.num_tokens, remasks=remasks).steps
         pipe._num_timesteps = planned - min(start_step, planned - 1)
-        scale, state, predict_logits = pipe._guidance_scale, None, model.new_predictor()
+        scale, state, predict_logits = pipe._guidance_scale, None, model.new_predictor(known=False)
         with pipe.progress_bar(total=pipe._num_timesteps) as bar:
             for number in range(pipe._num_timesteps):
                 if pipe._guidance_scale != scale:

@@ -90,7 +90,7 @@ def fill_batches(
         noise = ImageNoise(seed, indices, batch.shape[1], model.vocabulary.num_codes)
         part = None if switch is None else (switch[0], switch[1][rows].to(model.device))
         history = []
-        for made in _steps(model, batch, config, noise, start_step, part):
+        for made in _steps(model, batch, config, noise, start_step, part, known=return_steps):
             grid = model.vocabulary.grid(made.tokens)
             if return_steps:
                 history.append(_record(model, made))
@@ -114,8 +114,13 @@ def _steps(
     noise: ImageNoise,
     start_step: int,
     switch: tuple[int, Tensor] | None,
+    *,
+    known: bool,
 ) -> Iterator[Decoded]:
-    """Give the steps of decoding; from the step of the switch on, the class tokens are others."""
+    """Give the steps of decoding; from the step of the switch on, the class tokens are others.
+
+    The logits of known tokens are there only if `known` says so.
+    """
     options: dict[str, Any] = {
         "mask_token": model.vocabulary.mask,
         "noise": noise,
@@ -126,7 +131,7 @@ def _steps(
     if switch is not None:
         step, classes = switch
         if step > start_step:
-            for made in decode_steps(model.new_predictor(), sequences, config, **options):
+            for made in decode_steps(model.new_predictor(known=known), sequences, config, **options):
                 yield made
                 state = made.state
                 if state is None:
@@ -136,7 +141,7 @@ def _steps(
                     break
         sequences = torch.cat([classes[:, None], sequences[:, 1:]], dim=1)
         state = None if state is None else state._replace(sequence=sequences)
-    yield from decode_steps(model.new_predictor(), sequences, config, state=state, **options)
+    yield from decode_steps(model.new_predictor(known=known), sequences, config, state=state, **options)
 
 
 def _record(model: "MaskGIT", made: Decoded) -> Trace:

@@ -56,13 +56,16 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | 
     Returns:
         Four int64 tensors of the broadcast shape, each in [0, 2³²).
     """
-    a, b, c, d = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
+    words = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
+    a, b, c, d = torch.broadcast_tensors(*words)
     k0, k1 = key
     for _ in range(10):
-        # The products overflow int64 but keep their bits, which is all that the shifts and masks read.
+        # The products overflow int64 but keep their bits, which is all that the shifts and masks read. What is
+        # carried to the next round, b and d, is masked there.
         p, q = a * 0xD2511F53, c * 0xCD9E8D57
-        # What is only carried to the next round, b and d, is masked there.
-        a, b, c, d = ((q >> 32) ^ b ^ k0) & MASK32, q, ((p >> 32) ^ d ^ k1) & MASK32, p
+        a = (q >> 32).bitwise_xor_(b).bitwise_xor_(k0).bitwise_and_(MASK32)
+        c = (p >> 32).bitwise_xor_(d).bitwise_xor_(k1).bitwise_and_(MASK32)
+        b, d = q, p
         k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
     return a, b & MASK32, c, d & MASK32
 
@@ -97,9 +100,9 @@ def uniform(seed: int | Tensor, indices: Tensor, step: int | Tensor, stream: int
     made = []
     for start in range(0, blocks, piece):
         block = torch.arange(start, min(start + piece, blocks), device=device)[None]
-        words = torch.stack(philox((block, where, low, high), key), dim=-1)
         # 23 bits and a half: the largest number float32 can still tell from 1.
-        made.append((words >> 9).float().add_(0.5).mul_(2.0**-23))
+        words = [(word >> 9).float() for word in philox((block, where, low, high), key)]
+        made.append(torch.stack(words, dim=-1).add_(0.5).mul_(2.0**-23))
     return torch.cat(made, dim=1).flatten(1)[:, :count]
 
 

@@ -44,6 +44,7 @@ class MaskGIT:
         local_transformer: a form of the transformer whose calls may be of ever other sizes.
         engine: how the model runs, if it was made by `optimize`; else None.
         decode_step: what makes a decoding step, `sampler.decode_step` or a faster form of it.
+        masked_predictor: what predicts the logits of masked tokens alone, if the engine has such.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, transformer: Transformer) -> None:
@@ -60,6 +61,7 @@ class MaskGIT:
             raise ConfigError("The networks are not the ones that the config describes.")
         self.engine: Engine | None = None
         self.decode_step: StepFunction = decode_step
+        self.masked_predictor: PredictLogits | None = None
         self.config = config
         self.tokenizer = tokenizer
         self.transformer = self.local_transformer = transformer
@@ -277,11 +279,16 @@ class MaskGIT:
         """Return the logits of the image codes: int64 (B, S) → float (B, S, num_codes)."""
         return self.transformer(sequence, codes=self.vocabulary.num_codes)
 
-    def new_predictor(self) -> PredictLogits:
-        """Return what predicts logits through one decoding: `predict_logits`, or its approximate form.
+    def new_predictor(self, *, known: bool = True) -> PredictLogits:
+        """Return what predicts logits through one decoding: `predict_logits`, or another form of it.
 
         With an engine that reuses context it remembers evaluations, so every decoding has its own.
+
+        Args:
+            known: whether the logits of known tokens are read, too; if not, they may be 0.
         """
+        if not known and self.masked_predictor is not None:
+            return self.masked_predictor
         if self.engine is None or self.engine.reuse == 1:
             return self.predict_logits
         from maskgit.engine.reuse import ContextReuse

@@ -26,6 +26,7 @@ from maskgit.engine.folding import fold_biases, replace_gelus
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import keep_freed_memory
 from maskgit.engine.linear import FIXED_ROWS, has_int8, replace_linears
+from maskgit.engine.masked import MaskedPredictor
 from maskgit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -199,12 +200,12 @@ def optimize(
     made.to(torch.device(engine.device), getattr(torch, engine.dtype))
     if engine.device == "cpu":
         keep_freed_memory()
-        if engine.reuse > 1 and engine.linear in FIXED_ROWS:
-            made.local_transformer = _shared(made.transformer)
         if engine.dtype == "float32" and engine.linear != "onednn" and not engine.compile:
             if not engine.quantize:
                 fold_biases(made.transformer)
             replace_gelus(made.transformer)
+        if engine.linear in FIXED_ROWS:
+            made.local_transformer = _shared(made.transformer)
         # The last layers, small and close to the logits, stay as they are in int8.
         replace_linears(
             made.transformer.layers if engine.quantize else made.transformer, engine.quantize or engine.linear
@@ -218,6 +219,13 @@ def optimize(
     if engine.compile:
         for network in (made.transformer, made.tokenizer.decoder, made.tokenizer.encoder):
             network.compile(**COMPILE_OPTIONS[torch.device(engine.device).type])
+    elif engine.device == "cpu" and engine.reuse == 1:
+        made.masked_predictor = MaskedPredictor(
+            made.transformer,
+            made.local_transformer,
+            codes=made.vocabulary.num_codes,
+            mask_token=made.vocabulary.mask,
+        )
     if engine.graphs:
         made.decode_step = GraphedSteps(compile_noise=engine.compile)
     made.engine = engine

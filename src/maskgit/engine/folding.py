@@ -42,26 +42,40 @@ class PiecewiseGelu(nn.Module):
         return x
 
 
+class BiasedStart(nn.Module):
+    """A linear layer of which the first outputs alone have a bias, added in place."""
+
+    def __init__(self, linear: nn.Linear, bias: Tensor) -> None:
+        """Take a layer without a bias, and that of its first outputs, float32 (C,)."""
+        super().__init__()
+        self.linear = linear
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        y[..., : len(self.bias)].add_(self.bias)
+        return y
+
+
 @torch.no_grad()
 def fold_biases(transformer: Transformer) -> None:
-    """Let a transformer's norms and GELUs add the biases of its layers, in place; weights stay as they are.
+    """Take the biases of a transformer's layers out of their products, in place; weights stay as they are.
 
-    What `attention.out` and `mlp.down` add to the residual stream is added by the norm before, and taken from
-    the bias of the layer that reads the stream there. The bias of `mlp.up` is added by its GELU.
+    - That of `mlp.up` is added by its GELU.
+    - That of `mlp.down` is added to the residual stream by the norm before, and `mlp.up` takes it off again.
+    - Of that of `attention.qkv`, the queries' is added in place. The keys' adds the same to all scores of a
+      query, so it does nothing. The values' goes through `attention.out` as it is, for what a query pays attention
+      to sums to 1, so it becomes part of the bias there, which stays.
     """
-    before = transformer.embedding_norm
     for layer in transformer.layers:
         attention, mlp = layer.attention, layer.mlp
-        for norm, reader, writer in (
-            (before, attention.qkv, attention.out),
-            (attention.norm, mlp.up, mlp.down),
-        ):
-            norm.bias = _frozen(norm.bias + writer.bias)
-            shift = reader.weight.double() @ writer.bias.double()
-            reader.bias = _frozen(reader.bias.double() - shift)
-            writer.bias = None
-        mlp.activation, mlp.up.bias = PiecewiseGelu(mlp.up.bias), None
-        before = mlp.norm
+        queries, _, values = attention.qkv.bias.chunk(3)
+        attention.out.bias = _folded(attention.out.bias, attention.out.weight, values)
+        attention.qkv.bias = None
+        attention.qkv = BiasedStart(attention.qkv, queries)
+        attention.norm.bias = _frozen(attention.norm.bias + mlp.down.bias)
+        up_bias = _folded(mlp.up.bias, mlp.up.weight, -mlp.down.bias)
+        mlp.activation, mlp.up.bias, mlp.down.bias = PiecewiseGelu(up_bias), None, None
 
 
 def replace_gelus(module: nn.Module) -> None:
@@ -71,6 +85,11 @@ def replace_gelus(module: nn.Module) -> None:
             setattr(module, name, PiecewiseGelu())
         else:
             replace_gelus(child)
+
+
+def _folded(bias: Tensor, weight: Tensor, added: Tensor) -> nn.Parameter:
+    """Return the bias of a layer whose inputs are to have something added."""
+    return _frozen(bias.double() + weight.double() @ added.double())
 
 
 def _frozen(values: Tensor) -> nn.Parameter:

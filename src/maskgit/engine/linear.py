@@ -132,7 +132,9 @@ def replace_linears(module: nn.Module, path: str) -> None:
         if not isinstance(child, nn.Linear):
             replace_linears(child, path)
         # oneDNN has a tanh-GELU for nothing.
-        elif path == "onednn" and name in ("up", "dense") and is_tanh_gelu(getattr(module, "activation", None)):
+        elif (
+            path == "onednn" and name in ("up", "dense") and is_tanh_gelu(getattr(module, "activation", None))
+        ):
             setattr(module, name, OneDnnLinear.of(child, gelu=True))
             module.activation = nn.Identity()
         else:

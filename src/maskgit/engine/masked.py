@@ -1,0 +1,96 @@
+"""Decoding on a CPU that leaves out what no step reads, without changing what is sampled.
+
+- Only masked tokens are predicted: the last layer and the head skip the others.
+- At the first step of a generation nothing is known but the class, so images of a class share one evaluation.
+
+Shapes: B batch, S the sequence with its class token, P the positions predicted, K codes.
+"""
+
+import threading
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from maskgit.transformer import Layer, Transformer
+
+# Above this share of masked tokens all are predicted: the packed weights of full evaluations are worth more.
+LARGEST_SHARE = 0.75
+# Of the logits of first steps that are kept, a few dozen classes' at 256×256.
+KEPT_BYTES = 2**26
+
+
+class MaskedPredictor:
+    """Predicts the logits of masked tokens; those of known ones are 0 where that saves time.
+
+    The weights must not change, for it remembers first steps. It may be called from several threads.
+    """
+
+    def __init__(self, transformer: Transformer, local: Transformer, *, codes: int, mask_token: int) -> None:
+        """Wrap a network.
+
+        Args:
+            transformer: the network, whose calls are of one batch's size.
+            local: the same for calls of ever other sizes.
+            codes: K, how many of the vocabulary's logits are wanted.
+            mask_token: the number that stands for "masked".
+        """
+        self.transformer = transformer
+        self.local = local
+        self.codes = codes
+        self.mask_token = mask_token
+        self._first: OrderedDict[int, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def __call__(self, sequence: Tensor) -> Tensor:
+        """Return the logits of the image codes: int64 (B, S) → float (B, S, K)."""
+        masked = sequence == self.mask_token
+        masked[:, 0] = False
+        counts_B1 = masked.sum(1, keepdim=True)
+        least, most = torch.stack(counts_B1.aminmax()).tolist()
+        if least == sequence.shape[1] - 1:
+            return self._predict_first(sequence)
+        if most > LARGEST_SHARE * sequence.shape[1]:
+            return self.transformer(sequence, codes=self.codes)
+        # At least one, as nothing is to be empty.
+        most = max(1, most)
+        positions = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+        return self._predict_at(sequence, positions)
+
+    def _predict_at(self, sequence: Tensor, positions: Tensor) -> Tensor:
+        """Return logits (B, S, K) that are 0 but at positions int64 (B, P)."""
+        x = self.transformer.embed(sequence)
+        *layers, last = self.transformer.layers
+        for layer in layers:
+            x = layer(x)
+        local = self.local.layers[-1]
+        assert isinstance(last, Layer), "not replaced"
+        assert isinstance(local, Layer), "not replaced"
+        q, k, v = last.attention.project(x)
+        at = torch.arange(len(x), device=x.device)[:, None], positions
+        q = q.transpose(1, 2)[at].transpose(1, 2)
+        x = local.mlp(local.attention.attend(x[at], q, k, v))
+        made = self.local.head(x, self.local.token_embedding.weight, self.codes)
+        return made.new_zeros(*sequence.shape, self.codes).index_put_(at, made)
+
+    def _predict_first(self, sequence: Tensor) -> Tensor:
+        """Return the logits where all but the class is masked, evaluating each class once."""
+        classes = sequence[:, 0].tolist()
+        with self._lock:
+            known = {number: self._first[number] for number in classes if number in self._first}
+        missing = [number for number in dict.fromkeys(classes) if number not in known]
+        if len(missing) > LARGEST_SHARE * len(classes):
+            made = self.transformer(sequence, codes=self.codes)
+            known |= dict(zip(classes, made, strict=True))
+        elif missing:
+            made = self.local(sequence[[classes.index(number) for number in missing]], codes=self.codes)
+            known |= dict(zip(missing, made, strict=True))
+        with self._lock:
+            for number, logits in known.items():
+                # A copy, or a row would keep its batch.
+                kept = self._first.pop(number, None)
+                self._first[number] = logits.clone() if kept is None else kept
+            while len(self._first) * logits.nbytes > KEPT_BYTES:
+                self._first.popitem(last=False)
+        return torch.stack([known[number] for number in classes])

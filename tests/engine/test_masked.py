@@ -1,0 +1,100 @@
+"""Predictions of masked tokens alone against those of all."""
+
+import pytest
+import torch
+
+from maskgit import MaskGIT
+from maskgit.engine import masked as module
+from maskgit.engine.masked import LARGEST_SHARE, MaskedPredictor
+from maskgit.policies import POLICIES
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return MaskGIT.from_pretrained()
+
+
+@pytest.fixture
+def predictor(bundled):
+    return MaskedPredictor(
+        bundled.transformer,
+        bundled.transformer,
+        codes=bundled.vocabulary.num_codes,
+        mask_token=bundled.vocabulary.mask,
+    )
+
+
+class Counted:
+    """Counts the rows of a batch that go through a transformer."""
+
+    def __init__(self, transformer) -> None:
+        self.rows = 0
+        transformer.token_embedding.register_forward_pre_hook(self.count)
+
+    def count(self, module, args) -> None:
+        self.rows += len(args[0])
+
+    def take(self) -> int:
+        rows, self.rows = self.rows, 0
+        return rows
+
+
+@pytest.mark.parametrize("num_known", [(0, 0, 0), (10, 0, 3), (40, 50, 30), (63, 20, 64), (64, 64, 64)])
+def test_masked_tokens_are_predicted_as_ever(bundled, predictor, num_known):
+    vocabulary = bundled.vocabulary
+    sequence = vocabulary.sequence(torch.tensor([6, 8, -1]))
+    generator = torch.Generator().manual_seed(0)
+    for row, known in enumerate(num_known):
+        places = torch.randperm(vocabulary.num_tokens, generator=generator)[:known] + 1
+        sequence[row, places] = torch.randint(vocabulary.num_codes, (known,), generator=generator)
+    expected, made = bundled.predict_logits(sequence), predictor(sequence)
+    masked = sequence == vocabulary.mask
+    masked[:, 0] = False
+    assert torch.allclose(made[masked], expected[masked], atol=1e-5)
+    assert made.shape == expected.shape
+    most = max(1, vocabulary.num_tokens - min(num_known))
+    if most <= LARGEST_SHARE * sequence.shape[1]:
+        # Rows with fewer masked tokens have some known ones computed, too.
+        assert made.any(-1).sum(1).tolist() == [most] * len(sequence)
+
+
+def test_a_class_is_evaluated_once_at_the_first_step(bundled):
+    model = bundled.optimize("exact")
+    expected = bundled.predict_logits(bundled.vocabulary.sequence(torch.tensor([6, 8, 6, 6])))
+    counted = Counted(model.transformer)
+    counted_locally = Counted(model.local_transformer)
+    predict = model.masked_predictor
+    for labels, rows in (([6], 1), ([6, 8, 6, 6], 1), ([8, 8, 6, 8], 0), ([1, 2, 3, 4], 4)):
+        made = predict(bundled.vocabulary.sequence(torch.tensor(labels)))
+        assert counted.take() + counted_locally.take() == rows
+        for row, label in enumerate(labels):
+            if label in (6, 8):
+                assert torch.allclose(made[row], expected[[6, 8].index(label)], atol=1e-5)
+    # What is returned is not what is kept.
+    made.zero_()
+    assert predict(bundled.vocabulary.sequence(torch.tensor([4]))).abs().max() > 0
+
+
+def test_what_is_remembered_is_bounded(bundled, predictor, monkeypatch):
+    one = 4 * (bundled.vocabulary.num_tokens + 1) * bundled.vocabulary.num_codes
+    monkeypatch.setattr(module, "KEPT_BYTES", 3 * one)
+    for label in (0, 1, 2, 1, 3, 4):
+        predictor(bundled.vocabulary.sequence(torch.tensor([label])))
+    offset = int(bundled.vocabulary.sequence(torch.tensor([0]))[0, 0])
+    assert [number - offset for number in predictor._first] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_makes_the_same_images(bundled, policy):
+    arguments = {"seed": 5, "steps": 6, "policy": policy, "guidance_scale": 2.0, "num_images": 2}
+    expected = bundled.generate(["frog", "ship", None], **arguments)
+    model = bundled.optimize("exact")
+    for batch_size in (6, 4, 1):
+        made = model.generate(["frog", "ship", None], batch_size=batch_size, **arguments)
+        assert torch.equal(made.tokens, expected.tokens)
+
+
+def test_a_trace_tells_of_known_tokens_too(bundled):
+    expected = bundled.generate("frog", seed=3, steps=6, return_steps=True)
+    made = bundled.optimize("exact").generate("frog", seed=3, steps=6, return_steps=True)
+    assert torch.allclose(made.trace.confidence, expected.trace.confidence, atol=1e-4)
