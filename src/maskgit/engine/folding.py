@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit.engine.linear import is_tanh_gelu
-from maskgit.transformer import Transformer
+from maskgit.transformer import Layer, Transformer
 
 # Numbers that are worked on at once: two such pieces stay in two cores' caches.
 PIECE = 1 << 18
@@ -68,14 +68,17 @@ def fold_biases(transformer: Transformer) -> None:
       to sums to 1, so it becomes part of the bias there, which stays.
     """
     for layer in transformer.layers:
+        assert isinstance(layer, Layer), "not replaced yet"
         attention, mlp = layer.attention, layer.mlp
         queries, _, values = attention.qkv.bias.chunk(3)
         attention.out.bias = _folded(attention.out.bias, attention.out.weight, values)
-        attention.qkv.bias = None
-        attention.qkv = BiasedStart(attention.qkv, queries)
+        attention.qkv.register_parameter("bias", None)
+        attention.add_module("qkv", BiasedStart(attention.qkv, queries))
         attention.norm.bias = _frozen(attention.norm.bias + mlp.down.bias)
         up_bias = _folded(mlp.up.bias, mlp.up.weight, -mlp.down.bias)
-        mlp.activation, mlp.up.bias, mlp.down.bias = PiecewiseGelu(up_bias), None, None
+        mlp.add_module("activation", PiecewiseGelu(up_bias))
+        for linear in (mlp.up, mlp.down):
+            linear.register_parameter("bias", None)
 
 
 def replace_gelus(module: nn.Module) -> None:
