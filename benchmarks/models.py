@@ -15,6 +15,7 @@ import torch
 
 from maskgit import MaskGIT, convert
 from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
+from maskgit.devices import shapes_only
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
 
@@ -89,7 +90,7 @@ def random_model(config: ModelConfig, seed: int = 1) -> MaskGIT:
     alike.
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
+    with shapes_only():
         networks = Tokenizer(config.tokenizer), Transformer(config.transformer)
     for network in networks:
         network.to_empty(device="cpu")

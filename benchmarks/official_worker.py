@@ -1,15 +1,20 @@
 """The official JAX code as a worker of benchmarks/against_official.py; it runs in a Python of its own.
 
-    python benchmarks/official_worker.py CHECKOUT --size 256 [--device cpu] [--image FILE]
+    python benchmarks/official_worker.py CHECKOUT --size 256 [--device cpu] [--image FILE [--run MODE]]
 
 It works in a folder that holds `checkpoints/`, as the official code does, and leaves the checkout's files
 as they are: names that JAX has dropped are put back, and packages that are imported only for plotting,
-downloading and opening files are stood in for. Everything is jitted, the whole decoding loop included, with
-the weights as arguments; the official demo jits less. With --image it makes one image from a fresh start
-and ends.
+downloading and opening files are stood in for where they are not installed. Everything is jitted, the whole
+decoding loop included, with the weights as arguments; the official demo jits less. With --image it makes one
+image from a fresh start and ends, in one of three run modes:
+
+    jit     as above: the fastest that we found for it.
+    normal  the demo's default: operation by operation.
+    pmap    the demo's other one, which it recommends where there is memory; it compiles, weights included.
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -23,21 +28,31 @@ STEPS = 8
 CODES = 1024
 
 
+def installed(name: str) -> bool:
+    """Return whether this Python has a package."""
+    return importlib.util.find_spec(name) is not None
+
+
 def bridge(checkout: Path) -> None:
     """Make today's JAX and this Python able to import the official code."""
     import jax
     import jax.numpy as jnp
 
     jnp.DeviceArray = jax.Array  # type: ignore[attr-defined]
-    for name in ("matplotlib", "matplotlib.pyplot", "matplotlib.patches", "requests", "tensorflow"):
-        sys.modules[name] = types.ModuleType(name)
-    tensorflow = types.ModuleType("tensorflow.compat.v1")
-    gfile = types.SimpleNamespace(GFile=open)
-    tensorflow.io = types.SimpleNamespace(gfile=gfile)  # type: ignore[attr-defined]
-    sys.modules["tensorflow.compat"] = types.ModuleType("tensorflow.compat")
-    sys.modules["tensorflow.compat.v1"] = tensorflow
-    for name in ("pyplot", "patches"):
-        setattr(sys.modules["matplotlib"], name, sys.modules[f"matplotlib.{name}"])
+    if not installed("requests"):
+        sys.modules["requests"] = types.ModuleType("requests")
+    if not installed("matplotlib"):
+        for name in ("matplotlib", "matplotlib.pyplot", "matplotlib.patches"):
+            sys.modules[name] = types.ModuleType(name)
+        for name in ("pyplot", "patches"):
+            setattr(sys.modules["matplotlib"], name, sys.modules[f"matplotlib.{name}"])
+    if not installed("tensorflow"):
+        tensorflow = types.ModuleType("tensorflow.compat.v1")
+        gfile = types.SimpleNamespace(GFile=open)
+        tensorflow.io = types.SimpleNamespace(gfile=gfile)  # type: ignore[attr-defined]
+        for name in ("tensorflow", "tensorflow.compat"):
+            sys.modules[name] = types.ModuleType(name)
+        sys.modules["tensorflow.compat.v1"] = tensorflow
     sys.path.insert(0, str(checkout))
 
 
@@ -111,6 +126,20 @@ class Official:
 
         return jax.device_get(self.jitted[name](self.weights, *self.inputs[name, batch]))
 
+    def from_start(self, run: str) -> Any:
+        """Return one image in [0, 1], float32 (1, H, W, 3), in a run mode of the command line."""
+        import jax
+        import numpy as np
+
+        self.inputs["image8", 1] = self.arguments("image8", {"labels": np.array([1]), "seed": 0})
+        sequence, key = self.inputs["image8", 1]
+        if run == "jit":
+            return self.run("image8", 1)[0]
+        if run == "normal":
+            return jax.device_get(self.generator.generate_samples(sequence, key, num_iterations=STEPS))
+        mapped = self.generator.p_generate_samples(num_iterations=STEPS)
+        return jax.device_get(mapped(sequence[None], key[None]))[0]
+
 
 def noise(key: Any, batch: int, positions: int) -> dict[str, Any]:
     """Return the Gumbel noise that the official decoder draws from a key, for T steps.
@@ -141,6 +170,7 @@ def handlers(official: Official) -> dict[str, Any]:
             "jax": jax.__version__,
             "flax": flax.__version__,
             "device": str(jax.devices()[0]),
+            "tensorflow": installed("tensorflow"),
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
         }
 
@@ -177,6 +207,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--image", type=Path)
+    parser.add_argument("--run", default="jit", choices=["jit", "normal", "pmap"])
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = options.device
     # The GPU's memory is shared with the other side.
@@ -190,8 +221,7 @@ def main() -> None:
     import numpy as np
     from PIL import Image
 
-    official.inputs["image8", 1] = official.arguments("image8", {"labels": np.array([1]), "seed": 0})
-    images, _ = official.run("image8", 1)
+    images = official.from_start(options.run)
     Image.fromarray((np.clip(images[0], 0, 1) * 255).round().astype(np.uint8)).save(options.image)
 
 

@@ -157,7 +157,7 @@ def main() -> None:
     for row in record["rows"]:
         print(
             f"{row['mode']:6} {row['name']:8} {row['seconds']:8.4f} s {row['gflop_per_s']:9.1f} GFLOP/s, "
-            f"{row['share']:.0%} of what is attainable in {' and '.join(row['gflop'])}"
+            f"{row['share']:.1%} of what is attainable in {' and '.join(row['gflop'])}"
         )
     if options.json:
         timing.write_json(options.json, record)

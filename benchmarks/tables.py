@@ -35,6 +35,7 @@ def machine(record: dict[str, Any]) -> str:
     parts = [where.get("gpu") or processor, f"{where['threads']} threads", f"torch {where['torch']}"]
     if "official" in record:
         parts.append(f"jax {record['official']['jax']}, flax {record['official']['flax']}")
+        parts.append("TensorFlow" if record["official"].get("tensorflow") else "no TensorFlow")
     load = where["load_average"]
     parts.append("" if load is None else f"load average {load:.1f} at the start")
     return f"\n{'; '.join(part for part in parts if part)}.\n"
@@ -82,7 +83,7 @@ def roofline(record: dict[str, Any]) -> str:
             str(row["batch"]),
             f"{row['seconds']:.3f}",
             f"{row['gflop_per_s']:.0f}",
-            f"{row['share']:.0%}",
+            f"{row['share']:.1%}",
             " and ".join(row["gflop"]),
         ]
         for row in record["rows"]

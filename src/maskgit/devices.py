@@ -1,6 +1,11 @@
-"""Choosing where to run."""
+"""Choosing where to run, and building networks without memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from maskgit.errors import ConfigError
 
@@ -25,3 +30,25 @@ def choose_device(name: str = "auto") -> torch.device:
     except Exception as error:
         raise ConfigError(f"The device {name!r} is not available here; try --device cpu.") from error
     return device
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Let networks be built on the meta device: nothing is allocated, and no initial weights are drawn."""
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
+_DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Skips random initialization, for which torch would load its compiler on the meta device, for 0.7 s."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

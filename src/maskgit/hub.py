@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from maskgit.config import Config, ModelConfig, TokenizerConfig
-from maskgit.devices import choose_device
+from maskgit.devices import choose_device, shapes_only
 from maskgit.download import cache_dir, fetch, forget
 from maskgit.errors import (
     CheckpointError,
@@ -211,7 +211,7 @@ def load_tokenizer(
 def _load_stage(
     kind: Callable[[Any], Module], config: Config, path: Path, device: str | torch.device, dtype: torch.dtype
 ) -> Module:
-    with torch.device("meta"):
+    with shapes_only():
         module = kind(config)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     counters = {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskgit.devices import shapes_only
 from maskgit.download import sha256
 from maskgit.evaluation.weights import load_strictly, read_state_dict
 
@@ -148,7 +149,7 @@ def load_dinov2(path: Path) -> tuple[ViT, str]:
         CheckpointError: the file is missing, damaged, or of another network.
     """
     state = read_state_dict(path)
-    with torch.device("meta"):
+    with shapes_only():
         net = ViT()
     net.to_empty(device="cpu")
     # Only training masks patches.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from maskgit.devices import shapes_only
 from maskgit.download import sha256
 from maskgit.evaluation.weights import load_strictly, read_state_dict
 
@@ -323,7 +324,7 @@ def load_inception(path: Path) -> tuple[Inception, str]:
     """
     state = read_state_dict(path)
     # Initial weights are not drawn: the caller's generator stays as it is, and time is saved.
-    with torch.device("meta"):
+    with shapes_only():
         net = Inception()
     net.to_empty(device="cpu")
     load_strictly(net, state, path)

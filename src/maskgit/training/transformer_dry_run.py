@@ -3,7 +3,7 @@
 import torch
 
 from maskgit.config import TransformerConfig
-from maskgit.devices import choose_device
+from maskgit.devices import choose_device, shapes_only
 from maskgit.training.inputs import open_tokens
 from maskgit.training.run import choose_precision, peak_flops
 from maskgit.training.tokenizer_dry_run import counted, passes
@@ -24,7 +24,7 @@ def dry_run(config: TransformerTrainingConfig, world: int = 1) -> str:
     """
     inputs = open_tokens(config, world=world)
     num_images, model = inputs.train.num_images, config.model
-    with torch.device("meta"):
+    with shapes_only():
         parameters = sum(p.numel() for p in Transformer(config.model).parameters())
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
