@@ -31,7 +31,11 @@ class Attention(nn.Module):
 
     def project(self, x_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values of positions, each (B, H, S, D)."""
-        q, k, v = self.qkv(x_BSE).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.split(self.qkv(x_BSE))
+
+    def split(self, qkv_BSF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each (B, H, S, D), from what `qkv` makes, (B, S, 3E)."""
+        q, k, v = qkv_BSF.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
     def attend(self, x_BPE: Tensor, q_BHPD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from maskgit import MaskGIT
+from maskgit.config import ModelConfig, TokenizerConfig, TransformerConfig
 from maskgit.engine import masked as module
 from maskgit.engine.masked import LARGEST_SHARE, MaskedPredictor
 from maskgit.policies import POLICIES
+from maskgit.tokenizer import Tokenizer
+from maskgit.transformer import Transformer
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ class Counted:
 
     def __init__(self, transformer) -> None:
         self.rows = 0
-        transformer.token_embedding.register_forward_pre_hook(self.count)
+        transformer.layers[0].mlp.register_forward_pre_hook(self.count)
 
     def count(self, module, args) -> None:
         self.rows += len(args[0])
@@ -98,3 +101,19 @@ def test_a_trace_tells_of_known_tokens_too(bundled):
     expected = bundled.generate("frog", seed=3, steps=6, return_steps=True)
     made = bundled.optimize("exact").generate("frog", seed=3, steps=6, return_steps=True)
     assert torch.allclose(made.trace.confidence, expected.trace.confidence, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_few_layers(num_layers):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        tokenizer=TokenizerConfig(filters=32, channel_multipliers=(1, 1), embedding_dim=16, codebook_size=30),
+        transformer=TransformerConfig(
+            num_codes=30, num_classes=3, grid_size=4, hidden_size=32, num_layers=num_layers, num_heads=4,
+            intermediate_size=64,
+        ),
+        image_size=8,
+    )  # fmt: skip
+    model = MaskGIT(config, Tokenizer(config.tokenizer).eval(), Transformer(config.transformer).eval())
+    expected = model.generate([0, 1, 2, 2], seed=1)
+    assert torch.equal(model.optimize("exact").generate([0, 1, 2, 2], seed=1).tokens, expected.tokens)

@@ -219,7 +219,7 @@ def optimize(
     if engine.compile:
         for network in (made.transformer, made.tokenizer.decoder, made.tokenizer.encoder):
             network.compile(**COMPILE_OPTIONS[torch.device(engine.device).type])
-    elif engine.device == "cpu" and engine.reuse == 1:
+    elif engine.device == "cpu" and engine.reuse == 1 and len(made.transformer.layers) > 1:
         made.masked_predictor = MaskedPredictor(
             made.transformer,
             made.local_transformer,

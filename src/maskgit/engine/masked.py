@@ -1,6 +1,7 @@
 """Decoding on a CPU that leaves out what no step reads, without changing what is sampled.
 
 - Only masked tokens are predicted: the last layer and the head skip the others.
+- What the first layer reads of a masked token depends on its position alone, and is made once.
 - At the first step of a generation nothing is known but the class, so images of a class share one evaluation.
 
 Shapes: B batch, S the sequence with its class token, P the positions predicted, K codes.
@@ -8,6 +9,7 @@ Shapes: B batch, S the sequence with its class token, P the positions predicted,
 
 import threading
 from collections import OrderedDict
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ class MaskedPredictor:
     """
 
     def __init__(self, transformer: Transformer, local: Transformer, *, codes: int, mask_token: int) -> None:
-        """Wrap a network.
+        """Wrap a network of two layers or more.
 
         Args:
             transformer: the network, whose calls are of one batch's size.
@@ -39,6 +41,7 @@ class MaskedPredictor:
         self.local = local
         self.codes = codes
         self.mask_token = mask_token
+        self._mask_qkv: Tensor | None = None
         self._first: OrderedDict[int, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -47,50 +50,65 @@ class MaskedPredictor:
         """Return the logits of the image codes: int64 (B, S) → float (B, S, K)."""
         masked = sequence == self.mask_token
         masked[:, 0] = False
-        counts_B1 = masked.sum(1, keepdim=True)
-        least, most = torch.stack(counts_B1.aminmax()).tolist()
+        least, most = torch.stack(masked.sum(1).aminmax()).tolist()
         if least == sequence.shape[1] - 1:
-            return self._predict_first(sequence)
+            return self._predict_first(sequence, masked)
         if most > LARGEST_SHARE * sequence.shape[1]:
-            return self.transformer(sequence, codes=self.codes)
+            return self._predict_all(sequence, masked)
         # At least one, as nothing is to be empty.
-        most = max(1, most)
-        positions = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-        return self._predict_at(sequence, positions)
+        positions = masked.byte().argsort(dim=1, descending=True, stable=True)[:, : max(1, most)]
+        return self._last_layer(self._inner_layers(sequence, masked), positions)
 
-    def _predict_at(self, sequence: Tensor, positions: Tensor) -> Tensor:
-        """Return logits (B, S, K) that are 0 but at positions int64 (B, P)."""
-        x = self.transformer.embed(sequence)
-        *layers, last = self.transformer.layers
-        for layer in layers:
-            x = layer(x)
-        local = self.local.layers[-1]
-        assert isinstance(last, Layer), "not replaced"
-        assert isinstance(local, Layer), "not replaced"
-        q, k, v = last.attention.project(x)
-        at = torch.arange(len(x), device=x.device)[:, None], positions
-        q = q.transpose(1, 2)[at].transpose(1, 2)
-        x = local.mlp(local.attention.attend(x[at], q, k, v))
-        made = self.local.head(x, self.local.token_embedding.weight, self.codes)
-        return made.new_zeros(*sequence.shape, self.codes).index_put_(at, made)
-
-    def _predict_first(self, sequence: Tensor) -> Tensor:
+    def _predict_first(self, sequence: Tensor, masked: Tensor) -> Tensor:
         """Return the logits where all but the class is masked, evaluating each class once."""
         classes = sequence[:, 0].tolist()
         with self._lock:
             known = {number: self._first[number] for number in classes if number in self._first}
         missing = [number for number in dict.fromkeys(classes) if number not in known]
         if len(missing) > LARGEST_SHARE * len(classes):
-            made = self.transformer(sequence, codes=self.codes)
-            known |= dict(zip(classes, made, strict=True))
+            known |= dict(zip(classes, self._predict_all(sequence, masked), strict=True))
         elif missing:
             made = self.local(sequence[[classes.index(number) for number in missing]], codes=self.codes)
             known |= dict(zip(missing, made, strict=True))
         with self._lock:
             for number, logits in known.items():
-                # A copy, or a row would keep its batch.
                 kept = self._first.pop(number, None)
+                # A copy, or a row would keep its batch.
                 self._first[number] = logits.clone() if kept is None else kept
             while len(self._first) * logits.nbytes > KEPT_BYTES:
                 self._first.popitem(last=False)
         return torch.stack([known[number] for number in classes])
+
+    def _predict_all(self, sequence: Tensor, masked: Tensor) -> Tensor:
+        """Return the logits of all tokens."""
+        x = _layers(self.transformer)[-1](self._inner_layers(sequence, masked))
+        return self.transformer.head(x, self.transformer.token_embedding.weight, self.codes)
+
+    def _inner_layers(self, sequence: Tensor, masked: Tensor) -> Tensor:
+        """Return what the last layer reads, (B, S, E), of sequences masked where bool (B, S) says."""
+        first, *others = _layers(self.transformer)[:-1]
+        local = _layers(self.local)[0].attention
+        if self._mask_qkv is None:
+            alone = self.transformer.embed(torch.full_like(sequence[:1], self.mask_token))
+            self._mask_qkv = local.qkv(alone)
+        x = self.transformer.embed(sequence)
+        qkv = self._mask_qkv.repeat(len(x), 1, 1)
+        qkv[~masked] = local.qkv(x[~masked])
+        x = first.mlp(first.attention.attend(x, *first.attention.split(qkv)))
+        for layer in others:
+            x = layer(x)
+        return x
+
+    def _last_layer(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return logits (B, S, K), 0 but at positions int64 (B, P), of what the last layer reads."""
+        last, local = _layers(self.transformer)[-1], _layers(self.local)[-1]
+        q, k, v = last.attention.project(x)
+        at = torch.arange(len(x), device=x.device)[:, None], positions
+        q = q.transpose(1, 2)[at].transpose(1, 2)
+        chosen = local.mlp(local.attention.attend(x[at], q, k, v))
+        made = self.local.head(chosen, self.local.token_embedding.weight, self.codes)
+        return made.new_zeros(*x.shape[:2], self.codes).index_put_(at, made)
+
+
+def _layers(transformer: Transformer) -> list[Layer]:
+    return cast(list[Layer], list(transformer.layers))
