@@ -24,6 +24,7 @@ def predictor(bundled):
         bundled.transformer,
         codes=bundled.vocabulary.num_codes,
         mask_token=bundled.vocabulary.mask,
+        remember=True,
     )
 
 
@@ -85,6 +86,13 @@ def test_what_is_remembered_is_bounded(bundled, predictor, monkeypatch):
         predictor(bundled.vocabulary.sequence(torch.tensor([label])))
     offset = int(bundled.vocabulary.sequence(torch.tensor([0]))[0, 0])
     assert [number - offset for number in predictor._first] == [1, 3, 4]
+
+
+def test_nothing_is_remembered_in_bfloat16(bundled):
+    # There an image would depend on the batches before it.
+    predict = bundled.optimize("exact", dtype="bfloat16").masked_predictor
+    predict(bundled.vocabulary.sequence(torch.tensor([6, 6, 8])))
+    assert not predict._first
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -225,6 +225,7 @@ def optimize(
             made.local_transformer,
             codes=made.vocabulary.num_codes,
             mask_token=made.vocabulary.mask,
+            remember=engine.dtype == "float32",
         )
     if engine.graphs:
         made.decode_step = GraphedSteps(compile_noise=engine.compile)

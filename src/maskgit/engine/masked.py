@@ -25,10 +25,12 @@ KEPT_BYTES = 2**26
 class MaskedPredictor:
     """Predicts the logits of masked tokens; those of known ones are 0 where that saves time.
 
-    The weights must not change, for it remembers first steps. It may be called from several threads.
+    The weights must not change. It may be called from several threads.
     """
 
-    def __init__(self, transformer: Transformer, local: Transformer, *, codes: int, mask_token: int) -> None:
+    def __init__(
+        self, transformer: Transformer, local: Transformer, *, codes: int, mask_token: int, remember: bool
+    ) -> None:
         """Wrap a network of two layers or more.
 
         Args:
@@ -36,11 +38,14 @@ class MaskedPredictor:
             local: the same for calls of ever other sizes.
             codes: K, how many of the vocabulary's logits are wanted.
             mask_token: the number that stands for "masked".
+            remember: whether first steps are kept for later calls. Where a product is rounded otherwise in a batch
+                of another size, an image would depend on what was made before it.
         """
         self.transformer = transformer
         self.local = local
         self.codes = codes
         self.mask_token = mask_token
+        self.remember = remember
         self._mask_qkv: Tensor | None = None
         self._first: OrderedDict[int, Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -70,14 +75,19 @@ class MaskedPredictor:
         elif missing:
             made = self.local(sequence[[classes.index(number) for number in missing]], codes=self.codes)
             known |= dict(zip(missing, made, strict=True))
+        if self.remember:
+            self._keep(known)
+        return torch.stack([known[number] for number in classes])
+
+    def _keep(self, first: dict[int, Tensor]) -> None:
+        """Remember the first steps' logits of some classes, and forget those that were not asked for the longest."""
         with self._lock:
-            for number, logits in known.items():
+            for number, logits in first.items():
                 kept = self._first.pop(number, None)
                 # A copy, or a row would keep its batch.
                 self._first[number] = logits.clone() if kept is None else kept
             while len(self._first) * logits.nbytes > KEPT_BYTES:
                 self._first.popitem(last=False)
-        return torch.stack([known[number] for number in classes])
 
     def _predict_all(self, sequence: Tensor, masked: Tensor) -> Tensor:
         """Return the logits of all tokens."""
