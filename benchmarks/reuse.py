@@ -45,7 +45,7 @@ class Counted:
     def __init__(self, model: MaskGIT) -> None:
         self.positions = 0
         for transformer in {model.transformer, model.local_transformer}:
-            transformer.layers[0].mlp.register_forward_pre_hook(self._count)
+            transformer.layers[0].mlp.activation.register_forward_pre_hook(self._count)
 
     def _count(self, module: Any, args: tuple) -> None:
         self.positions += args[0].shape[0] * args[0].shape[1]

@@ -33,7 +33,7 @@ class Counted:
 
     def __init__(self, transformer) -> None:
         self.rows = 0
-        transformer.layers[0].mlp.register_forward_pre_hook(self.count)
+        transformer.head.register_forward_pre_hook(self.count)
 
     def count(self, module, args) -> None:
         self.rows += len(args[0])
