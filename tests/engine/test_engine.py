@@ -1,18 +1,26 @@
 """Every fast way against the plain networks."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 
 from maskgit import MaskGIT
+from maskgit.config import TokenizerConfig
 from maskgit.engine import choose, probe
-from maskgit.engine.convolution import MergedUpsample, prepare_convolutions
+from maskgit.engine.convolution import (
+    MergedUpsample,
+    PackedConvolution,
+    PackedResBlock,
+    prepare_convolutions,
+)
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import cpu_quota, keep_freed_memory
 from maskgit.engine.linear import PATHS, Int8Linear, MklLinear, replace_linears
 from maskgit.errors import ConfigError
 from maskgit.policies import POLICIES
-from maskgit.tokenizer import Upsample
+from maskgit.tokenizer import ResBlock, Tokenizer, Upsample
 
 
 @pytest.fixture(scope="module")
@@ -194,16 +202,37 @@ def test_a_merged_upsampling_is_the_upsampling(sides):
     torch.manual_seed(0)
     layer = Upsample(6).double()
     x = torch.randn(2, 6, *sides, dtype=torch.float64)
-    merged = MergedUpsample(layer)
+    merged = MergedUpsample(layer, packed=False)
     # Its weights are merged in float32.
     torch.testing.assert_close(merged(x), layer(x), atol=1e-6, rtol=1e-6)
 
 
-def test_prepared_convolutions_keep_their_names_where_they_can(tiny):
-    from copy import deepcopy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_packed_convolutions_compute_the_same(dtype):
+    torch.manual_seed(0)
+    config = TokenizerConfig(filters=32, channel_multipliers=(1, 2), embedding_dim=16, codebook_size=64)
+    plain = Tokenizer(config).eval().to(dtype)
+    packed = deepcopy(plain)
+    prepare_convolutions(packed, pack=True)
+    kinds = {type(module) for module in packed.modules()}
+    assert {PackedConvolution, PackedResBlock, MergedUpsample} < kinds
+    assert not {nn.Conv2d, ResBlock} & kinds
+    # Weights that were packed for the first size serve others.
+    for batch, side in ((2, 16), (1, 16), (3, 8)):
+        images = torch.rand(batch, 3, side, side, dtype=dtype)
+        tokens = torch.randint(64, (batch, side // 2, side // 2))
+        for theirs, own in (
+            (plain.encoder(images), packed.encoder(images)),
+            (plain.decode(tokens), packed.decode(tokens)),
+        ):
+            scale = theirs.float().std()
+            assert (own.float() - theirs.float()).abs().max() < scale * (5e-5 if dtype.itemsize == 4 else 0.1)
 
+
+def test_prepared_convolutions_keep_their_names_where_they_can(tiny):
     tokenizer = deepcopy(tiny.tokenizer)
-    prepare_convolutions(tokenizer)
+    prepare_convolutions(tokenizer, pack=False)
     names = {name for name, _ in tokenizer.named_parameters()}
     gone = {name for name, _ in tiny.tokenizer.named_parameters()} - names
     assert gone

@@ -21,7 +21,7 @@ from torch import nn
 from maskgit.config import Config, check_choice, check_count, check_range
 from maskgit.devices import choose_device
 from maskgit.engine import probe
-from maskgit.engine.convolution import prepare_convolutions
+from maskgit.engine.convolution import can_pack, prepare_convolutions
 from maskgit.engine.folding import fold_biases, replace_gelus
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import keep_freed_memory
@@ -212,7 +212,8 @@ def optimize(
         )
     # Channels last pays for convolutions everywhere; where the device is a GPU, in half precision.
     if engine.device == "cpu" or engine.dtype != "float32":
-        prepare_convolutions(made.tokenizer)
+        pack = engine.device == "cpu" and engine.dtype != "float16" and not engine.compile and can_pack()
+        prepare_convolutions(made.tokenizer, pack=pack)
     if engine.device.startswith("cuda") and mode == "exact":
         # On by default, and three digits short of float32; set for the whole process, as torch has it.
         torch.backends.cudnn.allow_tf32 = False
