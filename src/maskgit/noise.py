@@ -93,10 +93,8 @@ def uniform(seed: int | Tensor, indices: Tensor, step: int | Tensor, stream: int
     low, high = (indices & MASK32)[:, None], (indices >> 32)[:, None]
     where = step * NUM_STREAMS + stream
     blocks = math.ceil(count / 4)
-    if device.type == "cpu":
-        piece = max(1, _CPU_PIECE // max(1, len(indices)))
-    else:
-        piece = blocks
+    pieces = round(blocks * len(indices) / _CPU_PIECE) if device.type == "cpu" else 1
+    piece = max(1, math.ceil(blocks / max(1, pieces)))
     made = []
     for start in range(0, blocks, piece):
         block = torch.arange(start, min(start + piece, blocks), device=device)[None]
