@@ -60,3 +60,13 @@ def test_gelu_in_pieces_far_from_zero():
     expected = F.gelu(x, approximate="tanh")
     assert torch.equal(PiecewiseGelu()(x), expected)
     assert PiecewiseGelu()(torch.full((1, 1), torch.nan)).isnan()
+
+
+def test_inference_mode_leaves_nothing_behind(tiny):
+    # What is made there must not be changed in place outside.
+    model = tiny.optimize("exact")
+    with torch.inference_mode():
+        made = model.generate([0, 1], seed=1, steps=3)
+    again = model.generate([0, 1], seed=1, steps=3)
+    assert torch.equal(made.tokens, again.tokens)
+    assert torch.equal(made.images, again.images)

@@ -50,7 +50,9 @@ def _scratch(count: int) -> Tensor:
     """Return this thread's memory for so many numbers, float32: what was used last is still in the cache."""
     kept: Tensor | None = getattr(_OWN, "scratch", None)
     if kept is None or len(kept) < count:
-        kept = _OWN.scratch = torch.empty(count)
+        # Memory that is made in inference mode can be written to nowhere else.
+        with torch.inference_mode(False):
+            kept = _OWN.scratch = torch.empty(count)
     return kept[:count]
 
 
