@@ -68,3 +68,11 @@ def test_the_seed_is_checked():
     with pytest.raises(ConfigError, match="seed"):
         ImageNoise(2**64, torch.arange(1), 3, 4)
     assert ImageNoise(2**64 - 1, torch.arange(2), 3, 4).tokens(0).shape == (2, 3, 4)
+
+
+def test_keys_and_counters_broadcast():
+    keys = torch.arange(3)[:, None]
+    words = philox((torch.arange(4)[None], 1, 2, 3), (keys, 7))
+    for row in range(3):
+        alone = philox((torch.arange(4), 1, 2, 3), (row, 7))
+        assert all(torch.equal(many[row], one) for many, one in zip(words, alone, strict=True))

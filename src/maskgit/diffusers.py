@@ -243,10 +243,11 @@ class _Watched:
         free = free_tokens(sequences, model.vocabulary.mask)
         words = seed_words(self.seeds, model.device)
         noise = ImageNoise(words, indices, sequences.shape[1], model.vocabulary.num_codes)
-        remasks = make_policy(config.policy, config.policy_options).remasks
-        planned = plan_steps(config, model.vocabulary.num_tokens, remasks=remasks).steps
+        policy = make_policy(config.policy, config.policy_options)
+        planned = plan_steps(config, model.vocabulary.num_tokens, remasks=policy.remasks).steps
         pipe._num_timesteps = planned - min(start_step, planned - 1)
-        scale, state, predict_logits = pipe._guidance_scale, None, model.new_predictor(known=False)
+        scale, state = pipe._guidance_scale, None
+        predict_logits = model.new_predictor(known=policy.reads_known)
         with pipe.progress_bar(total=pipe._num_timesteps) as bar:
             for number in range(pipe._num_timesteps):
                 if pipe._guidance_scale != scale:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskgit.config import SamplerConfig, check_count
 from maskgit.noise import ImageNoise
+from maskgit.policies import make_policy
 from maskgit.policies.base import log_probs_of
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace, join_outputs
 from maskgit.sampler import Decoded, decode_steps
@@ -82,6 +83,7 @@ def fill_batches(
     """
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
     first_index = check_count("first_index", first_index, 0, 2**62)
+    known = return_steps or make_policy(config.policy, config.policy_options).reads_known
     waiting: _Landing | None = None
     for start in range(0, len(sequences), batch_size):
         rows = slice(start, start + batch_size)
@@ -90,7 +92,7 @@ def fill_batches(
         noise = ImageNoise(seed, indices, batch.shape[1], model.vocabulary.num_codes)
         part = None if switch is None else (switch[0], switch[1][rows].to(model.device))
         history = []
-        for made in _steps(model, batch, config, noise, start_step, part, known=return_steps):
+        for made in _steps(model, batch, config, noise, start_step, part, known=known):
             grid = model.vocabulary.grid(made.tokens)
             if return_steps:
                 history.append(_record(model, made))

@@ -57,7 +57,8 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | 
         Four int64 tensors of the broadcast shape, each in [0, 2³²).
     """
     words = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
-    a, b, c, d = torch.broadcast_tensors(*words)
+    keys = (word for word in key if isinstance(word, Tensor))
+    a, b, c, d = torch.broadcast_tensors(*words, *keys)[:4]
     k0, k1 = key
     for _ in range(10):
         # The products overflow int64 but keep their bits, which is all that the shifts and masks read. What is

@@ -40,7 +40,8 @@ class Made(NamedTuple):
     """What a step made of every row.
 
     Attributes:
-        logits: (B, S, K), what the tokens were sampled from, before the temperature.
+        logits: (B, S, K), what the tokens were sampled from, before the temperature; those of tokens that were
+            known may be 0 (`MaskGIT.new_predictor`).
         tokens: int64 (B, S), all filled in.
         unknown: bool (B, S), what was masked before the step.
         again: bool (B, S), what is masked again after it.
@@ -80,7 +81,8 @@ class Decoded(NamedTuple):
 
     Attributes:
         step: its number.
-        logits: (B, S, K), what the tokens were sampled from, before the temperature.
+        logits: (B, S, K), what the tokens were sampled from, before the temperature; those of tokens that were
+            known may be 0 (`MaskGIT.new_predictor`).
         tokens: int64 (B, S), all filled in.
         unknown: bool (B, S), what was masked before the step.
         again: bool (B, S), what is masked again after it.

@@ -1,5 +1,7 @@
 """Predictions of masked tokens alone against those of all."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from maskgit.config import ModelConfig, TokenizerConfig, TransformerConfig
 from maskgit.engine import masked as module
 from maskgit.engine.masked import LARGEST_SHARE, MaskedPredictor
 from maskgit.policies import POLICIES
+from maskgit.policies.confidence import Confidence
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
 
@@ -125,3 +128,22 @@ def test_few_layers(num_layers):
     model = MaskGIT(config, Tokenizer(config.tokenizer).eval(), Transformer(config.transformer).eval())
     expected = model.generate([0, 1, 2, 2], seed=1)
     assert torch.equal(model.optimize("exact").generate([0, 1, 2, 2], seed=1).tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_policy_that_reads_known_tokens_gets_their_logits(bundled, reads, monkeypatch):
+    seen = []
+
+    @dataclass(frozen=True)
+    class Reader(Confidence):
+        reads_known = reads
+
+        def choose(self, step, memory):
+            known = ~step.unknown_BS
+            known[:, 0] = False
+            seen.append((step.logits_BSK[known] == 0).all(-1).float().mean())
+            return super().choose(step, memory)
+
+    monkeypatch.setitem(POLICIES, "reader", Reader)
+    bundled.optimize("exact").generate("frog", seed=1, steps=8, policy="reader")
+    assert seen[-1] == (0 if reads else 1)

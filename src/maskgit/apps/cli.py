@@ -282,7 +282,7 @@ app.command(name="app")(page)
 
 def _spare_the_collector() -> None:
     """Keep Python's garbage collector from going through all that importing torch makes: 0.2 s a command."""
-    gc.set_threshold(20_000, 50, 1000)
+    gc.set_threshold(20_000, 10, 10)
     atexit.register(gc.freeze)
 
 

@@ -212,7 +212,8 @@ def optimize(
         )
     # Channels last pays for convolutions everywhere; where the device is a GPU, in half precision.
     if engine.device == "cpu" or engine.dtype != "float32":
-        pack = engine.device == "cpu" and engine.dtype != "float16" and not engine.compile and can_pack()
+        kind: torch.dtype = getattr(torch, engine.dtype)
+        pack = engine.device == "cpu" and kind != torch.float16 and not engine.compile and can_pack(kind)
         prepare_convolutions(made.tokenizer, pack=pack)
     if engine.device.startswith("cuda") and mode == "exact":
         # On by default, and three digits short of float32; set for the whole process, as torch has it.

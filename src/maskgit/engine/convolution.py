@@ -17,7 +17,7 @@ CHANNELS_LAST = torch.channels_last
 class PackedConvolution(nn.Conv2d):
     """A convolution on a CPU whose weights oneDNN packs once, at the first call, and not at every one.
 
-    Its results are those of `nn.Conv2d`, to the bit.
+    Its results are those of `nn.Conv2d`, to the bit. It is for inference: gradients do not go through.
     """
 
     pack: Tensor | None
@@ -127,9 +127,17 @@ def merge_weights(weight: Tensor) -> Tensor:
     return torch.stack([w2, w1 + w2, w0 + w1, w0], dim=-1)
 
 
-def can_pack() -> bool:
-    """Return whether torch can convolve with weights that oneDNN has packed."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+def can_pack(dtype: torch.dtype) -> bool:
+    """Return whether torch can convolve with weights of a type that oneDNN has packed, on this CPU."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return False
+    weight = torch.zeros(16, 16, 3, 3, dtype=dtype)
+    try:
+        torch.ops.mkldnn._reorder_convolution_weight(weight, [1, 1], [1, 1], [1, 1], 1, [1, 16, 8, 8])
+    except RuntimeError:
+        # As for bfloat16 where the CPU has no instructions for it.
+        return False
+    return True
 
 
 def prepare_convolutions(module: nn.Module, *, pack: bool) -> None:

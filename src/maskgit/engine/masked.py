@@ -38,8 +38,8 @@ class MaskedPredictor:
             local: the same for calls of ever other sizes.
             codes: K, how many of the vocabulary's logits are wanted.
             mask_token: the number that stands for "masked".
-            remember: whether first steps are kept for later calls. Where a product is rounded otherwise in a batch
-                of another size, an image would depend on what was made before it.
+            remember: whether first steps are kept for later calls. What is kept was rounded as in the batch that
+                asked first, so this is for types in which that does not matter.
         """
         self.transformer = transformer
         self.local = local
@@ -71,7 +71,7 @@ class MaskedPredictor:
             known = {number: self._first[number] for number in classes if number in self._first}
         missing = [number for number in dict.fromkeys(classes) if number not in known]
         if len(missing) > LARGEST_SHARE * len(classes):
-            known |= dict(zip(classes, self._predict_all(sequence, masked), strict=True))
+            known = dict(zip(classes, self._predict_all(sequence, masked), strict=True)) | known
         elif missing:
             made = self.local(sequence[[classes.index(number) for number in missing]], codes=self.codes)
             known |= dict(zip(missing, made, strict=True))

@@ -40,7 +40,8 @@ class Step(NamedTuple):
     Attributes:
         number_B1: t, int64, counted from 0.
         steps_B1: T, int64.
-        logits_BSK: the model's (guided) logits for the sequence as it was.
+        logits_BSK: the model's (guided) logits for the sequence as it was; those of tokens that were known may be
+            0, unless the policy says that it `reads_known`.
         tokens_BS: the sequence with every masked token sampled.
         unknown_BS: True where a token was masked before this step.
         free_BS: True where a token was to be predicted at the start.
@@ -48,7 +49,7 @@ class Step(NamedTuple):
         ratio_before_B1, ratio_after_B1: γ, the share of free tokens that it wants masked before and after.
         temperature_B1, choice_temperature_B1: of this step, float32.
         mask_token: the number that stands for "masked".
-        predict: another evaluation: int64 (B, S) → guided logits (B, S, K).
+        predict: another evaluation: int64 (B, S) → guided logits (B, S, K), likewise.
         gumbel: returns Gumbel noise float32 (B, S).
         uniform: returns uniform numbers float32 (B, S) in (0, 1) of a stream in `noise`.
     """
@@ -87,6 +88,7 @@ class Policy(Config):
         source: where it is from.
         defaults: settings of `SamplerConfig` that come with it unless they are given.
         remasks: whether tokens that were kept may be masked again; if not, more steps than tokens are never made.
+        reads_known: whether it reads the logits of known tokens, which then are always computed.
         adapts: whether the number of steps depends on the model's predictions; then the loop stops as soon as
             nothing is masked.
     """
@@ -94,6 +96,7 @@ class Policy(Config):
     source: ClassVar[str]
     defaults: ClassVar[dict[str, str]] = {}
     remasks: ClassVar[bool] = False
+    reads_known: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
 
     def begin(self, start: Start) -> Memory:

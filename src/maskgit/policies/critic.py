@@ -22,6 +22,7 @@ class Critic(Policy):
     """
 
     remasks = True
+    reads_known = True
 
     def plausibility(self, step: Step) -> Tensor:
         """Return how plausible each token of `step.tokens_BS` is, float32 (B, S), higher is better."""
@@ -44,6 +45,8 @@ class SelfCritic(Critic):
     """
 
     folds: int = 2
+    # It reads those of what it masks itself.
+    reads_known = False
     source = "after Lezama et al. (arXiv 2209.04439), without the trained critic"
 
     def validate(self) -> None:
