@@ -193,10 +193,25 @@ def test_blur_is_binomial():
     torch.testing.assert_close(blur_downsample(x)[0, 0], line[:, None] * line)
 
 
-@pytest.mark.parametrize("size", [8, 64, 1024])
-def test_discriminator_sizes(size):
-    network = Discriminator(size, max_filters=4)
-    assert network(torch.rand(2, 3, size, size)).shape == (2, 1)
+@pytest.mark.parametrize("size", [4, 6, 8, 20, 36, 64, 96, 192, 1024])
+@pytest.mark.parametrize("blur", [True, False])
+def test_discriminator_sizes(size, blur):
+    network = Discriminator(size, max_filters=4, blur_resample=blur)
+    images = torch.rand(2, 3, size, size, requires_grad=True)
+    logits = network(images)
+    assert logits.shape == (2, 1)
+    (gradient,) = torch.autograd.grad(logits.sum(), images)
+    assert (gradient != 0).any(dim=1).all(), "every pixel is looked at"
+
+
+def test_a_size_between_two_powers_has_the_layers_of_the_larger():
+    def widths(size):
+        return [tuple(p.shape) for name, p in Discriminator(size).named_parameters() if "dense1" not in name]
+
+    assert widths(96) == widths(128)
+    assert widths(192) == widths(256)
+    assert Discriminator(96).dense1.in_features == 512 * 3 * 3
+    assert Discriminator(384, max_filters=8).dense1.in_features == 8 * 3 * 3
 
 
 def test_discriminator_does_not_see_memory_order():
@@ -214,8 +229,9 @@ def test_discriminator_widths():
     assert num_filters(32, 2) == 512
     assert num_filters(256, 2) == 128
     assert num_filters(256, 2, 100) == 100
-    with pytest.raises(ConfigError, match="8, 16, 32"):
-        Discriminator(48)
+    assert [num_filters(size) for size in (32, 64, 128, 256, 512, 1024)] == [512, 256, 128, 64, 32, 16]
+    with pytest.raises(ConfigError, match="4 pixels a side or more, but image_size is 2"):
+        Discriminator(2)
 
 
 def test_adaptive_weight_balances_gradients():

@@ -402,3 +402,12 @@ def test_recipes_are_valid(name):
     path = Path(__file__).parents[2] / "recipes" / name / "tokenizer.toml"
     config = TokenizerTrainingConfig.from_dict(tomllib.loads(path.read_text("utf-8")))
     assert config.model.patch_size == 4
+
+
+def test_every_size_that_the_tokenizer_takes_trains_with_the_discriminator(config):
+    config = replace(config, adversarial_weight=0.1)
+    for size in (8, 12, 96, 192, 384):
+        config.check_image_size(size)
+    small = replace(config, out="", model=replace(config.model, channel_multipliers=(1,)))
+    with pytest.raises(ConfigError, match="4 pixels a side or more"):
+        small.check_image_size(2)

@@ -13,23 +13,30 @@ from torch import Tensor, nn
 from maskgit.config import check_range
 from maskgit.errors import ConfigError
 
-# Filters at each resolution, before the multiplier, which counts from 64 pixels up.
-FILTERS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
-
 
 def num_filters(size: int, channel_multiplier: int = 1, max_filters: int = 512) -> int:
-    """Return the official number of filters at a resolution, at most `max_filters`."""
-    return min(FILTERS[size] * (channel_multiplier if size >= 64 else 1), max_filters)
+    """Return the number of filters at a resolution, at most `max_filters`.
+
+    The official numbers, 512 up to 32 pixels and 256, 128, … 16 at 64, 128, … 1024.
+
+    Differs: the official code knows powers of two alone; any other size has the filters of the next one.
+    """
+    size = _next_power_of_two(size)
+    return min(512 if size <= 32 else max(16, 2**14 // size * channel_multiplier), max_filters)
+
+
+def _next_power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def blur_downsample(x: Tensor) -> Tensor:
     """Blur each channel with [1, 3, 3, 1] in both directions and keep every second pixel.
 
     Args:
-        x: float (B, C, S, S), S even.
+        x: float (B, C, S, S).
 
     Returns:
-        float (B, C, S / 2, S / 2).
+        float (B, C, ⌊S / 2⌋, ⌊S / 2⌋).
 
     Source: official `BlurPool2D` (Zhang, Making Convolutional Networks Shift-Invariant Again, 2019).
     """
@@ -38,6 +45,15 @@ def blur_downsample(x: Tensor) -> Tensor:
     # In float32 even under autocast, as the official code computes it; it is much the faster so on a CPU.
     with torch.autocast(x.device.type, enabled=False):
         return F.conv2d(x.float(), kernel, stride=2, padding=1, groups=x.shape[1]).to(x.dtype)
+
+
+def check_discriminator_size(size: int) -> None:
+    """Raise a `ConfigError` if images of `size` pixels a side are too small to judge."""
+    if size < 4:
+        raise ConfigError(
+            f"The discriminator reads images of 4 pixels a side or more, but image_size is {size}: "
+            "take larger images, or set adversarial_weight to 0."
+        )
 
 
 class DiscriminatorBlock(nn.Module):
@@ -67,8 +83,10 @@ class Discriminator(nn.Module):
     ) -> None:
         """Make the network with fresh weights.
 
+        Images are halved to 4 pixels a side, as in the official network, or to 2 or 3 where S is no power of two.
+
         Args:
-            image_size: S, a power of two in [8, 1024].
+            image_size: S ≥ 4.
             channel_multiplier: scales the filters at 64 pixels and above.
             blur_resample: blur before down-sampling; plain averages otherwise.
             max_filters: a bound on the filters of every layer; 512 is the official network.
@@ -77,24 +95,20 @@ class Discriminator(nn.Module):
             ConfigError: a setting is out of range.
         """
         super().__init__()
-        if image_size not in FILTERS or image_size < 8:
-            raise ConfigError(
-                f"The discriminator reads images of 8, 16, 32, … or 1024 pixels a side, but image_size is "
-                f"{image_size}. Choose one of these, or set adversarial_weight to 0."
-            )
+        check_discriminator_size(image_size)
         check_range("channel_multiplier", channel_multiplier, 1, 64)
         check_range("max_filters", max_filters, 1, 65_536)
         channels = num_filters(image_size, channel_multiplier, max_filters)
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         blocks = []
-        while image_size > 4:
+        for _ in range(_next_power_of_two(image_size).bit_length() - 3):
             image_size //= 2
             width = num_filters(image_size, channel_multiplier, max_filters)
             blocks.append(DiscriminatorBlock(channels, width, blur_resample))
             channels = width
         self.blocks = nn.ModuleList(blocks)
         self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
-        self.dense1 = nn.Linear(channels * 16, channels)
+        self.dense1 = nn.Linear(channels * image_size**2, channels)
         self.dense2 = nn.Linear(channels, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

@@ -6,7 +6,7 @@ from maskgit.config import Config, TokenizerConfig, check_choice, check_range
 from maskgit.errors import ConfigError
 from maskgit.evaluation.features import BUNDLED_NETS
 from maskgit.training.augment import AUGMENTATIONS
-from maskgit.training.discriminator import FILTERS
+from maskgit.training.discriminator import check_discriminator_size
 from maskgit.training.losses import ADVERSARIAL_LOSSES, ENTROPY_KINDS
 from maskgit.training.optim import LR_SCHEDULES
 from maskgit.training.perceptual import PERCEPTUAL
@@ -181,8 +181,5 @@ class TokenizerTrainingConfig(Config):
                 f"image_size must be a multiple of the {self.model.patch_size} pixels of a token, "
                 f"but is {size}."
             )
-        if self.adversarial_weight and size not in FILTERS:
-            raise ConfigError(
-                f"The discriminator reads images of 8, 16, 32, … or 1024 pixels a side, but image_size is "
-                f"{size}. Choose one of these, or set adversarial_weight to 0."
-            )
+        if self.adversarial_weight:
+            check_discriminator_size(size)
