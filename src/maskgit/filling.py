@@ -48,8 +48,8 @@ def fill(
     Raises:
         ConfigError: a setting is out of range.
     """
-    made = fill_batches(
-        model,
+    # The model's own, which may be another one: a server's model fills in its worker's batches.
+    made = model.fill_batches(
         sequences,
         config,
         start_step=start_step,

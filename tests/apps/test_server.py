@@ -269,6 +269,22 @@ def test_metrics_count(client, server):
     assert float(count.split()[1]) == server[1].stats.images
 
 
+@pytest.mark.parametrize("command", ["edit", "inpaint", "outpaint"])
+def test_metrics_count_edits(client, server, command):
+    stats = server[1].stats
+    images, steps = stats.images, stats.steps
+    data = {"class": "cat", "steps": 3} | {
+        "edit": {"boxes": "[[3, 3, 10, 10]]"},
+        "inpaint": {"mask": base64.b64encode(png(PAINTED)).decode()},
+        "outpaint": {"left": 8},
+    }[command]
+    assert client.post(f"/v1/{command}", data=data, files={"image": png(PHOTO)}).status_code == 200
+    text = client.get("/metrics").text
+    count = next(line for line in text.splitlines() if line.startswith("maskgit_images_total"))
+    assert float(count.split()[1]) > images
+    assert stats.steps >= steps + 2
+
+
 def test_the_page_loads_nothing_from_elsewhere(client):
     page = client.get("/docs").text
     assert "/v1/generate" in page

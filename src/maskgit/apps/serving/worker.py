@@ -244,6 +244,7 @@ class Worker:
             fillings, self._fillings = self._fillings, deque()
         for function, ticket, done in calls:
             _answer(function, ticket, done)
+        self._count_halvings()
         for filling in fillings:
             for job in filling.jobs:
                 self._owners[job] = filling
@@ -259,25 +260,32 @@ class Worker:
     def _step(self) -> None:
         started = time.perf_counter()
         all_news = self.batcher.step()
-        finished = 0
+        stats = self.stats
+        finished = sum(news.pixels is not None for news in all_news)
+        stats.images, stats.steps = stats.images + finished, stats.steps + 1
+        self._count_halvings()
+        self._busy = _FADING * self._busy + time.perf_counter() - started
+        self._made = _FADING * self._made + finished
+        if self._made > 1:
+            stats.seconds_per_image = self._busy / self._made
+        # Told last: whoever has an image finds it counted.
         for news in all_news:
             owner = self._owners[news.job]
             if news.last:
                 del self._owners[news.job]
             if news.error is not None:
-                self.stats.failures += 1
+                stats.failures += 1
                 log.error("An image failed.", exc_info=news.error)
-            finished += news.pixels is not None
             owner.news.put(news)
-        stats = self.stats
-        stats.images, stats.steps = stats.images + finished, stats.steps + 1
-        if self.batcher.halvings > stats.halvings:
-            stats.halvings = self.batcher.halvings
-            log.warning("Memory ran out: batches have at most %d rows from now on.", self.batcher.sizes[-1])
-        self._busy = _FADING * self._busy + time.perf_counter() - started
-        self._made = _FADING * self._made + finished
-        if self._made > 1:
-            stats.seconds_per_image = self._busy / self._made
+
+    def _count_halvings(self) -> None:
+        if self.batcher.halvings > self.stats.halvings:
+            self.stats.halvings = self.batcher.halvings
+            log.warning(
+                "Memory ran out: from now on batches have at most %d rows, and %d images are decoded at once.",
+                self.batcher.sizes[-1],
+                self.batcher.decode_size,
+            )
 
     def _drop(self, filling: _Filling, fault: ServiceError) -> None:
         for job in filling.jobs:
