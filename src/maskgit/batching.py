@@ -239,6 +239,7 @@ class Batcher:
         Returns:
             float32 (B, 3, H, W) in [0, 1], on the CPU.
         """
+
         def work(part: Tensor) -> Tensor:
             padded = torch.cat([part, part[:1].expand(self.decode_size - len(part), -1, -1)])
             return self.model.decode_tokens(padded)[: len(part)]

@@ -10,7 +10,7 @@ imported only to return an `ImagePipelineOutput`.
 Shapes: B images, S = N + 1 the sequence with its class token, h × w the token grid.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -23,8 +23,10 @@ from maskgit.config import SamplerConfig, check_choice, check_count
 from maskgit.devices import choose_device
 from maskgit.editing import inpaint
 from maskgit.errors import ConfigError, MaskGITError
+from maskgit.filling import fill
+from maskgit.model import Label, Model, Picture
 from maskgit.noise import ImageNoise, seed_words
-from maskgit.pipeline import Label, MaskGIT, Picture
+from maskgit.pipeline import MaskGIT
 from maskgit.plans import plan_steps
 from maskgit.policies import make_policy
 from maskgit.results import Output
@@ -208,19 +210,19 @@ class MaskGITPipeline:
         if image is None:
             labels = [number for number in self.model.labels(class_labels) for _ in range(count)]
             watched.seeds = draw_seeds(generator, len(labels))
-            made = watched.fill(self.model.vocabulary.sequence(torch.tensor(labels)), config)
+            sequences = self.model.vocabulary.sequence(torch.tensor(labels))
+            made = fill(cast(Model, watched), sequences, config)
         else:
             watched.seeds = draw_seeds(generator, count)
             label = _single(class_labels)
-            # It has all that `inpaint` reads of a model.
-            made = inpaint(cast(MaskGIT, watched), image, mask_image, label, num_images=count, **settings)
+            made = inpaint(cast(Model, watched), image, mask_image, label, num_images=count, **settings)
 
         found = made.tokens if output_type == "latent" else _as_type(made, output_type)
         return (found,) if output_class is None else output_class(images=found)
 
 
 class _Watched:
-    """A model for one call, whose images have seeds of their own and whose caller has a say after each step."""
+    """A `Model` for one call: its images have seeds of their own, and its caller has a say after each step."""
 
     def __init__(
         self, pipe: MaskGITPipeline, callback: StepEndCallback | None, tensors: Sequence[str]
@@ -233,10 +235,10 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe.model, name)
 
-    def fill(
+    def fill_batches(
         self, sequences: Tensor, config: SamplerConfig, *, start_step: int = 0, **_others: Any
-    ) -> Output:
-        """Do as `MaskGIT.fill`, with these seeds in place of its own, all images together and no trace."""
+    ) -> Iterator[Output]:
+        """Do as `MaskGIT.fill_batches`, with these seeds in place of its own, all images together and no trace."""
         pipe, model = self.pipe, self.pipe.model
         sequences = sequences.to(model.device)
         indices = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
@@ -273,7 +275,7 @@ class _Watched:
                 if state is None or pipe._interrupt:
                     break
         tokens = model.vocabulary.grid(made.tokens)
-        return Output(model.decode_tokens(tokens), tokens.cpu())
+        yield Output(model.decode_tokens(tokens), tokens.cpu())
 
     def _told(self, number: int, made: Decoded, free: Tensor) -> Decoded:
         """Tell the callback of a step; return the step as the callback leaves it."""

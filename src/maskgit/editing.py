@@ -9,7 +9,7 @@ Source: paper §4.3; official inference.py.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,24 +18,23 @@ from torch import Tensor
 from maskgit import masks, photos
 from maskgit.config import SamplerConfig, check_count, check_range
 from maskgit.errors import RegionError
+from maskgit.filling import fill
 from maskgit.images import to_pil
 from maskgit.likelihood import guess_class
+from maskgit.model import Label, Model, Picture
 from maskgit.photos import Photo, Window
 from maskgit.regions import Box, blend
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, ClassGuess, Output
-
-if TYPE_CHECKING:
-    from maskgit.pipeline import Label, MaskGIT, Picture
 
 # In place of a label: the class that the model finds in what is known of the image.
 GUESS = "guess"
 
 
 def edit(
-    model: "MaskGIT",
-    image: "Picture",
+    model: Model,
+    image: Picture,
     boxes: Box | Sequence[Box],
-    label: "Label",
+    label: Label,
     *,
     rule: str = "cover",
     start_step: int | None = None,
@@ -98,10 +97,10 @@ def edit(
 
 
 def inpaint(
-    model: "MaskGIT",
-    image: "Picture",
+    model: Model,
+    image: Picture,
     mask: Any,
-    label: "Label" = GUESS,
+    label: Label = GUESS,
     *,
     share: float = 0.0,
     dilate: int = 0,
@@ -166,12 +165,12 @@ def inpaint(
 
 
 def _renew(
-    model: "MaskGIT",
+    model: Model,
     photo: Photo,
     window: Window,
     token_mask: Tensor,
     painted: np.ndarray | None,
-    label: "Label",
+    label: Label,
     config: SamplerConfig,
     *,
     feather: float | None,
@@ -192,7 +191,7 @@ def _renew(
     sequences = model.vocabulary.sequence(
         torch.full((num_images,), number), tokens.expand(num_images, -1, -1), token_mask
     )
-    made = model.fill(sequences, config, start_step=start_step, **options)
+    made = fill(model, sequences, config, start_step=start_step, **options)
 
     large, small = (
         photos.soft_weights(token_mask, painted, window, photo.size, side, radius * side / size)
@@ -211,7 +210,7 @@ def _renew(
 
 
 def resolve(
-    model: "MaskGIT", label: "Label", tokens: Tensor, token_mask: Tensor | None
+    model: Model, label: Label, tokens: Tensor, token_mask: Tensor | None
 ) -> tuple[int, ClassGuess | None]:
     """Return a class number, −1 for no class, and the guess if the label is to be guessed.
 

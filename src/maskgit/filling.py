@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskgit.config import SamplerConfig, check_count
+from maskgit.model import Model
 from maskgit.noise import ImageNoise
 from maskgit.policies import make_policy
 from maskgit.policies.base import log_probs_of
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def fill(
-    model: "MaskGIT",
+    model: Model,
     sequences: Tensor,
     config: SamplerConfig,
     *,

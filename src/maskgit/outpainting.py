@@ -11,7 +11,7 @@ import io
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,9 @@ from maskgit import images
 from maskgit.canvas import Window, decode_canvas, encode_canvas, plan_windows
 from maskgit.config import SamplerConfig, check_count, check_range
 from maskgit.errors import ConfigError, RegionError
+from maskgit.filling import fill
+from maskgit.model import Label, Model, Picture
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
-
-if TYPE_CHECKING:
-    from maskgit.pipeline import Label, MaskGIT, Picture
 
 MAX_PIXELS = images.MAX_PIXELS
 # Windows are no more than tokens, and first_index may go to 2⁶².
@@ -38,8 +37,8 @@ EMPTY = 0.5
 
 
 def outpaint(
-    model: "MaskGIT",
-    image: "Picture",
+    model: Model,
+    image: Picture,
     *,
     left: int = 0,
     right: int = 0,
@@ -47,7 +46,7 @@ def outpaint(
     bottom: int = 0,
     canvas: Sequence[int] | None = None,
     position: Sequence[int] | None = None,
-    label: "Label" = None,
+    label: Label = None,
     num_images: int = 1,
     feather: float | None = None,
     seed: int = 0,
@@ -118,8 +117,8 @@ def outpaint(
 
 
 def panorama(
-    model: "MaskGIT",
-    labels: "Label | Sequence[Label]",
+    model: Model,
+    labels: Label | Sequence[Label],
     width: int,
     *,
     height: int | None = None,
@@ -184,7 +183,7 @@ def panorama(
 
 
 def _fill(
-    model: "MaskGIT",
+    model: Model,
     canvas: Tensor,
     windows: list[Window],
     labels: list[int],
@@ -209,7 +208,8 @@ def _fill(
             sequences = model.vocabulary.sequence(
                 torch.full((len(batch),), label), window.read(batch), window.unknown
             )
-            made = model.fill(
+            made = fill(
+                model,
                 sequences,
                 config,
                 start_step=0,
@@ -222,7 +222,7 @@ def _fill(
             window.write(batch, made.tokens)
 
 
-def _read(image: "Picture", size: int, patch: int) -> Tensor:
+def _read(image: Picture, size: int, patch: int) -> Tensor:
     """Return a picture as float32 (1, 3, H, W) in [0, 1], its shorter side no longer than `size`."""
     if isinstance(image, Tensor):
         image = images.to_array(image)

@@ -12,11 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskgit import editing, filling, images, likelihood, outpainting, variations
+# Imported for what it does when a process forks.
+from maskgit import (
+    editing,
+    filling,
+    forks,  # noqa: F401
+    images,
+    likelihood,
+    outpainting,
+    variations,
+)
 from maskgit.classes import find_class
 from maskgit.config import ModelConfig, SamplerConfig, StepTables, check_count
 from maskgit.errors import ConfigError
 from maskgit.guidance import PredictLogits
+from maskgit.model import Label, Picture
 from maskgit.policies import POLICIES
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, join_outputs
 from maskgit.sampler import StepFunction, decode_step
@@ -29,9 +39,6 @@ SLICE_BYTES = {False: 2**31, True: 2**26}
 
 if TYPE_CHECKING:
     from maskgit.engine import Engine
-
-Label = int | str | None
-Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
 class MaskGIT:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskgit.forks import resets
 from maskgit.guidance import PredictLogits
 from maskgit.noise import ImageNoise, Noise, gumbels
 from maskgit.plans import Numbers
@@ -43,6 +44,11 @@ class GraphedSteps:
         self.capture = capture
         self.compile_noise = compile_noise
         self._programs: OrderedDict[tuple[Any, ...], _Program] = OrderedDict()
+        self._lock = threading.Lock()
+        resets(self)
+
+    def after_fork(self) -> None:
+        """Take a new lock: another thread may have held the old one."""
         self._lock = threading.Lock()
 
     def __call__(

@@ -57,7 +57,6 @@ class SharedModel(MaskGIT):
         nothing: there is one `Output`.
         """
         first_index = check_count("first_index", first_index, 0, 2**62)
-        classes = [None] * len(sequences) if switch is None else switch[1].tolist()
         jobs = [
             Job(
                 row,
@@ -67,7 +66,7 @@ class SharedModel(MaskGIT):
                 start_step,
                 told=callback is not None,
                 traced=return_steps,
-                switch=None if switch is None else (switch[0], classes[i]),
+                switch=None if switch is None else (switch[0], int(switch[1][i])),
             )
             for i, row in enumerate(sequences.cpu())
         ]

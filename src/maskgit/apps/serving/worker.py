@@ -24,6 +24,7 @@ from maskgit.apps.serving.faults import (
     UnavailableError,
 )
 from maskgit.batching import Batcher, Job, News, equal_sizes, ran_out_of_memory
+from maskgit.forks import resets
 from maskgit.pipeline import MaskGIT
 
 T = TypeVar("T")
@@ -120,10 +121,28 @@ class Worker:
         self._owners: dict[Job, _Filling] = {}
         self._busy, self._made = 0.0, 0.0
         self._thread = threading.Thread(target=self._run, name="maskgit-model", daemon=True)
+        resets(self)
 
     def start(self) -> None:
-        """Start the thread, which warms the model up first."""
+        """Start the thread, which warms the model up first.
+
+        Raises:
+            UnavailableError: it was started before this process was forked.
+        """
+        if isinstance(self.failure, UnavailableError):
+            raise self.failure
         self._thread.start()
+
+    def after_fork(self) -> None:
+        """Say to all who come that the thread stayed behind, if it was started."""
+        self._changed = threading.Condition()
+        if self._thread.ident is not None:
+            self.ready = threading.Event()
+            self.ready.set()
+            self.failure = UnavailableError(
+                "The service was started before this process was forked, and its thread stayed behind; start it in "
+                "each process (with gunicorn, without --preload)."
+            )
 
     def close(self) -> None:
         """Finish what there is to do and end the thread."""
@@ -183,6 +202,8 @@ class Worker:
         return [results[job] for job in jobs]
 
     def _check_open(self) -> None:
+        if isinstance(self.failure, UnavailableError):
+            raise self.failure
         if self._closing or self.failure is not None:
             raise UnavailableError("The server is stopping; send the request to another one.")
 
