@@ -17,7 +17,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from maskgit.config import SamplerConfig, check_count
+from maskgit.checks import check_count
+from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError
 from maskgit.noise import ImageNoise, seed_words
 from maskgit.pipeline import MaskGIT

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskgit.config import SamplerConfig, check_choice, check_count
+from maskgit.checks import check_choice, check_count
+from maskgit.config import SamplerConfig
 from maskgit.devices import choose_device
 from maskgit.editing import inpaint
 from maskgit.errors import ConfigError, MaskGITError

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from maskgit import masks, photos
-from maskgit.config import SamplerConfig, check_count, check_range
+from maskgit.checks import check_count, check_range
+from maskgit.config import SamplerConfig
 from maskgit.errors import RegionError
 from maskgit.filling import fill
 from maskgit.images import to_pil

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from maskgit import files, images
-from maskgit.config import check_choice, check_count, check_range
+from maskgit.checks import check_choice, check_count, check_range
 from maskgit.errors import ConfigError, ImageError, OutputError
 from maskgit.results import Output, Trace
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maskgit.config import SamplerConfig, check_count
+from maskgit.checks import check_count
+from maskgit.config import SamplerConfig
 from maskgit.model import Model
 from maskgit.noise import ImageNoise
 from maskgit.policies import make_policy

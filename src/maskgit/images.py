@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from maskgit import files, imagefiles
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.errors import ConfigError, ImageError, OutputError
 from maskgit.imagefiles import Source, decoding, opened, to_rgb, upright
 

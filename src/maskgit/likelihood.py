@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskgit.config import check_count
+from maskgit.checks import check_count
 from maskgit.errors import ConfigError, RegionError
 from maskgit.filling import fill
 from maskgit.model import Label, Model

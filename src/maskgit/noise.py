@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskgit.config import check_count
+from maskgit.checks import check_count
 
 MASK32 = 0xFFFFFFFF
 # Streams keep draws for different purposes apart; a new purpose takes a new number below 256.

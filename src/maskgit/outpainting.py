@@ -21,7 +21,8 @@ from torch import Tensor
 
 from maskgit import images
 from maskgit.canvas import Window, decode_canvas, encode_canvas, plan_windows
-from maskgit.config import SamplerConfig, check_count, check_range
+from maskgit.checks import check_count, check_range
+from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError, RegionError
 from maskgit.filling import fill
 from maskgit.model import Label, Model, Picture

@@ -22,8 +22,9 @@ from maskgit import (
     outpainting,
     variations,
 )
+from maskgit.checks import check_count
 from maskgit.classes import find_class
-from maskgit.config import ModelConfig, SamplerConfig, StepTables, check_count
+from maskgit.config import ModelConfig, SamplerConfig, StepTables
 from maskgit.errors import ConfigError
 from maskgit.guidance import PredictLogits
 from maskgit.model import Label, Picture

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from maskgit.config import MAX_GRID, check_count, check_range
+from maskgit.checks import check_count, check_range
+from maskgit.config import MAX_GRID
 from maskgit.errors import RegionError, unknown_name
 
 Box = Sequence[int]

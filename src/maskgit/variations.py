@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit import noise
-from maskgit.config import SamplerConfig, check_count, check_range
+from maskgit.checks import check_count, check_range
+from maskgit.config import SamplerConfig
 from maskgit.editing import GUESS, resolve
 from maskgit.filling import fill
 from maskgit.model import Label, Model, Picture

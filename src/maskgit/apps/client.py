@@ -22,7 +22,7 @@ from maskgit import __version__
 from maskgit.apps import client_calls
 from maskgit.apps.client_answers import EventReader, Picture, Pictures, Preview, RequestError, check
 from maskgit.apps.client_calls import Call, Making, Source
-from maskgit.config import check_count, check_range
+from maskgit.checks import check_count, check_range
 from maskgit.errors import ConfigError
 from maskgit.forks import resets
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.download import sha256
 from maskgit.errors import DataError, ImageError
 from maskgit.evaluation.npz import open_npz

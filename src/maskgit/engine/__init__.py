@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from maskgit.config import Config, check_choice, check_count, check_range
+from maskgit.checks import check_choice, check_count, check_range
+from maskgit.config import Config
 from maskgit.devices import choose_device
 from maskgit.engine import probe
 from maskgit.engine.convolution import can_pack, prepare_convolutions

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.download import sha256
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError, unknown_name
 from maskgit.evaluation import dinov2, inception

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.errors import DataError
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.errors import DataError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.pictures import Pictures, check_share

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.errors import DataError, ImageError, OutputError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.frechet import FeatureStatistics, FrechetReport, Gaussian, frechet_report

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskgit.config import Config, check_choice, check_count, check_range
+from maskgit.checks import check_choice, check_count, check_range
+from maskgit.config import Config
 from maskgit.errors import ConfigError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.statistics import Collector, ImageStatistics, compare

@@ -48,7 +48,7 @@ class Moment(Policy):
     source = "Hayakawa et al. (arXiv 2510.04525)"
 
     def validate(self) -> None:
-        from maskgit.config import check_range
+        from maskgit.checks import check_range
 
         check_range("beta", self.beta, 0, 1e4)
 

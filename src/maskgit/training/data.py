@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskgit.config import check_choice, check_range
+from maskgit.checks import check_choice, check_range
 from maskgit.errors import ConfigError
 from maskgit.noise import uniform
 from maskgit.training.augment import AUGMENTATIONS, NUM_DRAWS

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.errors import ConfigError
 
 # Filters at each resolution, before the multiplier, which counts from 64 pixels up.

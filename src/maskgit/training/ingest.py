@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.errors import DataError, ImageError
 from maskgit.images import read_image
 from maskgit.training.augment import resize_and_centre_crop

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.errors import ConfigError, ImageError, unknown_name
 from maskgit.evaluation.features import load_effnet_lite0
 from maskgit.evaluation.lpips import LPIPS, LPIPS_NETS, unit_length

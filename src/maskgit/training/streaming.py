@@ -24,7 +24,7 @@ from threading import Event
 import numpy as np
 import torch
 
-from maskgit.config import check_choice, check_range
+from maskgit.checks import check_choice, check_range
 from maskgit.errors import ConfigError, DataError, ImageError
 from maskgit.noise import uniform
 from maskgit.tokenizer import Tokenizer

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskgit.config import MAX_CODES, MAX_GRID, check_choice, check_range
+from maskgit.checks import check_choice, check_range
+from maskgit.config import MAX_CODES, MAX_GRID
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.files import output_error, replacing
 from maskgit.noise import uniform

@@ -19,7 +19,7 @@ from maskgit import __version__
 from maskgit.apps.serving.faults import InvalidRequestError, OverloadedError, UnavailableError
 from maskgit.apps.serving.shared import SharedModel
 from maskgit.apps.serving.worker import Stats, Ticket, Worker
-from maskgit.config import check_count, check_range
+from maskgit.checks import check_count, check_range
 from maskgit.forks import resets
 from maskgit.pipeline import MaskGIT
 

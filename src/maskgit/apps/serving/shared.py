@@ -13,7 +13,8 @@ from torch import Tensor
 
 from maskgit.apps.serving.worker import Ticket, Worker
 from maskgit.batching import Job, News
-from maskgit.config import SamplerConfig, check_count
+from maskgit.checks import check_count
+from maskgit.config import SamplerConfig
 from maskgit.pipeline import MaskGIT
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace, join_outputs
 
