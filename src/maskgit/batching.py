@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from maskgit.checks import check_count
+from maskgit.checks import check_count, check_seed, check_whole
 from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError
 from maskgit.noise import ImageNoise, seed_words
@@ -63,8 +63,9 @@ class Job:
     switch: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        check_count("seed", self.seed, 0, 2**64 - 1)
-        check_count("index", self.index, 0, 2**63 - 1)
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        object.__setattr__(self, "index", check_count("index", self.index, 0, 2**63 - 1))
+        object.__setattr__(self, "start_step", check_whole("start_step", self.start_step))
         if not 0 <= self.start_step < self.config.steps:
             raise ConfigError(
                 f"start_step must be from 0 to {self.config.steps - 1} for {self.config.steps} steps, "
@@ -327,7 +328,7 @@ class Batcher:
 
     def _noise(self, jobs: list[Job]) -> ImageNoise:
         device = self.model.device
-        return ImageNoise(
+        return ImageNoise.of_words(
             seed_words([job.seed for job in jobs], device),
             torch.tensor([job.index for job in jobs], device=device),
             self.model.vocabulary.num_tokens + 1,

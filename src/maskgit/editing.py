@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskgit import masks, photos
-from maskgit.checks import check_count, check_range
+from maskgit.checks import check_count, check_range, plain
 from maskgit.config import SamplerConfig
 from maskgit.errors import RegionError
 from maskgit.filling import fill
@@ -184,7 +184,7 @@ def _renew(
     num_images = _check_output(num_images, photo.size)
     # The official 16 is a constant; see `regions.composite`.
     radius = max(0, size // 16 - 1) if feather is None else feather
-    check_range("feather", radius, 0, size)
+    radius = check_range("feather", radius, 0, size)
 
     before = photos.cut(photo, window, size)
     tokens = model.encode_pixels(before)
@@ -243,9 +243,8 @@ def _check_output(num_images: int, size: tuple[int, int]) -> int:
 
 def _list_boxes(boxes: Any) -> list[Box]:
     """Return one or several boxes as a list; what they hold is checked later."""
-    listed = (
-        list(boxes) if isinstance(boxes, Sequence | np.ndarray) and not isinstance(boxes, str) else [boxes]
-    )
+    boxes = plain(boxes)
+    listed = list(boxes) if isinstance(boxes, Sequence) and not isinstance(boxes, str) else [boxes]
     if not listed:
         raise RegionError("There are no boxes; give at least one (left, top, width, height).")
-    return listed if all(isinstance(box, Sequence | np.ndarray) for box in listed) else [boxes]
+    return listed if all(isinstance(box, Sequence) for box in listed) else [boxes]

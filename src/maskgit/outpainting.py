@@ -10,10 +10,9 @@ Shapes: B images, R × C the canvas's tokens, H × W pixels.
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from maskgit import images
 from maskgit.canvas import Window, decode_canvas, encode_canvas, plan_windows
-from maskgit.checks import check_count, check_range
+from maskgit.checks import check_count, check_range, plain
 from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError, RegionError
 from maskgit.filling import fill
@@ -96,7 +95,7 @@ def outpaint(
     before_x, columns = _axis(left, width, right, patch, side)
     before_y, rows = _axis(top, height, bottom, patch, side)
     _check_size(num_images, new_width, new_height, rows * columns)
-    check_range("feather", feather or 0, 0, MAX_PIXELS)
+    feather = None if feather is None else check_range("feather", feather, 0, MAX_PIXELS)
 
     known = (before_x, before_y, width // patch, height // patch)
     inside = (slice(before_y, before_y + known[3]), slice(before_x, before_x + known[2]))
@@ -153,10 +152,7 @@ def panorama(
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
     config = model.sampler_config(**settings)
-    if isinstance(labels, Tensor | np.ndarray | np.generic):
-        labels = labels.tolist()
-    listed = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else [labels]
-    numbers = [model.label(label) for label in listed]
+    numbers = model.labels(labels)
     width = check_count("width", width, 1, MAX_PIXELS)
     height = check_count("height", model.config.image_size if height is None else height, 1, MAX_PIXELS)
     patch, side = model.tokenizer.patch_size, model.config.transformer.grid_size
@@ -278,7 +274,8 @@ def _margins(
 
 
 def _pair(name: str, meaning: str, values: Sequence[int]) -> tuple[int, int]:
-    if isinstance(values, str) or not isinstance(values, Iterable) or len(values := tuple(values)) != 2:
+    values = plain(values)
+    if not isinstance(values, list | tuple) or len(values) != 2:
         raise ConfigError(f"{name} must be two whole numbers {meaning}, but is {values!r}.")
     first, second = (check_count(name, value, -MAX_PIXELS, MAX_PIXELS) for value in values)
     return first, second

@@ -59,7 +59,7 @@ def vary(
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
     first_index = check_count("first_index", first_index, 0, 2**62)
-    check_range("strength", strength, 0, 1)
+    strength = check_range("strength", strength, 0, 1)
     config, start_step = resumed(model.sampler_config(**settings), strength, model.vocabulary.num_tokens)
     before = model.prepare(image)
     tokens = model.encode_pixels(before)
@@ -113,7 +113,7 @@ def interpolate_classes(
         ConfigError: an argument is not allowed.
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
-    check_range("switch", switch, 0, 1)
+    switch = check_range("switch", switch, 0, 1)
     config = model.sampler_config(**settings)
     remasks = make_policy(config.policy, config.policy_options).remasks
     steps = plan_steps(config, model.vocabulary.num_tokens, remasks=remasks).steps
@@ -175,7 +175,7 @@ def interpolate_images(
     side = model.vocabulary.grid_size
     smoothness = check_count("smoothness", smoothness, 0, side)
     refine = check_count("refine", refine, 0, side)
-    check_range("share", share, 0, 1)
+    share = check_range("share", share, 0, 1)
     config = model.sampler_config(**settings)
     number = model.label(label) if refine else 0
     ours, theirs = (model.encode_pixels(model.prepare(image)) for image in (first, second))

@@ -80,8 +80,8 @@ class _Connected(Generic[Http]):
             ConfigError: the URL or the key cannot be sent, or a number is out of range.
         """
         self.url = _check_url(url)
-        check_range("timeout", timeout, 0.01, 86_400)
-        check_range("max_wait", max_wait, 0, 86_400)
+        timeout = check_range("timeout", timeout, 0.01, 86_400)
+        max_wait = check_range("max_wait", max_wait, 0, 86_400)
         self.timeout = timeout
         self.retries = check_count("retries", retries, 0, 1000)
         self.max_wait = max_wait

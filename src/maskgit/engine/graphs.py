@@ -111,7 +111,7 @@ def _step(
     def step(
         sequence: Tensor, free: Tensor, words: Tensor, indices: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        noise = kind(words, indices, sequence.shape[1], num_codes)
+        noise = kind.of_words(words, indices, sequence.shape[1], num_codes)
         numbers, memory = Numbers(*rest[:count]), rest[count:]
         made = decode_step(predict_logits, sequence, free, memory, numbers, noise=noise, **options)
         return (*made[:5], *made.memory)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.checks import check_range
+from maskgit.checks import check_count
 from maskgit.errors import ConfigError
 
 # Filters at each resolution, before the multiplier, which counts from 64 pixels up.
@@ -82,8 +82,8 @@ class Discriminator(nn.Module):
                 f"The discriminator reads images of 8, 16, 32, … or 1024 pixels a side, but image_size is "
                 f"{image_size}. Choose one of these, or set adversarial_weight to 0."
             )
-        check_range("channel_multiplier", channel_multiplier, 1, 64)
-        check_range("max_filters", max_filters, 1, 65_536)
+        channel_multiplier = check_count("channel_multiplier", channel_multiplier, 1, 64)
+        max_filters = check_count("max_filters", max_filters, 1, 65_536)
         channels = num_filters(image_size, channel_multiplier, max_filters)
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         blocks = []

@@ -20,6 +20,7 @@ from maskgit.apps.serving.faults import InvalidRequestError, OverloadedError, Un
 from maskgit.apps.serving.shared import SharedModel
 from maskgit.apps.serving.worker import Stats, Ticket, Worker
 from maskgit.checks import check_count, check_range
+from maskgit.config import Config
 from maskgit.forks import resets
 from maskgit.pipeline import MaskGIT
 
@@ -30,7 +31,7 @@ _MAX_RETRY_AFTER = 300
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Config):
     """How much is taken at once, and how much a request may ask for.
 
     Attributes:
@@ -53,7 +54,7 @@ class Limits:
     body_seconds: float = 30.0
     timeout: float = 120.0
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         check_count("queue_size", self.queue_size, 1, MAX_QUEUE)
         check_count("max_batch", self.max_batch, 1, MAX_QUEUE)
         check_count("max_images", self.max_images, 1, MAX_QUEUE)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskgit.apps.serving.worker import Ticket, Worker
 from maskgit.batching import Job, News
-from maskgit.checks import check_count
+from maskgit.checks import check_count, check_seed
 from maskgit.config import SamplerConfig
 from maskgit.pipeline import MaskGIT
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace, join_outputs
@@ -58,6 +58,7 @@ class SharedModel(MaskGIT):
         nothing: there is one `Output`.
         """
         first_index = check_count("first_index", first_index, 0, 2**62)
+        seed = check_seed(seed)
         jobs = [
             Job(
                 row,
