@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskgit.checks import check_choice, check_count, check_number, plain
+from maskgit.checks import check_choice, check_count, check_range, plain
 from maskgit.config import SamplerConfig
 from maskgit.devices import Device, Dtype
 from maskgit.editing import inpaint
@@ -340,7 +340,11 @@ def draw_seeds(generator: Generators, count: int) -> list[int]:
 
 def _at_least_1(guidance_scale: Any) -> Any:
     """Return the scale that means the same to `SamplerConfig`."""
-    return None if guidance_scale is None else max(1.0, check_number("guidance_scale", guidance_scale))
+    return (
+        None
+        if guidance_scale is None
+        else max(1.0, check_range("guidance_scale", guidance_scale, -1000, 1000))
+    )
 
 
 def _single(class_labels: Any) -> Label:

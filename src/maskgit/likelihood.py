@@ -149,6 +149,7 @@ def generate_best(
     candidates = check_count("candidates", candidates, 1, 1_000_000)
     num_images = check_count("num_images", num_images, 1, candidates)
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
+    first_index = check_count("first_index", first_index, 0, 2**62)
     config = model.sampler_config(**settings)
     numbers = torch.tensor(model.labels(labels), dtype=torch.int64)
     if not len(numbers):

@@ -69,7 +69,7 @@ def _painted(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if values.ndim == 3:
         last, first = (values.shape[axis] in _CHANNELS for axis in (2, 0))
         # A photo of a few pixels could be read both ways; its size says which.
-        if last and not (first and values.shape[1:] == size[::-1]):
+        if last and (not first or values.shape[:2] == size[::-1]):
             first = False
         if last or first:
             values = np.moveaxis(values, 0, 2) if first else values

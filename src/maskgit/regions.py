@@ -233,7 +233,7 @@ def _whole_numbers(values: object, count: int) -> tuple[int, ...] | None:
 
 
 def _check_size(image_size: int | tuple[int, int], patch: int) -> tuple[int, int]:
-    image_size = plain(image_size)
+    image_size, patch = plain(image_size), check_count("patch", patch, 1, 65_536)
     sides = _whole_numbers(
         image_size if isinstance(image_size, list | tuple) else (image_size, image_size), 2
     )

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import threading
+from urllib.parse import quote, quote_from_bytes
 
 import httpx
 import numpy as np
@@ -168,6 +169,39 @@ def test_transparent_parts_and_a_guessed_class(client, pipe):
     shown, settings = decoded(answer)
     assert settings["class"] == guess["name"] == pipe.class_names[guess["number"]]
     same(shown, wanted.to_pil()[0].convert("RGB"))
+
+
+def lines(data: bytes) -> str:
+    return base64.encodebytes(data).decode()
+
+
+SENT = {
+    "in lines, as in mails": lines,
+    "in lines of other systems": lambda data: lines(data).replace("\n", "\r\n"),
+    "a data URL": lambda data: f"data:image/png;base64,{b64(data)}",
+    "a data URL of no kind": lambda data: f"data:;base64,{b64(data)}",
+    "a data URL in lines": lambda data: f"DATA:image/png;charset=utf-8;BASE64,\n{lines(data)}",
+    "a quoted data URL": lambda data: f"data:image/png;base64,{quote(b64(data), safe='')}",
+    "a data URL without base64": lambda data: f"data:image/png,{quote_from_bytes(data, safe='')}",
+}
+
+
+@pytest.mark.parametrize("form", SENT)
+def test_pictures_as_text(client, form):
+    wanted = client.post("/v1/tokenize", json={"image": b64(png(PHOTO))}).json()
+    assert client.post("/v1/tokenize", json={"image": SENT[form](png(PHOTO))}).json() == wanted
+    body = {"boxes": [[1, 1, 5, 5]], "class": 1, "steps": 1, "image": SENT[form](png(PHOTO))}
+    assert client.post("/v1/edit", json=body).status_code == 200
+    body = {"class": 1, "steps": 1, "image": b64(png(PHOTO)), "mask": SENT[form](png(PAINTED))}
+    assert client.post("/v1/inpaint", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "text", ["data:image/png;base64,", "data:image/png;base64", "data:", "data:,%%", "a=b", ""]
+)
+def test_text_that_is_no_picture(client, text):
+    answer = client.post("/v1/tokenize", json={"image": text})
+    assert answer.status_code == 422, answer.text
 
 
 def test_tokens_of_pictures_and_pictures_of_tokens(client, pipe):
