@@ -223,6 +223,39 @@ def test_a_callback_can_change_the_guidance(pipe):
     assert pipe.guidance_scale == 0
 
 
+def test_a_callback_can_change_the_guidance_that_a_table_plans(pipe):
+    seen = []
+
+    def raise_it(given, step, _timestep, tensors):
+        seen.append(given.guidance_scale)
+        if step == 1:
+            given._guidance_scale = np.float32(2.5)
+        return tensors
+
+    table = {"guidance_scale": [6, 5, 4, 3]}
+    (tokens,) = pipe("cat", tables=table, generator=seeded(6), callback_on_step_end=raise_it, **QUICK)
+    (seed,) = draw_seeds(seeded(6), 1)
+    wanted = pipe.model.generate("cat", seed=seed, steps=4, tables={"guidance_scale": [6, 5, 2.5, 2.5]})
+    assert torch.equal(tokens, wanted.tokens)
+    # The next step's, as the property says; after the last there is none.
+    assert seen == [5, 4, 2.5, 2.5]
+    (tokens,) = pipe("cat", tables=table, generator=seeded(6), **QUICK)
+    assert torch.equal(tokens, pipe.model.generate("cat", seed=seed, steps=4, tables=table).tokens)
+
+
+def test_a_callback_can_change_the_guidance_of_an_edit_with_a_table(pipe, photo, mask):
+    def lower(given, step, _timestep, tensors):
+        if step == 0:
+            given._guidance_scale = 0.0
+        return tensors
+
+    options = {"image": photo, "mask_image": mask, "tables": {"guidance_scale": [6, 5, 4, 3]}}
+    (edited,) = pipe("cat", generator=seeded(6), callback_on_step_end=lower, **options, **QUICK)
+    (seed,) = draw_seeds(seeded(6), 1)
+    ours = pipe.model.inpaint(photo, mask, "cat", seed=seed, steps=4, tables={"guidance_scale": [6, 1, 1, 1]})
+    assert torch.equal(edited, ours.tokens)
+
+
 def test_a_callback_can_change_the_latents(pipe, photo, mask):
     vocabulary = pipe.model.vocabulary
 

@@ -13,6 +13,8 @@ from PIL import Image
 from maskgit import MaskGIT, regions
 from maskgit.errors import ConfigError, ImageError, RegionError
 from maskgit.images import to_uint8
+from maskgit.masks import read_mask
+from maskgit.photos import Photo
 from maskgit.policies import POLICIES
 from pictures import encoded, noise
 
@@ -117,6 +119,10 @@ def test_masks_come_in_any_form(tiny, photo, tmp_path):
     (tmp_path / "bit.png").write_bytes(encoded(Image.fromarray(mask)))
     forms = [
         grey, mask.astype(np.uint8), mask.astype(np.float64), mask[..., None], torch.from_numpy(mask)[None],
+        np.stack([grey] * 3, 2), np.stack([mask] * 3, 2), np.stack([grey, 0 * grey, 0 * grey], 2), grey[None, None],
+        np.stack([mask.astype(np.float32)] * 3, 2), np.stack([grey] * 3), torch.from_numpy(mask)[None, None],
+        torch.from_numpy(np.stack([grey] * 3)[None]), torch.from_numpy(mask)[None, None].bfloat16(), grey[None, ..., None],
+        np.stack([grey | 255] * 3 + [grey], 2), mask[None, ..., None].astype(np.uint8),
         Image.fromarray(grey), Image.fromarray(mask), clear, red, tmp_path / "grey.png", str(tmp_path / "clear.png"),
         tmp_path / "red.png", tmp_path / "bit.png",
     ]  # fmt: skip
@@ -125,11 +131,24 @@ def test_masks_come_in_any_form(tiny, photo, tmp_path):
         assert torch.equal(tiny.inpaint(photo, form, 3, steps=2).tokens, expected.tokens)
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (4, 3), (3, 4), (1, 4)])
+def test_masks_of_photos_as_small_as_there_are_channels(shape):
+    photo = Photo(Image.new("RGB", shape[::-1]))
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    for form in (mask, mask[..., None], mask[None], np.stack([mask] * 3, 2), mask[None, None]):
+        assert (read_mask(form, photo) == mask).all()
+    if shape != (3, 3):
+        assert (read_mask(np.stack([mask] * 3), photo) == mask).all()
+
+
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
         (np.zeros((31, 32), np.bool_), RegionError, "32 × 31 pixels, but the photo, as it is seen, has 32 × 32"),
-        (np.zeros((32, 32, 3), np.uint8), RegionError, "pixels, but the photo"),
+        (np.zeros((32, 32, 2), np.uint8), RegionError, r"C = 1, 3 or 4, or a batch of one such, but is \(32, 32, 2\)"),
+        (np.zeros((2, 1, 32, 32), np.uint8), RegionError, r"a batch of one such, but is \(2, 1, 32, 32\)"),
+        (np.zeros((1, 1, 31, 32), np.uint8), RegionError, "32 × 31 pixels, but the photo"),
+        (torch.zeros(32), RegionError, r"but is \(32,\)"),
         (np.full((32, 32), 1.5), RegionError, r"within \[0, 1\]"),
         (np.full((32, 32), np.nan), RegionError, r"within \[0, 1\]"),
         (np.zeros((32, 32), np.int64), RegionError, "bool, uint8 or float"),

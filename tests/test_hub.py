@@ -96,7 +96,7 @@ def edit_json(path, change):
         ),
         (
             lambda f: edit_json(f / "tokenizer/config.json", lambda v: v.update(filters="x")),
-            "filters must be of type",
+            "filters must be a whole number",
         ),
         (
             lambda f: edit_json(f / "tokenizer/config.json", lambda v: v.update(filters=64)),

@@ -13,6 +13,7 @@ from maskgit import MaskGIT, canvas, outpainting
 from maskgit.canvas import decode_canvas, encode_canvas, plan_windows
 from maskgit.errors import ConfigError, ImageError, RegionError
 from maskgit.outpainting import outpaint, panorama
+from maskgit.results import join_outputs
 from pictures import noise
 
 
@@ -31,14 +32,14 @@ def bundled():
 def spy(named, monkeypatch):
     """The named model with a record of every (sequences, first_index, tokens) that it fills."""
     seen = []
-    fill = MaskGIT.fill
+    fill_batches = MaskGIT.fill_batches
 
     def recorded(self, sequences, config, **options):
-        made = fill(self, sequences, config, **options)
+        made = join_outputs(list(fill_batches(self, sequences, config, **options)))
         seen.append((sequences, options["first_index"], made.tokens))
-        return made
+        yield made
 
-    monkeypatch.setattr(MaskGIT, "fill", recorded)
+    monkeypatch.setattr(MaskGIT, "fill_batches", recorded)
     return seen
 
 

@@ -129,7 +129,7 @@ def test_a_model_without_label_dropout_says_so(tiny, guided):
         ({"labels": "frog"}, "no class names"),
         ({"labels": []}, "labels"),
         ({"labels": 1, "steps": 0}, "steps must be between"),
-        ({"labels": 1, "steps": 2.5}, "steps must be of type int"),
+        ({"labels": 1, "steps": 2.5}, "steps must be a whole number"),
         ({"labels": 1, "stepz": 2}, "Did you mean 'steps'"),
         ({"labels": 1, "temperature": -1.0}, "temperature must be between"),
         ({"labels": 1, "mask_schedule": "cosin"}, "Unknown mask schedule"),

@@ -41,7 +41,7 @@ def test_a_row_is_decoded_as_it_would_be_alone(policy):
     sequences = torch.cat([sequence_of(row) for row in range(len(CONFIGS))])
     free = free_tokens(sequences, MASK)
     words = seed_words([7 + row for row in range(len(CONFIGS))])
-    noise = ImageNoise(words, torch.arange(len(CONFIGS)), TOKENS + 1, CODES)
+    noise = ImageNoise.of_words(words, torch.arange(len(CONFIGS)), TOKENS + 1, CODES)
     memory = begin(chosen, free, CODES, noise)
     steps, finished = [0] * len(CONFIGS), {}
     # A row that is done stays as it is, at its last step; the third row waits two rounds before it begins.
@@ -84,7 +84,7 @@ def test_numbers_survive_packing():
 
 def test_seeds_of_rows_are_the_seeds_of_batches():
     seeds = [0, 5, 2**64 - 1, 2**63]
-    rows = ImageNoise(seed_words(seeds), torch.arange(4), 9, 8)
+    rows = ImageNoise.of_words(seed_words(seeds), torch.arange(4), 9, 8)
     for row, seed in enumerate(seeds):
         alone = ImageNoise(seed, torch.tensor([row]), 9, 8)
         assert torch.equal(rows.tokens(3)[row], alone.tokens(3)[0])

@@ -391,7 +391,7 @@ def test_schedules_scale_their_settings():
         ({"policy": "remdm", "policy_options": {"eta": 2.0}}, "eta must be between 0 and 1"),
         ({"policy": "remdm", "policy_options": {"form": "best"}}, "rescale, cap, confidence"),
         ({"policy": "self_critic", "policy_options": {"folds": 1}}, "folds must be between 2"),
-        ({"policy": "stable", "policy_options": {"history": "x"}}, "history must be of type int"),
+        ({"policy": "stable", "policy_options": {"history": "x"}}, "history must be a whole number"),
         ({"steps": 3, "tables": StepTables(temperature=(1.0,))}, "has 1 values, but there are 3 steps"),
         ({"guidance_schedule": "up"}, "Unknown schedule 'up'"),
     ],

@@ -103,7 +103,7 @@ def test_packing_takes_class_names_and_a_configuration(pictures, tmp_path, monke
         # None of several is lost.
         (["train", "tokenizer", "SMOKE", "--set", "stepz=3", "--set", "data=d"], "Did you mean 'steps'"),
         (["train", "tokenizer", "SMOKE", "--set", "data=d", "--set", "stepz=3"], "Did you mean 'steps'"),
-        (["train", "tokenizer", "SMOKE", "--set", "steps=many"], "steps must be of type int"),
+        (["train", "tokenizer", "SMOKE", "--set", "steps=many"], "steps must be a whole number"),
         (["train", "tokenizer", "SMOKE", "--set", "data=gone"], "gone"),
         (["tokenize", "EMPTY", "OUT", "--tokenizer", "cifar"], "Did you mean 'cifar10'"),
     ],
@@ -116,6 +116,11 @@ def test_wrong_input_is_told(arguments, message, tmp_path, monkeypatch, capsys):
     assert run(*(names.get(a, a) for a in arguments)) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not Path("OUT").exists()
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "r.toml").write_text("steps = 5\n", encoding="utf-8-sig")
+    assert read_recipe(tmp_path / "r.toml") == {"steps": 5}
 
 
 def test_recipes_are_changed_in_toml(tmp_path):

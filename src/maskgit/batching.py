@@ -17,14 +17,16 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from maskgit.config import SamplerConfig, check_count
+from maskgit.checks import check_count, check_seed, check_whole
+from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError
 from maskgit.noise import ImageNoise, seed_words
 from maskgit.pipeline import MaskGIT
 from maskgit.plans import Numbers, plan_steps
 from maskgit.policies import Memory, Policy, make_policy
+from maskgit.policies.base import log_probs_of
 from maskgit.results import DEFAULT_BATCH_SIZE
-from maskgit.sampler import begin, free_tokens
+from maskgit.sampler import Made, begin, free_tokens
 
 # Decoders gain little from batches on a CPU, and an image that is finished alone pays for all that is padded.
 DECODE_SIZES = {"cpu": 1}
@@ -44,6 +46,8 @@ class Job:
         index: of the image, ≥ 0; with the seed it decides the noise.
         start_step: the step to begin decoding at.
         told: whether every step's tokens are told, not only the result.
+        traced: whether what a `Trace` keeps of every step is told, too.
+        switch: (step, class token) to go on with another class from that step, or None.
 
     Raises:
         ConfigError: a number is out of range.
@@ -55,10 +59,13 @@ class Job:
     index: int = 0
     start_step: int = 0
     told: bool = False
+    traced: bool = False
+    switch: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        check_count("seed", self.seed, 0, 2**64 - 1)
-        check_count("index", self.index, 0, 2**63 - 1)
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        object.__setattr__(self, "index", check_count("index", self.index, 0, 2**63 - 1))
+        object.__setattr__(self, "start_step", check_whole("start_step", self.start_step))
         if not 0 <= self.start_step < self.config.steps:
             raise ConfigError(
                 f"start_step must be from 0 to {self.config.steps - 1} for {self.config.steps} steps, "
@@ -73,6 +80,7 @@ class News(NamedTuple):
         job: which.
         step: the number of the step.
         tokens: int64 (h, w), all filled in, on the CPU.
+        unknown, confidence: bool and float32 (h, w), on the CPU, as in a `Trace`, of a job that is traced.
         pixels: float32 (3, H, W) in [0, 1], on the CPU, once it is finished.
         error: what ended it instead.
     """
@@ -80,6 +88,8 @@ class News(NamedTuple):
     job: Job
     step: int
     tokens: Tensor | None = None
+    unknown: Tensor | None = None
+    confidence: Tensor | None = None
     pixels: Tensor | None = None
     error: Exception | None = None
 
@@ -122,6 +132,13 @@ class _Row:
     @property
     def step(self) -> int:
         return self.plan.first + self.made
+
+    def read(self) -> Tensor:
+        """Return what the next step reads: from the step of a switch on, the other class comes first."""
+        switch = self.job.switch
+        if switch is None or self.step < switch[0]:
+            return self.sequence
+        return torch.cat([self.sequence.new_tensor([switch[1]]), self.sequence[1:]])
 
     @property
     def at_last(self) -> bool:
@@ -224,11 +241,61 @@ class Batcher:
         Returns:
             float32 (B, 3, H, W) in [0, 1], on the CPU.
         """
-        made = []
-        for part in tokens.split(self.decode_size):
+
+        def work(part: Tensor) -> Tensor:
             padded = torch.cat([part, part[:1].expand(self.decode_size - len(part), -1, -1)])
-            made.append(self.model.decode_tokens(padded)[: len(part)])
+            return self.model.decode_tokens(padded)[: len(part)]
+
+        return self._in_parts(tokens, work, self._halve_decoding, lambda: self.decode_size)
+
+    def predict(self, sequence: Tensor) -> Tensor:
+        """Return the logits of sequences, no more at once than there are rows in a batch.
+
+        Args:
+            sequence: int64 (B, S).
+
+        Returns:
+            float (B, S, K), on the CPU.
+        """
+
+        def work(part: Tensor) -> Tensor:
+            return self.model.predict_logits(part.to(self.model.device)).cpu()
+
+        return self._in_parts(sequence, work, self._halve_steps, lambda: self.sizes[-1])
+
+    def _in_parts(
+        self,
+        tensor: Tensor,
+        work: Callable[[Tensor], Tensor],
+        halve: Callable[[], bool],
+        at_once: Callable[[], int],
+    ) -> Tensor:
+        """Return what work makes of a tensor's rows, in parts that become smaller where memory runs out."""
+        made = []
+        while len(tensor):
+            part = tensor[: at_once()]
+            failure = None
+            try:
+                made.append(work(part))
+            except Exception as error:
+                if not ran_out_of_memory(error):
+                    raise
+                failure = error
+            if failure is None:
+                tensor = tensor[len(part) :]
+            elif not self._make_room(failure, halve):
+                raise failure
         return torch.cat(made)
+
+    def _make_room(self, failure: Exception, halve: Callable[[], bool]) -> bool:
+        """Free what can be freed after memory ran out, and halve a size for good; return whether it could be."""
+        # The failed step's tensors live as long as its error's frames.
+        failure.with_traceback(None)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        halved = halve()
+        self.halvings += halved
+        return halved
 
     def _let_in(self) -> list[News]:
         failed = []
@@ -261,7 +328,7 @@ class Batcher:
 
     def _noise(self, jobs: list[Job]) -> ImageNoise:
         device = self.model.device
-        return ImageNoise(
+        return ImageNoise.of_words(
             seed_words([job.seed for job in jobs], device),
             torch.tensor([job.index for job in jobs], device=device),
             self.model.vocabulary.num_tokens + 1,
@@ -277,7 +344,7 @@ class Batcher:
         numbers = torch.stack([row.plan.numbers[row.made] for row in padded])
         made = self.model.decode_step(
             self.model.predict_logits,
-            torch.stack([row.sequence for row in padded]),
+            torch.stack([row.read() for row in padded]),
             torch.stack([row.free for row in padded]),
             tuple(torch.stack(parts) for parts in zip(*(row.memory for row in padded), strict=True)),
             Numbers.unpack(numbers.to(self.model.device)),
@@ -290,13 +357,25 @@ class Batcher:
             ended = (~made.again.any(-1)).tolist()
         else:
             ended = [row.at_last for row in padded]
-        told = [i for i, row in enumerate(rows) if row.job.told or ended[i]]
+        told = [i for i, row in enumerate(rows) if row.job.told or row.job.traced or ended[i]]
         grids = self.model.vocabulary.grid(made.tokens[told]).cpu() if told else ()
-        news = [News(rows[i].job, rows[i].step, tokens=tokens) for i, tokens in zip(told, grids, strict=True)]
+        traces = self._traces(made, [i for i in told if rows[i].job.traced])
+        news = [
+            News(rows[i].job, rows[i].step, tokens, *traces.get(i, ()))
+            for i, tokens in zip(told, grids, strict=True)
+        ]
         for i, row in enumerate(rows):
             row.sequence, row.memory = made.sequence[i], tuple(part[i] for part in made.memory)
             row.made = len(row.plan.numbers) if ended[i] else row.made + 1
         return news
+
+    def _traces(self, made: Made, rows: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return what was unknown, bool (h, w), and the tokens' probabilities, float32 (h, w), of some rows."""
+        if not rows:
+            return {}
+        confidence = log_probs_of(made.logits[rows], made.tokens[rows]).exp()
+        parts = (self.model.vocabulary.grid(part).cpu() for part in (made.unknown[rows], confidence))
+        return dict(zip(rows, zip(*parts, strict=True), strict=True))
 
     def _show(self, finished: list[News]) -> list[News]:
         tokens = torch.stack([item.tokens for item in finished if item.tokens is not None])
@@ -322,15 +401,9 @@ class Batcher:
                 failure = error
             if failure is None:
                 continue
-            if ran_out_of_memory(failure):
-                # The failed step's tensors live as long as its error.
-                failure = failure.with_traceback(None)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                if halve():
-                    self.halvings += 1
-                    items = part + items
-                    continue
+            if ran_out_of_memory(failure) and self._make_room(failure, halve):
+                items = part + items
+                continue
             if len(part) == 1:
                 news.append(News(part[0].job, part[0].step, error=failure))
                 continue

@@ -5,13 +5,14 @@ an unknown or missing key, a wrong type or a value out of range is a `ConfigErro
 """
 
 import dataclasses
-import operator
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
+from maskgit.checks import check_choice, check_flag, check_number, check_range, check_whole, plain
 from maskgit.errors import ConfigError, unknown_name
 
 ACTIVATIONS = ("swish", "relu")
@@ -25,57 +26,37 @@ MAX_CODES = 65_536  # token caches hold uint16
 MAX_GRID = 256
 
 
-def _check_type(name: str, value: Any, expected: Any) -> None:
+def _converted(name: str, value: Any, expected: Any) -> Any:
+    """Return a field's value in its type.
+
+    Raises:
+        ConfigError: it is of another one.
+    """
     origin = typing.get_origin(expected)
-    if origin is tuple:
-        (item, _) = typing.get_args(expected)
-        if not isinstance(value, tuple):
-            raise ConfigError(f"{name} must be a list, but is {value!r}.")
-        for i, entry in enumerate(value):
-            _check_type(f"{name}[{i}]", entry, item)
-        return
-    if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise ConfigError(f"{name} must be an object of named values, but is {value!r}.")
-        return
     if origin in (typing.Union, types.UnionType):
         allowed = typing.get_args(expected)
         if value is None and type(None) in allowed:
-            return
-        _check_type(name, value, next(a for a in allowed if a is not type(None)))
-        return
-    if expected is float:
-        expected = (int, float)
-    if (expected is int and isinstance(value, bool)) or not isinstance(value, expected):
+            return None
+        return _converted(name, value, next(a for a in allowed if a is not type(None)))
+    if origin is tuple:
+        (item, _) = typing.get_args(expected)
+        listed = plain(value)
+        if not isinstance(listed, list | tuple):
+            raise ConfigError(f"{name} must be a list, but is {value!r:.80}.")
+        return tuple(_converted(f"{name}[{i}]", entry, item) for i, entry in enumerate(listed))
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"{name} must be an object of named values, but is {value!r:.80}.")
+        return plain(value)
+    if expected in _NUMBERS:
+        return _NUMBERS[expected](name, value)
+    if not isinstance(value, expected):
         kind = getattr(expected, "__name__", "number")
-        raise ConfigError(f"{name} must be of type {kind}, but is {value!r}.")
+        raise ConfigError(f"{name} must be of type {kind}, but is {value!r:.80}.")
+    return value
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise a `ConfigError` unless low ≤ value ≤ high (which a NaN never is)."""
-    if not low <= value <= high:
-        raise ConfigError(f"{name} must be between {low} and {high}, but is {value}.")
-
-
-def check_count(name: str, value: Any, low: int, high: int) -> int:
-    """Return a whole number of any integer type as an int.
-
-    Raises:
-        ConfigError: it is not one, or not between low and high.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise ConfigError(f"{name} must be a whole number, but is {value!r:.80}.") from error
-    check_range(name, number, low, high)
-    return number
-
-
-def check_choice(name: str, value: str, choices: typing.Iterable[str]) -> None:
-    """Raise a `ConfigError` that lists the choices unless `value` is one of them."""
-    choices = tuple(choices)
-    if value not in choices:
-        raise unknown_name(name, value, choices)
+_NUMBERS: dict[Any, Callable[[str, Any], Any]] = {int: check_whole, float: check_number, bool: check_flag}
 
 
 @dataclass(frozen=True)
@@ -85,9 +66,7 @@ class Config:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            if isinstance(getattr(self, f.name), list):
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
-            _check_type(f.name, getattr(self, f.name), hints[f.name])
+            object.__setattr__(self, f.name, _converted(f.name, getattr(self, f.name), hints[f.name]))
         self.validate()
 
     def validate(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit import files, flaxio
+from maskgit.checks import check_choice
 from maskgit.config import (
     ACTIVATIONS,
     QUANTIZERS,
@@ -25,7 +26,6 @@ from maskgit.config import (
     SamplerConfig,
     TokenizerConfig,
     TransformerConfig,
-    check_choice,
 )
 from maskgit.errors import CheckpointError, MaskGITError
 from maskgit.official import FLAX_NORMS, Row, tokenizer_table, transformer_table

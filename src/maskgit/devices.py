@@ -4,17 +4,67 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from maskgit.errors import ConfigError
+from maskgit.errors import ConfigError, unknown_name
+
+# What callers name them by.
+Device = str | int | torch.device
+Dtype = str | torch.dtype | np.dtype | type[np.generic]
+
+# The types that networks compute in.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def is_dtype(value: object) -> bool:
+    """Return whether a value names a type, which then need not be one that networks compute in."""
+    if isinstance(value, str):
+        return isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
+    return isinstance(value, torch.dtype | np.dtype) or (
+        isinstance(value, type) and issubclass(value, np.generic)
+    )
+
+
+def choose_dtype(value: Any) -> torch.dtype | None:
+    """Return the type that a caller names.
+
+    Args:
+        value: a `torch.dtype`, numpy's, or a name in `DTYPES`, with or without "torch." before it. None and "auto"
+            leave the choice to what is done with it.
+
+    Returns:
+        The type, or None for no choice.
+
+    Raises:
+        ConfigError: it is none that networks compute in.
+    """
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return None
+    if isinstance(value, str | torch.dtype):
+        name = str(value).removeprefix("torch.")
+    elif is_dtype(value):
+        name = np.dtype(value).name
+    else:
+        name = repr(value)[:80]
+    if name in DTYPES:
+        return DTYPES[name]
+    if is_dtype(name):
+        raise ConfigError(f"Networks compute in floating point, in {', '.join(DTYPES)}, but not in {name}.")
+    raise unknown_name("dtype", name, ("auto", *DTYPES))
+
+
+def choose_device(name: Device = "auto") -> torch.device:
     """Return the device of a name, after checking that it is there.
 
     Args:
-        name: "auto" (CUDA, else MPS, else the CPU), or what `torch.device` takes, such as "cuda:1".
+        name: "auto" (CUDA, else MPS, else the CPU), or what `torch.device` takes, such as "cuda:1" or 0.
 
     Raises:
         ConfigError: there is no such device here.
@@ -28,7 +78,11 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
     # An unknown name, a build without it and a missing driver raise RuntimeError, AssertionError and others.
     except Exception as error:
-        raise ConfigError(f"The device {name!r} is not available here; try --device cpu.") from error
+        shown = str(name) if isinstance(name, torch.device) else name
+        # What CUDA says after a fork: that it cannot be used there, and the way out.
+        if "forked subprocess" in str(error):
+            raise ConfigError(f"The device {shown!r} is not available in this process: {error}") from error
+        raise ConfigError(f"The device {shown!r} is not available here; try --device cpu.") from error
     return device
 
 

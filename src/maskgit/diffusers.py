@@ -10,7 +10,7 @@ imported only to return an `ImagePipelineOutput`.
 Shapes: B images, S = N + 1 the sequence with its class token, h × w the token grid.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskgit.config import SamplerConfig, check_choice, check_count
-from maskgit.devices import choose_device
+from maskgit.checks import check_choice, check_count, check_range, plain
+from maskgit.config import SamplerConfig
+from maskgit.devices import Device, Dtype
 from maskgit.editing import inpaint
 from maskgit.errors import ConfigError, MaskGITError
+from maskgit.filling import fill
+from maskgit.model import Label, Model, Picture
 from maskgit.noise import ImageNoise, seed_words
-from maskgit.pipeline import Label, MaskGIT, Picture
+from maskgit.pipeline import MaskGIT
 from maskgit.plans import plan_steps
 from maskgit.policies import make_policy
 from maskgit.results import Output
@@ -63,45 +66,29 @@ class MaskGITPipeline:
         cls,
         pretrained_model_name_or_path: str | Path | None = None,
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: Dtype | None = None,
+        torch_dtype: Dtype | None = None,
     ) -> Self:
         """Return the pipeline of a model by name or path.
 
         Args:
             pretrained_model_name_or_path: as for `MaskGIT.from_pretrained`; None is the bundled model.
-            dtype: the type that the networks compute in; None is float32.
+            dtype: as for `MaskGIT.from_pretrained`.
             torch_dtype: the older name of dtype.
 
         Raises:
             CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
         """
-        chosen = dtype or torch_dtype or torch.float32
+        chosen = torch_dtype if dtype is None else dtype
         return cls(MaskGIT.from_pretrained(pretrained_model_name_or_path, dtype=chosen))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the model as a folder; see `maskgit.hub.save_model`."""
         self.model.save_pretrained(save_directory)
 
-    def to(
-        self,
-        *where: str | torch.device | torch.dtype,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """Move the model to a device, a type, or both, given in any order or by name; return the pipeline.
-
-        Raises:
-            ConfigError: the device is not available here, or the type is none of floating point.
-        """
-        for one in where:
-            if isinstance(one, torch.dtype):
-                dtype = one
-            else:
-                device = one
-        if dtype is not None and not dtype.is_floating_point:
-            raise ConfigError(f"Networks compute in floating point, not in {dtype}.")
-        self.model.to(None if device is None else choose_device(str(device)), dtype)
+    def to(self, *where: Device | Dtype, device: Device | None = None, dtype: Dtype | None = None) -> Self:
+        """Move the model to a device, a type, or both, and return the pipeline; see `MaskGIT.to`."""
+        self.model.to(*where, device=device, dtype=dtype)
         return self
 
     @property
@@ -208,19 +195,19 @@ class MaskGITPipeline:
         if image is None:
             labels = [number for number in self.model.labels(class_labels) for _ in range(count)]
             watched.seeds = draw_seeds(generator, len(labels))
-            made = watched.fill(self.model.vocabulary.sequence(torch.tensor(labels)), config)
+            sequences = self.model.vocabulary.sequence(torch.tensor(labels))
+            made = fill(cast(Model, watched), sequences, config)
         else:
             watched.seeds = draw_seeds(generator, count)
             label = _single(class_labels)
-            # It has all that `inpaint` reads of a model.
-            made = inpaint(cast(MaskGIT, watched), image, mask_image, label, num_images=count, **settings)
+            made = inpaint(cast(Model, watched), image, mask_image, label, num_images=count, **settings)
 
         found = made.tokens if output_type == "latent" else _as_type(made, output_type)
         return (found,) if output_class is None else output_class(images=found)
 
 
 class _Watched:
-    """A model for one call, whose images have seeds of their own and whose caller has a say after each step."""
+    """A `Model` for one call: its images have seeds of their own, and its caller has a say after each step."""
 
     def __init__(
         self, pipe: MaskGITPipeline, callback: StepEndCallback | None, tensors: Sequence[str]
@@ -233,26 +220,32 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe.model, name)
 
-    def fill(
+    def fill_batches(
         self, sequences: Tensor, config: SamplerConfig, *, start_step: int = 0, **_others: Any
-    ) -> Output:
-        """Do as `MaskGIT.fill`, with these seeds in place of its own, all images together and no trace."""
+    ) -> Iterator[Output]:
+        """Do as `MaskGIT.fill_batches`, with these seeds in place of its own, all images together and no trace."""
         pipe, model = self.pipe, self.pipe.model
         sequences = sequences.to(model.device)
         indices = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
         free = free_tokens(sequences, model.vocabulary.mask)
         words = seed_words(self.seeds, model.device)
-        noise = ImageNoise(words, indices, sequences.shape[1], model.vocabulary.num_codes)
+        noise = ImageNoise.of_words(words, indices, sequences.shape[1], model.vocabulary.num_codes)
         policy = make_policy(config.policy, config.policy_options)
         planned = plan_steps(config, model.vocabulary.num_tokens, remasks=policy.remasks).steps
         pipe._num_timesteps = planned - min(start_step, planned - 1)
-        scale, state = pipe._guidance_scale, None
+        table, state = config.tables.guidance_scale, None
+        if table is not None:
+            pipe._guidance_scale = table[planned - pipe._num_timesteps]
+        scale = pipe._guidance_scale
         predict_logits = model.new_predictor(known=policy.reads_known)
         with pipe.progress_bar(total=pipe._num_timesteps) as bar:
             for number in range(pipe._num_timesteps):
                 if pipe._guidance_scale != scale:
-                    scale = pipe._guidance_scale
-                    changed = {"guidance_scale": _at_least_1(scale)}
+                    # The callback's scale is for all steps that are left, a table's, too.
+                    scale = _at_least_1(pipe._guidance_scale)
+                    table = None if table is None else (scale,) * len(table)
+                    tables = config.tables.to_dict() | {"guidance_scale": table}
+                    changed = {"guidance_scale": scale, "tables": tables}
                     config = model.sampler_config(**config.to_dict() | changed)
                 # One step at a time, so that what a callback changes is read.
                 made = next(
@@ -268,12 +261,15 @@ class _Watched:
                     )
                 )
                 bar.update()
+                if table is not None and made.state is not None:
+                    pipe._guidance_scale = table[made.state.step]
+                scale = pipe._guidance_scale
                 made = self._told(number, made, free)
                 state = made.state
                 if state is None or pipe._interrupt:
                     break
         tokens = model.vocabulary.grid(made.tokens)
-        return Output(model.decode_tokens(tokens), tokens.cpu())
+        yield Output(model.decode_tokens(tokens), tokens.cpu())
 
     def _told(self, number: int, made: Decoded, free: Tensor) -> Decoded:
         """Tell the callback of a step; return the step as the callback leaves it."""
@@ -343,14 +339,17 @@ def draw_seeds(generator: Generators, count: int) -> list[int]:
 
 
 def _at_least_1(guidance_scale: Any) -> Any:
-    """Return the scale that means the same to `SamplerConfig`, which checks what is no number."""
-    return max(1.0, guidance_scale) if isinstance(guidance_scale, int | float) else guidance_scale
+    """Return the scale that means the same to `SamplerConfig`."""
+    return (
+        None
+        if guidance_scale is None
+        else max(1.0, check_range("guidance_scale", guidance_scale, -1000, 1000))
+    )
 
 
 def _single(class_labels: Any) -> Label:
     """Return the only label."""
-    if isinstance(class_labels, Tensor | np.ndarray | np.generic):
-        class_labels = class_labels.tolist()
+    class_labels = plain(class_labels)
     if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):
         return class_labels
     if len(class_labels) != 1:

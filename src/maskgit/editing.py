@@ -9,33 +9,33 @@ Source: paper §4.3; official inference.py.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from maskgit import masks, photos
-from maskgit.config import SamplerConfig, check_count, check_range
+from maskgit.checks import check_count, check_range, plain
+from maskgit.config import SamplerConfig
 from maskgit.errors import RegionError
+from maskgit.filling import fill
 from maskgit.images import to_pil
 from maskgit.likelihood import guess_class
+from maskgit.model import Label, Model, Picture
 from maskgit.photos import Photo, Window
 from maskgit.regions import Box, blend
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, ClassGuess, Output
-
-if TYPE_CHECKING:
-    from maskgit.pipeline import Label, MaskGIT, Picture
 
 # In place of a label: the class that the model finds in what is known of the image.
 GUESS = "guess"
 
 
 def edit(
-    model: "MaskGIT",
-    image: "Picture",
+    model: Model,
+    image: Picture,
     boxes: Box | Sequence[Box],
-    label: "Label",
+    label: Label,
     *,
     rule: str = "cover",
     start_step: int | None = None,
@@ -98,10 +98,10 @@ def edit(
 
 
 def inpaint(
-    model: "MaskGIT",
-    image: "Picture",
+    model: Model,
+    image: Picture,
     mask: Any,
-    label: "Label" = GUESS,
+    label: Label = GUESS,
     *,
     share: float = 0.0,
     dilate: int = 0,
@@ -166,12 +166,12 @@ def inpaint(
 
 
 def _renew(
-    model: "MaskGIT",
+    model: Model,
     photo: Photo,
     window: Window,
     token_mask: Tensor,
     painted: np.ndarray | None,
-    label: "Label",
+    label: Label,
     config: SamplerConfig,
     *,
     feather: float | None,
@@ -184,7 +184,7 @@ def _renew(
     num_images = _check_output(num_images, photo.size)
     # The official 16 is a constant; see `regions.composite`.
     radius = max(0, size // 16 - 1) if feather is None else feather
-    check_range("feather", radius, 0, size)
+    radius = check_range("feather", radius, 0, size)
 
     before = photos.cut(photo, window, size)
     tokens = model.encode_pixels(before)
@@ -192,7 +192,7 @@ def _renew(
     sequences = model.vocabulary.sequence(
         torch.full((num_images,), number), tokens.expand(num_images, -1, -1), token_mask
     )
-    made = model.fill(sequences, config, start_step=start_step, **options)
+    made = fill(model, sequences, config, start_step=start_step, **options)
 
     large, small = (
         photos.soft_weights(token_mask, painted, window, photo.size, side, radius * side / size)
@@ -211,7 +211,7 @@ def _renew(
 
 
 def resolve(
-    model: "MaskGIT", label: "Label", tokens: Tensor, token_mask: Tensor | None
+    model: Model, label: Label, tokens: Tensor, token_mask: Tensor | None
 ) -> tuple[int, ClassGuess | None]:
     """Return a class number, −1 for no class, and the guess if the label is to be guessed.
 
@@ -243,9 +243,8 @@ def _check_output(num_images: int, size: tuple[int, int]) -> int:
 
 def _list_boxes(boxes: Any) -> list[Box]:
     """Return one or several boxes as a list; what they hold is checked later."""
-    listed = (
-        list(boxes) if isinstance(boxes, Sequence | np.ndarray) and not isinstance(boxes, str) else [boxes]
-    )
+    boxes = plain(boxes)
+    listed = list(boxes) if isinstance(boxes, Sequence) and not isinstance(boxes, str) else [boxes]
     if not listed:
         raise RegionError("There are no boxes; give at least one (left, top, width, height).")
-    return listed if all(isinstance(box, Sequence | np.ndarray) for box in listed) else [boxes]
+    return listed if all(isinstance(box, Sequence) for box in listed) else [boxes]

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from maskgit import files, images
-from maskgit.config import check_choice, check_count, check_range
+from maskgit.checks import check_choice, check_count
 from maskgit.errors import ConfigError, ImageError, OutputError
 from maskgit.results import Output, Trace
 
@@ -217,7 +217,7 @@ def animation(
     count, steps = trace.tokens.shape[:2]
     side = FRAME_SIDE if count == 1 else SMALL_FRAME_SIDE
     scale = max(1, round(side / max(made.images.shape[2:]))) if scale is None else scale
-    check_range("scale", scale, 1, 1024)
+    scale = check_count("scale", scale, 1, 1024)
     if (steps + 1) * made.images[:, 0].numel() * scale**2 > images.MAX_PIXELS:
         raise ImageError(
             f"{steps + 1} frames of {count} images at scale {scale} have more than {images.MAX_PIXELS:,} "

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maskgit.config import SamplerConfig, check_count
+from maskgit.checks import check_count, check_seed
+from maskgit.config import SamplerConfig
+from maskgit.model import Model
 from maskgit.noise import ImageNoise
 from maskgit.policies import make_policy
 from maskgit.policies.base import log_probs_of
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def fill(
-    model: "MaskGIT",
+    model: Model,
     sequences: Tensor,
     config: SamplerConfig,
     *,
@@ -48,8 +50,8 @@ def fill(
     Raises:
         ConfigError: a setting is out of range.
     """
-    made = fill_batches(
-        model,
+    # The model's own, which may be another one: a server's model fills in its worker's batches.
+    made = model.fill_batches(
         sequences,
         config,
         start_step=start_step,
@@ -83,6 +85,7 @@ def fill_batches(
     """
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
     first_index = check_count("first_index", first_index, 0, 2**62)
+    seed = check_seed(seed)
     known = return_steps or make_policy(config.policy, config.policy_options).reads_known
     waiting: _Landing | None = None
     for start in range(0, len(sequences), batch_size):

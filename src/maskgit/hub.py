@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from maskgit.config import Config, ModelConfig, TokenizerConfig
-from maskgit.devices import choose_device, shapes_only
+from maskgit.devices import Device, Dtype, choose_device, choose_dtype, shapes_only
 from maskgit.download import cache_dir, fetch, forget
 from maskgit.errors import (
     CheckpointError,
@@ -70,8 +70,8 @@ DEFAULT_MODEL = "cifar10"
 def from_pretrained(
     name_or_path: str | Path = DEFAULT_MODEL,
     *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: Device = "cpu",
+    dtype: Dtype | None = torch.float32,
 ) -> MaskGIT:
     """Return a model by name or path.
 
@@ -79,14 +79,14 @@ def from_pretrained(
         name_or_path: a folder written by `save_model`; a name in `REGISTRY` (an official one is downloaded
             and converted once, then kept in the cache); or a Hugging Face Hub id such as "user/model".
         device: where the weights go; "auto" takes what is there.
-        dtype: the type that the networks compute in.
+        dtype: the type that the networks compute in, such as torch.bfloat16 or "bfloat16"; "auto" is the one that
+            the weights are stored in, None is float32.
 
     Raises:
         CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
     """
-    if not dtype.is_floating_point:
-        raise ConfigError(f"Networks compute in floating point, not in {dtype}.")
-    return load_model(locate(name_or_path), device=choose_device(str(device)), dtype=dtype)
+    kind = torch.float32 if dtype is None else dtype
+    return load_model(locate(name_or_path), device=choose_device(device), dtype=kind)
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -155,9 +155,7 @@ def _from_hugging_face(repo_id: str) -> Path:
         ) from error
 
 
-def load_model(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> MaskGIT:
+def load_model(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None = torch.float32) -> MaskGIT:
     """Return the model in a folder.
 
     Raises:
@@ -186,7 +184,7 @@ def load_model(
 
 
 def load_tokenizer(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path, *, device: Device = "cpu", dtype: Dtype | None = torch.float32
 ) -> Tokenizer:
     """Return a tokenizer.
 
@@ -209,8 +207,10 @@ def load_tokenizer(
 
 
 def _load_stage(
-    kind: Callable[[Any], Module], config: Config, path: Path, device: str | torch.device, dtype: torch.dtype
+    kind: Callable[[Any], Module], config: Config, path: Path, device: Device, dtype: Dtype | None
 ) -> Module:
+    # "auto" keeps the type of each weight.
+    chosen = torch.float32 if dtype is None else choose_dtype(dtype)
     with shapes_only():
         module = kind(config)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -227,7 +227,7 @@ def _load_stage(
     if wrong:
         raise CheckpointError(f"{path} does not fit its config: {wrong[0]} is {state[wrong[0]].dtype}.")
     module.load_state_dict(
-        {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()},
+        {name: t.to(chosen) if chosen and t.is_floating_point() else t for name, t in state.items()},
         strict=True,
         assign=True,
     )
@@ -251,7 +251,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is larger than any config.")
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror or error}); is this a model folder?"
@@ -263,13 +263,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def save_model(model: MaskGIT, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+def save_model(model: MaskGIT, path: str | Path, *, dtype: Dtype | None = None) -> Path:
     """Write a model folder, whole or not at all; one that is there is replaced.
 
     Args:
         model: the model.
         path: the folder, made if needed.
-        dtype: the type that floating-point weights are stored in; None keeps theirs.
+        dtype: the type that floating-point weights are stored in; None and "auto" keep theirs.
 
     Returns:
         The folder.
@@ -298,7 +298,7 @@ def save_model(model: MaskGIT, path: str | Path, *, dtype: torch.dtype | None = 
     return write_folder(expand(path), (INDEX, "tokenizer", "transformer"), write)
 
 
-def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: Dtype | None = None) -> Path:
     """Write a folder that holds a tokenizer alone; see `save_model`."""
 
     def write(folder: Path) -> None:
@@ -307,11 +307,12 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: torch.dtype
     return write_folder(expand(path), ("config.json", WEIGHTS), write)
 
 
-def _write_stage(folder: Path, config: dict[str, Any], module: nn.Module, dtype: torch.dtype | None) -> None:
+def _write_stage(folder: Path, config: dict[str, Any], module: nn.Module, dtype: Dtype | None) -> None:
+    kind = choose_dtype(dtype)
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", config)
     state = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        name: tensor.detach().to("cpu", kind if tensor.is_floating_point() else None).contiguous()
         for name, tensor in module.state_dict().items()
     }
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})

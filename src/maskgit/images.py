@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from maskgit import files, imagefiles
-from maskgit.config import check_range
+from maskgit.checks import check_count
 from maskgit.errors import ConfigError, ImageError, OutputError
 from maskgit.imagefiles import Source, decoding, opened, to_rgb, upright
 
@@ -170,7 +170,7 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 
     Source: official utils.py, `read_image_from_url`.
     """
-    check_range("size", size, 1, 65_536)
+    size = check_count("size", size, 1, 65_536)
     side = min(image.size)
     # Whole pixels, so that a picture which only needs cutting is not blurred.
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -329,9 +329,9 @@ def contact_sheet(
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     scale = max(1, math.ceil(CELL_SIDE / max(width, height))) if scale is None else scale
     columns = _columns(len(pictures)) if columns is None else columns
-    check_range("scale", scale, 1, 1024)
-    check_range("padding", padding, 0, 1024)
-    check_range("columns", columns, 1, 65_536)
+    scale = check_count("scale", scale, 1, 1024)
+    padding = check_count("padding", padding, 0, 1024)
+    columns = check_count("columns", columns, 1, 65_536)
     columns = min(columns, len(pictures))
     font = ImageFont.load_default(CAPTION_SIZE)
     line = CAPTION_SIZE + 4 if captions is not None else 0

@@ -9,29 +9,28 @@ Source: Besag: Statistical Analysis of Non-Lattice Data (1975); for masked model
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from maskgit.config import check_count
+from maskgit.checks import check_count
 from maskgit.errors import ConfigError, RegionError
+from maskgit.filling import fill
+from maskgit.model import Label, Model
 from maskgit.noise import FOLDS, ImageNoise
 from maskgit.policies.critic import scores_by_folds
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
-
-if TYPE_CHECKING:
-    from maskgit.pipeline import Label, MaskGIT
 
 # Judges images: float32 (B, 3, H, W) in [0, 1] and labels int64 (B,), −1 for none → (B,), higher is better.
 Scorer = Callable[[Tensor, Tensor], Tensor]
 
 
 def log_likelihood(
-    model: "MaskGIT",
+    model: Model,
     tokens: Tensor,
-    labels: "Label | Sequence[Label] | Tensor | np.ndarray",
+    labels: Label | Sequence[Label] | Tensor | np.ndarray,
     *,
     token_mask: Tensor | None = None,
     folds: int = 4,
@@ -64,7 +63,7 @@ def log_likelihood(
 
 
 def guess_class(
-    model: "MaskGIT",
+    model: Model,
     tokens: Tensor,
     token_mask: Tensor | None = None,
     *,
@@ -112,8 +111,8 @@ def guess_class(
 
 
 def generate_best(
-    model: "MaskGIT",
-    labels: "Label | Sequence[Label] | Tensor | np.ndarray",
+    model: Model,
+    labels: Label | Sequence[Label] | Tensor | np.ndarray,
     *,
     candidates: int,
     num_images: int = 1,
@@ -150,6 +149,7 @@ def generate_best(
     candidates = check_count("candidates", candidates, 1, 1_000_000)
     num_images = check_count("num_images", num_images, 1, candidates)
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
+    first_index = check_count("first_index", first_index, 0, 2**62)
     config = model.sampler_config(**settings)
     numbers = torch.tensor(model.labels(labels), dtype=torch.int64)
     if not len(numbers):
@@ -160,7 +160,8 @@ def generate_best(
         for start in range(0, candidates, batch_size):
             count = min(batch_size, candidates - start)
             first = first_index + place * candidates + start
-            made = model.fill(
+            made = fill(
+                model,
                 model.vocabulary.sequence(number.expand(count)),
                 config,
                 seed=seed,
@@ -179,7 +180,7 @@ def generate_best(
     return Output(pixels, tokens, scores=scores, indices=indices)
 
 
-def _judge(model: "MaskGIT", made: Output, labels: Tensor, scorer: Scorer | None, batch_size: int) -> Tensor:
+def _judge(model: Model, made: Output, labels: Tensor, scorer: Scorer | None, batch_size: int) -> Tensor:
     """Return the scores of images, float32 (B,), on the CPU."""
     if scorer is None:
         sequences, known = _known(model, made.tokens, None)
@@ -193,7 +194,7 @@ def _judge(model: "MaskGIT", made: Output, labels: Tensor, scorer: Scorer | None
     return scores
 
 
-def _known(model: "MaskGIT", tokens: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _known(model: Model, tokens: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return sequences int64 (B, S), their classes still open, and their known tokens, bool (B, S)."""
     grid = (model.vocabulary.grid_size,) * 2
     if tokens.ndim != 3 or tokens.shape[1:] != grid or tokens.dtype != torch.int64 or not len(tokens):
@@ -216,7 +217,7 @@ def _known(model: "MaskGIT", tokens: Tensor, token_mask: Tensor | None) -> tuple
 
 
 def _score(
-    model: "MaskGIT",
+    model: Model,
     sequences: Tensor,
     known: Tensor,
     labels: Tensor,

@@ -14,15 +14,19 @@ from maskgit.errors import RegionError
 from maskgit.photos import Photo, open_picture
 from maskgit.regions import Box, check_box
 
+# Grey; red, green and blue; and with alpha.
+_CHANNELS = (1, 3, 4)
+
 
 def read_mask(mask: Any, photo: Photo) -> np.ndarray:
     """Read a painted mask.
 
     Args:
-        mask: a path to a picture, a PIL image, an array or a tensor (H, W) of the photo's size: bool; uint8,
-            whose values are 0 and 1 or from 0 to 255; or float in [0, 1]. Half or more of white masks a
-            pixel; a picture's brightest colour counts, and transparent parts of it count as black. The word
-            "alpha" is the photo's own transparency: all pixels that are not opaque.
+        mask: a path to a picture, a PIL image, an array or a tensor of the photo's size: bool; uint8, whose
+            values are 0 and 1 or from 0 to 255; or float in [0, 1]. It is of shape (H, W), or has 1, 3 (RGB) or
+            4 (RGB and alpha) channels, last or first, and may be a batch of one. Half or more of white masks a
+            pixel; the brightest colour counts, and transparent parts count as black. The word "alpha" is the
+            photo's own transparency: all pixels that are not opaque.
         photo: what it belongs to.
 
     Returns:
@@ -40,8 +44,7 @@ def read_mask(mask: Any, photo: Photo) -> np.ndarray:
         mask = mask.detach().cpu()
         mask = (mask.float() if mask.is_floating_point() else mask).numpy()
     if isinstance(mask, np.ndarray):
-        values = mask.reshape([side for side in mask.shape if side != 1]) if mask.ndim == 3 else mask
-        painted = _threshold(values)
+        painted = _painted(mask, photo.size)
     else:
         picture = open_picture(mask, "mask")
         if picture.mode == "RGBA":
@@ -56,6 +59,26 @@ def read_mask(mask: Any, photo: Photo) -> np.ndarray:
             f"{photo.size[1]}; paint the mask on the photo itself."
         )
     return painted
+
+
+def _painted(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return where an array of any allowed shape is painted, bool (H, W)."""
+    values = mask[0] if mask.ndim == 4 and len(mask) == 1 else mask
+    if values.ndim == 2:
+        return _threshold(values)
+    if values.ndim == 3:
+        last, first = (values.shape[axis] in _CHANNELS for axis in (2, 0))
+        # A photo of a few pixels could be read both ways; its size says which.
+        if last and (not first or values.shape[:2] == size[::-1]):
+            first = False
+        if last or first:
+            values = np.moveaxis(values, 0, 2) if first else values
+            painted = _threshold(values[..., :3].max(2))
+            return painted & _threshold(values[..., 3]) if values.shape[2] == 4 else painted
+    raise RegionError(
+        f"A mask must be of shape (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4, or a batch of one such, but is "
+        f"{mask.shape}."
+    )
 
 
 def _threshold(values: np.ndarray) -> np.ndarray:

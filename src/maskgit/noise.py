@@ -11,12 +11,12 @@ Source: Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from maskgit.config import check_count
+from maskgit.checks import check_seed
 
 MASK32 = 0xFFFFFFFF
 # Streams keep draws for different purposes apart; a new purpose takes a new number below 256.
@@ -118,22 +118,34 @@ def gumbels(seed: int | Tensor, indices: Tensor, step: int | Tensor, stream: int
 class ImageNoise:
     """The noise of a batch of images, each a function of (seed, its index, step)."""
 
-    def __init__(self, seed: int | Tensor, indices: Tensor, num_positions: int, num_codes: int) -> None:
+    def __init__(self, seed: int, indices: Tensor, num_positions: int, num_codes: int) -> None:
         """Describe the noise; nothing is drawn yet.
 
         Args:
-            seed: in [0, 2⁶⁴), or one for each image as `seed_words` makes them.
+            seed: in [0, 2⁶⁴); for seeds of the images' own, see `of_words`.
             indices: int64 (B,), one ≥ 0 for each image of the batch.
             num_positions: length of a sequence, N + 1.
             num_codes: codes to choose from at each position.
 
         Raises:
-            ConfigError: the seed or an index is out of range.
+            ConfigError: the seed is out of range.
         """
-        self.seed = seed if isinstance(seed, Tensor) else check_count("seed", seed, 0, 2**64 - 1)
+        self.seed: int | Tensor = check_seed(seed)
         self.indices = indices
         self.num_positions = num_positions
         self.num_codes = num_codes
+
+    @classmethod
+    def of_words(cls, words: Tensor, indices: Tensor, num_positions: int, num_codes: int) -> Self:
+        """Return the noise of images that have seeds of their own.
+
+        Args:
+            words: int64 (B, 2), the seeds as `seed_words` makes them.
+            indices, num_positions, num_codes: as for the constructor.
+        """
+        made = cls(0, indices, num_positions, num_codes)
+        made.seed = words
+        return made
 
     def words(self) -> Tensor:
         """Return each image's seed as `seed_words` does, int64 (B, 2)."""

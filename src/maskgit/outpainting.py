@@ -10,10 +10,9 @@ Shapes: B images, R × C the canvas's tokens, H × W pixels.
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -21,12 +20,12 @@ from torch import Tensor
 
 from maskgit import images
 from maskgit.canvas import Window, decode_canvas, encode_canvas, plan_windows
-from maskgit.config import SamplerConfig, check_count, check_range
+from maskgit.checks import check_count, check_range, plain
+from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError, RegionError
+from maskgit.filling import fill
+from maskgit.model import Label, Model, Picture
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
-
-if TYPE_CHECKING:
-    from maskgit.pipeline import Label, MaskGIT, Picture
 
 MAX_PIXELS = images.MAX_PIXELS
 # Windows are no more than tokens, and first_index may go to 2⁶².
@@ -38,8 +37,8 @@ EMPTY = 0.5
 
 
 def outpaint(
-    model: "MaskGIT",
-    image: "Picture",
+    model: Model,
+    image: Picture,
     *,
     left: int = 0,
     right: int = 0,
@@ -47,7 +46,7 @@ def outpaint(
     bottom: int = 0,
     canvas: Sequence[int] | None = None,
     position: Sequence[int] | None = None,
-    label: "Label" = None,
+    label: Label = None,
     num_images: int = 1,
     feather: float | None = None,
     seed: int = 0,
@@ -96,7 +95,7 @@ def outpaint(
     before_x, columns = _axis(left, width, right, patch, side)
     before_y, rows = _axis(top, height, bottom, patch, side)
     _check_size(num_images, new_width, new_height, rows * columns)
-    check_range("feather", feather or 0, 0, MAX_PIXELS)
+    feather = None if feather is None else check_range("feather", feather, 0, MAX_PIXELS)
 
     known = (before_x, before_y, width // patch, height // patch)
     inside = (slice(before_y, before_y + known[3]), slice(before_x, before_x + known[2]))
@@ -118,8 +117,8 @@ def outpaint(
 
 
 def panorama(
-    model: "MaskGIT",
-    labels: "Label | Sequence[Label]",
+    model: Model,
+    labels: Label | Sequence[Label],
     width: int,
     *,
     height: int | None = None,
@@ -153,10 +152,7 @@ def panorama(
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
     config = model.sampler_config(**settings)
-    if isinstance(labels, Tensor | np.ndarray | np.generic):
-        labels = labels.tolist()
-    listed = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else [labels]
-    numbers = [model.label(label) for label in listed]
+    numbers = model.labels(labels)
     width = check_count("width", width, 1, MAX_PIXELS)
     height = check_count("height", model.config.image_size if height is None else height, 1, MAX_PIXELS)
     patch, side = model.tokenizer.patch_size, model.config.transformer.grid_size
@@ -184,7 +180,7 @@ def panorama(
 
 
 def _fill(
-    model: "MaskGIT",
+    model: Model,
     canvas: Tensor,
     windows: list[Window],
     labels: list[int],
@@ -209,7 +205,8 @@ def _fill(
             sequences = model.vocabulary.sequence(
                 torch.full((len(batch),), label), window.read(batch), window.unknown
             )
-            made = model.fill(
+            made = fill(
+                model,
                 sequences,
                 config,
                 start_step=0,
@@ -222,7 +219,7 @@ def _fill(
             window.write(batch, made.tokens)
 
 
-def _read(image: "Picture", size: int, patch: int) -> Tensor:
+def _read(image: Picture, size: int, patch: int) -> Tensor:
     """Return a picture as float32 (1, 3, H, W) in [0, 1], its shorter side no longer than `size`."""
     if isinstance(image, Tensor):
         image = images.to_array(image)
@@ -277,7 +274,8 @@ def _margins(
 
 
 def _pair(name: str, meaning: str, values: Sequence[int]) -> tuple[int, int]:
-    if isinstance(values, str) or not isinstance(values, Iterable) or len(values := tuple(values)) != 2:
+    values = plain(values)
+    if not isinstance(values, list | tuple) or len(values) != 2:
         raise ConfigError(f"{name} must be two whole numbers {meaning}, but is {values!r}.")
     first, second = (check_count(name, value, -MAX_PIXELS, MAX_PIXELS) for value in values)
     return first, second

@@ -21,7 +21,7 @@ from maskgit.errors import ImageError, RegionError
 from maskgit.regions import Box, boxes_to_token_mask, cell_shares, shares_to_token_mask, soft_mask
 
 if TYPE_CHECKING:
-    from maskgit.pipeline import Picture
+    from maskgit.model import Picture
 
 MAX_PIXELS = images.MAX_PIXELS
 # The pixels of all photos that one call returns: 1.6 GB at most.

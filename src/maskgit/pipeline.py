@@ -3,6 +3,7 @@
 Shapes: B images, S = N + 1 the sequence with its class token, K codes, h × w the token grid.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,11 +13,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskgit import editing, filling, images, likelihood, outpainting, variations
+# Imported for what it does when a process forks.
+from maskgit import (
+    editing,
+    filling,
+    forks,  # noqa: F401
+    images,
+    likelihood,
+    outpainting,
+    variations,
+)
+from maskgit.checks import check_count, plain
 from maskgit.classes import find_class
-from maskgit.config import ModelConfig, SamplerConfig, StepTables, check_count
+from maskgit.config import ModelConfig, SamplerConfig, StepTables
+from maskgit.devices import Device, Dtype, choose_device, choose_dtype, is_dtype
 from maskgit.errors import ConfigError
 from maskgit.guidance import PredictLogits
+from maskgit.model import Label, Picture
 from maskgit.policies import POLICIES
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, join_outputs
 from maskgit.sampler import StepFunction, decode_step
@@ -29,9 +42,6 @@ SLICE_BYTES = {False: 2**31, True: 2**26}
 
 if TYPE_CHECKING:
     from maskgit.engine import Engine
-
-Label = int | str | None
-Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
 class MaskGIT:
@@ -69,6 +79,26 @@ class MaskGIT:
             config.transformer.num_codes, config.transformer.num_classes, config.transformer.grid_size
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy with weights of its own; those of an optimized model never change, and are shared."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(vars(self) if self.engine is not None else copy.deepcopy(vars(self), memo))
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled.
+
+        Raises:
+            ConfigError: the model is optimized, in which form its weights cannot leave the process.
+        """
+        if self.engine is not None:
+            raise ConfigError(
+                "An optimized model cannot be pickled; pickle the one that it was made from, and optimize that where "
+                "it arrives."
+            )
+        return vars(self)
+
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path | None = None, **options: Any) -> "MaskGIT":
         """Return a model by name or path; see `maskgit.hub.from_pretrained` (None is the bundled model)."""
@@ -76,7 +106,7 @@ class MaskGIT:
 
         return hub.from_pretrained(hub.DEFAULT_MODEL if name_or_path is None else name_or_path, **options)
 
-    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    def save_pretrained(self, path: str | Path, *, dtype: Dtype | None = None) -> Path:
         """Write the model as a folder; see `maskgit.hub.save_model`."""
         from maskgit import hub
 
@@ -88,16 +118,27 @@ class MaskGIT:
 
         return hub.push_to_hub(self, repo_id, **options)
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, *where: Device | Dtype, device: Device | None = None, dtype: Dtype | None = None) -> Self:
         """Move both networks to a device, a type, or both, and return the model.
 
+        Args:
+            where: devices and types in any order, such as "cuda", 0 or "bfloat16".
+            device, dtype: the same by name; see `maskgit.devices.choose_device` and `choose_dtype`.
+
         Raises:
-            ConfigError: the model is optimized, for one device and type.
+            ConfigError: the device is not available here, the type is none that networks compute in, or the model is
+                optimized, for one device and type.
         """
         if self.engine is not None:
             raise ConfigError("An optimized model stays where it is; optimize the one that it was made from.")
-        self.tokenizer.to(device=device, dtype=dtype)
-        self.transformer.to(device=device, dtype=dtype)
+        for one in where:
+            if is_dtype(one):
+                dtype = one
+            elif one is not None:
+                device = one
+        chosen, kind = None if device is None else choose_device(device), choose_dtype(dtype)
+        self.tokenizer.to(device=chosen, dtype=kind)
+        self.transformer.to(device=chosen, dtype=kind)
         return self
 
     def optimize(self, mode: str = "fast", **choices: Any) -> "MaskGIT":
@@ -122,6 +163,9 @@ class MaskGIT:
         Raises:
             ConfigError: there is no such class, or the model cannot generate without one.
         """
+        query = plain(query)
+        if isinstance(query, bool):
+            raise ConfigError(f"A class is a name or a number, but is {query}.")
         if query is None:
             if not self.config.label_dropout:
                 raise ConfigError(
@@ -132,8 +176,7 @@ class MaskGIT:
 
     def labels(self, queries: Label | Sequence[Label] | Tensor | np.ndarray) -> list[int]:
         """Return the class numbers that one or several names or numbers mean; see `label`."""
-        if isinstance(queries, Tensor | np.ndarray | np.generic):
-            queries = queries.tolist()
+        queries = plain(queries)
         if isinstance(queries, Iterable) and not isinstance(queries, str):
             return [self.label(query) for query in queries]
         return [self.label(queries)]

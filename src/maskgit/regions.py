@@ -5,7 +5,7 @@ in pixels; a mask is True where a token is to be predicted.
 Source: official inference.py.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from maskgit.config import MAX_GRID, check_count, check_range
-from maskgit.errors import RegionError, unknown_name
+from maskgit.checks import check_count, check_range, check_whole, plain
+from maskgit.config import MAX_GRID
+from maskgit.errors import ConfigError, RegionError, unknown_name
 
 Box = Sequence[int]
 # A rule works on one axis: (first pixel, pixels, patch) → (first token, the one after the last), which may
@@ -147,7 +148,7 @@ def shares_to_token_mask(shares: Tensor, share: float = 0.0, dilate: int = 0) ->
     Raises:
         ConfigError: share or dilate is out of range.
     """
-    check_range("share", share, 0, 1)
+    share = check_range("share", share, 0, 1)
     dilate = check_count("dilate", dilate, 0, MAX_GRID)
     # A share such as 0.3 is not exact in binary, and no count of pixels comes near to it by chance.
     mask = (shares > 0) & (shares >= share - 1e-9)
@@ -186,7 +187,7 @@ def composite(
     height, width = _check_composite(image, generated, token_mask, patch)
     # The official 16 is a constant, not the patch of its tokenizer, which happens to be 16 too.
     radius = max(0, min(height, width) // 16 - 1) if feather is None else feather
-    check_range("feather", radius, 0, max(height, width))
+    radius = check_range("feather", radius, 0, max(height, width))
     masks = token_mask.reshape(-1, *token_mask.shape[-2:]).cpu().numpy()
     stacked = np.stack([np.asarray(soft_mask(mask, (width, height), radius)) for mask in masks])
     weights = torch.from_numpy(stacked)[:, None].to(generated.device)
@@ -222,19 +223,20 @@ def soft_mask(mask: np.ndarray, size: tuple[int, int], radius: float) -> Image.I
 
 def _whole_numbers(values: object, count: int) -> tuple[int, ...] | None:
     """Return `values` as that many ints, or None if they are something else."""
-    if not isinstance(values, Iterable) or isinstance(values, str):
+    values = plain(values)
+    if not isinstance(values, list | tuple) or len(values) != count:
         return None
-    values = tuple(values)
-    if len(values) != count or not all(
-        isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values
-    ):
+    try:
+        return tuple(check_whole("value", value) for value in values)
+    except ConfigError:
         return None
-    return tuple(int(v) for v in values)
 
 
 def _check_size(image_size: int | tuple[int, int], patch: int) -> tuple[int, int]:
-    check_range("patch", patch, 1, 65_536)
-    sides = _whole_numbers(image_size if isinstance(image_size, Iterable) else (image_size, image_size), 2)
+    image_size, patch = plain(image_size), check_count("patch", patch, 1, 65_536)
+    sides = _whole_numbers(
+        image_size if isinstance(image_size, list | tuple) else (image_size, image_size), 2
+    )
     if sides is None or any(side < patch or side % patch or side // patch > MAX_GRID for side in sides):
         raise RegionError(
             f"Image sides must be multiples of {patch} pixels, from {patch} to {MAX_GRID * patch}, "

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from maskgit.checks import check_whole
 from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError
 from maskgit.guidance import PredictLogits, guided
@@ -177,6 +178,7 @@ def decode_steps(
     Raises:
         ConfigError: the start step is beyond the last.
     """
+    start_step = check_whole("start_step", start_step)
     if not 0 <= start_step < config.steps:
         raise ConfigError(
             f"start_step must be from 0 to {config.steps - 1} for {config.steps} steps, but is {start_step}."

@@ -7,28 +7,28 @@ Shapes: B images, N = h · w tokens.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit import noise
-from maskgit.config import SamplerConfig, check_count, check_range
+from maskgit.checks import check_count, check_range
+from maskgit.config import SamplerConfig
 from maskgit.editing import GUESS, resolve
+from maskgit.filling import fill
+from maskgit.model import Label, Model, Picture
 from maskgit.plans import plan_steps
 from maskgit.policies import make_policy
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
 
-if TYPE_CHECKING:
-    from maskgit.pipeline import Label, MaskGIT, Picture
-
 
 def vary(
-    model: "MaskGIT",
-    image: "Picture",
+    model: Model,
+    image: Picture,
     strength: float,
-    label: "Label" = GUESS,
+    label: Label = GUESS,
     *,
     num_images: int = 1,
     seed: int = 0,
@@ -59,7 +59,7 @@ def vary(
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
     first_index = check_count("first_index", first_index, 0, 2**62)
-    check_range("strength", strength, 0, 1)
+    strength = check_range("strength", strength, 0, 1)
     config, start_step = resumed(model.sampler_config(**settings), strength, model.vocabulary.num_tokens)
     before = model.prepare(image)
     tokens = model.encode_pixels(before)
@@ -69,7 +69,8 @@ def vary(
     sequences = model.vocabulary.sequence(
         torch.full((num_images,), number), tokens.expand(num_images, -1, -1), token_mask
     )
-    made = model.fill(
+    made = fill(
+        model,
         sequences,
         config,
         start_step=start_step,
@@ -83,9 +84,9 @@ def vary(
 
 
 def interpolate_classes(
-    model: "MaskGIT",
-    first: "Label",
-    second: "Label",
+    model: Model,
+    first: Label,
+    second: Label,
     *,
     switch: float = 0.5,
     num_images: int = 1,
@@ -112,14 +113,15 @@ def interpolate_classes(
         ConfigError: an argument is not allowed.
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
-    check_range("switch", switch, 0, 1)
+    switch = check_range("switch", switch, 0, 1)
     config = model.sampler_config(**settings)
     remasks = make_policy(config.policy, config.policy_options).remasks
     steps = plan_steps(config, model.vocabulary.num_tokens, remasks=remasks).steps
     begun, ended = (
         model.vocabulary.sequence(torch.full((num_images,), model.label(label))) for label in (first, second)
     )
-    return model.fill(
+    return fill(
+        model,
         begun,
         config,
         switch=(round(switch * steps), ended[:, 0]),
@@ -132,10 +134,10 @@ def interpolate_classes(
 
 
 def interpolate_images(
-    model: "MaskGIT",
-    first: "Picture",
-    second: "Picture",
-    label: "Label" = None,
+    model: Model,
+    first: Picture,
+    second: Picture,
+    label: Label = None,
     *,
     share: float = 0.5,
     smoothness: int = 2,
@@ -173,7 +175,7 @@ def interpolate_images(
     side = model.vocabulary.grid_size
     smoothness = check_count("smoothness", smoothness, 0, side)
     refine = check_count("refine", refine, 0, side)
-    check_range("share", share, 0, 1)
+    share = check_range("share", share, 0, 1)
     config = model.sampler_config(**settings)
     number = model.label(label) if refine else 0
     ours, theirs = (model.encode_pixels(model.prepare(image)) for image in (first, second))
@@ -183,7 +185,8 @@ def interpolate_images(
     sequences = model.vocabulary.sequence(
         torch.full((num_images,), number), torch.where(chosen, theirs, ours), token_mask
     )
-    made = model.fill(
+    made = fill(
+        model,
         sequences,
         config,
         start_step=config.steps // 6 if start_step is None else start_step,
@@ -217,7 +220,7 @@ def resumed(config: SamplerConfig, share: float, num_tokens: int) -> tuple[Sampl
     return replace(config, steps=len(ratios), tables=tables), start
 
 
-def _draw(model: "MaskGIT", count: int, seed: int, first_index: int) -> Tensor:
+def _draw(model: Model, count: int, seed: int, first_index: int) -> Tensor:
     """Return uniform numbers for the tokens of some images, float32 (B, h, w)."""
     vocabulary, indices = model.vocabulary, torch.arange(first_index, first_index + count)
     drawn = noise.ImageNoise(seed, indices, vocabulary.num_tokens + 1, vocabulary.num_codes)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import threading
+from urllib.parse import quote, quote_from_bytes
 
 import httpx
 import numpy as np
@@ -170,6 +171,39 @@ def test_transparent_parts_and_a_guessed_class(client, pipe):
     same(shown, wanted.to_pil()[0].convert("RGB"))
 
 
+def lines(data: bytes) -> str:
+    return base64.encodebytes(data).decode()
+
+
+SENT = {
+    "in lines, as in mails": lines,
+    "in lines of other systems": lambda data: lines(data).replace("\n", "\r\n"),
+    "a data URL": lambda data: f"data:image/png;base64,{b64(data)}",
+    "a data URL of no kind": lambda data: f"data:;base64,{b64(data)}",
+    "a data URL in lines": lambda data: f"DATA:image/png;charset=utf-8;BASE64,\n{lines(data)}",
+    "a quoted data URL": lambda data: f"data:image/png;base64,{quote(b64(data), safe='')}",
+    "a data URL without base64": lambda data: f"data:image/png,{quote_from_bytes(data, safe='')}",
+}
+
+
+@pytest.mark.parametrize("form", SENT)
+def test_pictures_as_text(client, form):
+    wanted = client.post("/v1/tokenize", json={"image": b64(png(PHOTO))}).json()
+    assert client.post("/v1/tokenize", json={"image": SENT[form](png(PHOTO))}).json() == wanted
+    body = {"boxes": [[1, 1, 5, 5]], "class": 1, "steps": 1, "image": SENT[form](png(PHOTO))}
+    assert client.post("/v1/edit", json=body).status_code == 200
+    body = {"class": 1, "steps": 1, "image": b64(png(PHOTO)), "mask": SENT[form](png(PAINTED))}
+    assert client.post("/v1/inpaint", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "text", ["data:image/png;base64,", "data:image/png;base64", "data:", "data:,%%", "a=b", ""]
+)
+def test_text_that_is_no_picture(client, text):
+    answer = client.post("/v1/tokenize", json={"image": text})
+    assert answer.status_code == 422, answer.text
+
+
 def test_tokens_of_pictures_and_pictures_of_tokens(client, pipe):
     tokens = client.post("/v1/tokenize", files={"image": png(PHOTO)}).json()["tokens"]
     wanted = pipe.reconstruct(PHOTO)
@@ -267,6 +301,22 @@ def test_metrics_count(client, server):
     assert "nothing/here" not in text
     count = next(line for line in text.splitlines() if line.startswith("maskgit_images_total"))
     assert float(count.split()[1]) == server[1].stats.images
+
+
+@pytest.mark.parametrize("command", ["edit", "inpaint", "outpaint"])
+def test_metrics_count_edits(client, server, command):
+    stats = server[1].stats
+    images, steps = stats.images, stats.steps
+    data = {"class": "cat", "steps": 3} | {
+        "edit": {"boxes": "[[3, 3, 10, 10]]"},
+        "inpaint": {"mask": base64.b64encode(png(PAINTED)).decode()},
+        "outpaint": {"left": 8},
+    }[command]
+    assert client.post(f"/v1/{command}", data=data, files={"image": png(PHOTO)}).status_code == 200
+    text = client.get("/metrics").text
+    count = next(line for line in text.splitlines() if line.startswith("maskgit_images_total"))
+    assert float(count.split()[1]) > images
+    assert stats.steps >= steps + 2
 
 
 def test_the_page_loads_nothing_from_elsewhere(client):

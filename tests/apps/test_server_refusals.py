@@ -319,6 +319,8 @@ def test_keys_are_read_from_a_file(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# ours\nfirst\n\n  second  \n")
     assert read_keys(file) == ("first", "second")
+    file.write_text("first\nsecond\n", encoding="utf-8-sig")
+    assert read_keys(file) == ("first", "second")
 
 
 @pytest.mark.parametrize(

@@ -47,17 +47,102 @@ KINDS = {
     "outpaint": lambda m: m.outpaint(PHOTO, left=10, label=3, steps=3),
     "vary": lambda m: m.vary(PHOTO, 0.5, "dog", steps=3),
     "panorama": lambda m: m.panorama(["ship", "bird"], 64, steps=2),
-    "reconstruct": lambda m: m.reconstruct(PHOTO),
+    "interpolate_classes": lambda m: m.interpolate_classes("frog", "ship", num_images=2, seed=3, steps=4),
+    "switched at once": lambda m: m.interpolate_classes("frog", "ship", switch=0.0, steps=3),
+    "switched after steps of their own": lambda m: m.interpolate_classes(
+        "frog", "cat", num_images=2, steps=6, policy="entropy_bounded"
+    ),
+    "interpolate_images": lambda m: m.interpolate_images(PHOTO, PHOTO.rotate(90), "cat", refine=1, steps=3),
+    "generate_best": lambda m: m.generate_best(["frog"], candidates=3, steps=2),
+}
+SAME_KINDS = KINDS | {"reconstruct": lambda m: m.reconstruct(PHOTO)}
+TRACED = {
+    "generate": lambda m: m.generate(["frog", "cat"], steps=4, return_steps=True),
+    "steps of their own": lambda m: m.generate(
+        ["frog", "dog"], steps=6, policy="entropy_bounded", return_steps=True
+    ),
+    "edit": lambda m: m.edit(PHOTO, [(3, 3, 10, 10)], "cat", steps=6, return_steps=True),
+    "vary": lambda m: m.vary(PHOTO, 0.5, "dog", steps=4, num_images=2, return_steps=True),
+    "interpolate_classes": lambda m: m.interpolate_classes("frog", "ship", steps=3, return_steps=True),
 }
 
 
 def test_every_method_gives_what_the_pipeline_gives(pipe, service):
-    accepted = {kind: service.submit(work) for kind, work in KINDS.items()}
-    for kind, work in KINDS.items():
-        made, wanted = accepted[kind].future.result(), work(pipe)
-        assert torch.equal(made.tokens, wanted.tokens), kind
-        torch.testing.assert_close(made.images, wanted.images, rtol=0, atol=1 / 510)
+    kinds = list(SAME_KINDS.items())
+    for some in (kinds[:6], kinds[6:]):
+        accepted = [service.submit(work) for _, work in some]
+        for (kind, work), one in zip(some, accepted, strict=True):
+            _compare(kind, one.future.result(), work(pipe))
     wait_for(lambda: service.num_accepted == 0)
+
+
+def _compare(kind, made, wanted):
+    assert torch.equal(made.tokens, wanted.tokens), kind
+    torch.testing.assert_close(made.images, wanted.images, rtol=0, atol=1 / 510)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_makes_its_images_in_the_shared_batches(service, kind, monkeypatch):
+    predict, seen = service.model.predict_logits, []
+
+    def predict_logits(sequence):
+        seen.append(len(sequence))
+        return predict(sequence)
+
+    monkeypatch.setattr(service.model, "predict_logits", predict_logits)
+    monkeypatch.setattr(service.model, "fill_batches", None)
+    images, steps, calls = service.stats.images, service.stats.steps, len(seen)
+    made = service.submit(KINDS[kind]).future.result()
+    assert service.stats.images - images >= len(made.images)
+    assert service.stats.steps > steps
+    # A batch's rows, and as many without their classes.
+    assert len(seen) > calls
+    assert max(seen) <= 2 * service.limits.max_batch
+
+
+@pytest.mark.parametrize("kind", TRACED)
+def test_steps_are_traced_as_in_the_pipeline(pipe, service, kind):
+    made, wanted = service.submit(TRACED[kind]).future.result(), TRACED[kind](pipe)
+    assert torch.equal(made.trace.tokens, wanted.trace.tokens)
+    assert torch.equal(made.trace.unknown, wanted.trace.unknown)
+    torch.testing.assert_close(made.trace.final_confidence, wanted.trace.final_confidence)
+
+
+MANY = {
+    "edit": lambda m: m.edit(PHOTO, [(3, 3, 10, 10)], "cat", num_images=4, steps=3),
+    "inpaint": lambda m: m.inpaint(PHOTO, PAINTED, num_images=4, steps=2),
+    "vary": lambda m: m.vary(PHOTO, 0.5, "dog", num_images=3, steps=3),
+    "outpaint": lambda m: m.outpaint(PHOTO, left=10, label=3, num_images=4, steps=2),
+    "interpolate_classes": lambda m: m.interpolate_classes("frog", "ship", num_images=4, steps=2),
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_where_memory_runs_out_edits_go_on_in_smaller_batches(pipe, kind, monkeypatch):
+    service = Service(MaskGIT.from_pretrained(), "cifar10", Limits(max_batch=4))
+    service.start()
+    service.wait_ready()
+    predict = service.model.predict_logits
+
+    def narrow(sequence):
+        if len(sequence) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return predict(sequence)
+
+    monkeypatch.setattr(service.model, "predict_logits", narrow)
+    made = service.submit(MANY[kind], images=4).future.result()
+    assert torch.equal(made.tokens, MANY[kind](pipe).tokens)
+    assert service.stats.halvings >= 1
+    assert service.stats.failures == 0
+    service.close()
+
+
+def test_edits_are_part_of_the_time_that_the_next_client_is_told(service):
+    for _ in range(3):
+        service.submit(lambda m: m.vary(PHOTO, 1.0, "dog", steps=2)).future.result()
+    before = service.stats.seconds_per_image
+    service.submit(lambda m: m.vary(PHOTO, 1.0, "dog", steps=24, num_images=2)).future.result()
+    assert service.stats.seconds_per_image != before
 
 
 def test_a_callback_is_told_of_every_step_in_the_requests_own_thread(service):

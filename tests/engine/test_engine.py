@@ -195,8 +195,10 @@ def test_captured_noise_may_be_compiled():
     from maskgit.noise import ImageNoise, seed_words
 
     words, indices, step = seed_words([5, 2**64 - 1]), torch.tensor([0, 7]), torch.tensor([[0], [3]])
-    plain = ImageNoise(words, indices, 17, 8).tokens(step)
-    torch.testing.assert_close(CompiledNoise(words, indices, 17, 8).tokens(step), plain, atol=1e-5, rtol=1e-5)
+    plain = ImageNoise.of_words(words, indices, 17, 8).tokens(step)
+    torch.testing.assert_close(
+        CompiledNoise.of_words(words, indices, 17, 8).tokens(step), plain, atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()

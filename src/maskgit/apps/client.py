@@ -22,8 +22,9 @@ from maskgit import __version__
 from maskgit.apps import client_calls
 from maskgit.apps.client_answers import EventReader, Picture, Pictures, Preview, RequestError, check
 from maskgit.apps.client_calls import Call, Making, Source
-from maskgit.config import check_count, check_range
+from maskgit.checks import check_count, check_range
 from maskgit.errors import ConfigError
+from maskgit.forks import resets
 
 __all__ = [
     "AsyncClient",
@@ -79,18 +80,24 @@ class _Connected(Generic[Http]):
             ConfigError: the URL or the key cannot be sent, or a number is out of range.
         """
         self.url = _check_url(url)
-        check_range("timeout", timeout, 0.01, 86_400)
-        check_range("max_wait", max_wait, 0, 86_400)
+        timeout = check_range("timeout", timeout, 0.01, 86_400)
+        max_wait = check_range("max_wait", max_wait, 0, 86_400)
         self.timeout = timeout
         self.retries = check_count("retries", retries, 0, 1000)
         self.max_wait = max_wait
         key = os.environ.get(KEY_VARIABLE, "").strip() if api_key is None else api_key
-        self._http: Http = self._http_class(
-            base_url=self.url,
-            headers={"user-agent": f"maskgit/{__version__}", **_authorization(key)},
-            # A client that many threads share may wait for a connection of its own.
-            timeout=httpx.Timeout(timeout + _GRACE_SECONDS, connect=_CONNECT_SECONDS, pool=None),
-        )
+        self._headers = {"user-agent": f"maskgit/{__version__}", **_authorization(key)}
+        self._http: Http = self._connect()
+        resets(self)
+
+    def _connect(self) -> Http:
+        # A client that many threads share may wait for a connection of its own.
+        patience = httpx.Timeout(self.timeout + _GRACE_SECONDS, connect=_CONNECT_SECONDS, pool=None)
+        return self._http_class(base_url=self.url, headers=self._headers, timeout=patience)
+
+    def after_fork(self) -> None:
+        """Open connections of this process's own: on those of its parent, both would read each other's answers."""
+        self._http = self._connect()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"

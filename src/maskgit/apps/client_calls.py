@@ -18,6 +18,7 @@ from maskgit import imagefiles
 from maskgit.apps.client_answers import Pictures, parse, read_health, read_pictures
 from maskgit.apps.serving import schemas
 from maskgit.apps.serving.schemas import ClassName, Format, ModelCard
+from maskgit.checks import plain
 from maskgit.errors import ConfigError, ImageError
 
 T = TypeVar("T")
@@ -258,7 +259,7 @@ def health() -> Call[str]:
 def _json(name: str, value: Any) -> str:
     """Return a field as JSON, which it is in a form, too, so that "3" stays a name there."""
     try:
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(plain(value), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name} must be a JSON value, but is {value!r:.80} ({error}).") from error
 

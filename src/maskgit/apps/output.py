@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from maskgit.config import check_count
+from maskgit.checks import check_count
 from maskgit.errors import OutputError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.download import sha256
 from maskgit.errors import DataError, ImageError
 from maskgit.evaluation.npz import open_npz
@@ -54,7 +54,7 @@ def open_pictures(
     Raises:
         DataError: there is nothing, or nothing that can be read.
     """
-    check_range("max_bad_share", max_bad_share, 0, 1)
+    max_bad_share = check_range("max_bad_share", max_bad_share, 0, 1)
     path = expand(place)
     if (path / META).is_file() or path.suffix == ".npz":
         made: Pictures = _Packed(path) if path.is_dir() else _Arrays(path)

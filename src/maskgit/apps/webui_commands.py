@@ -18,7 +18,7 @@ def page(
         port: Where the page is; 0 takes one that is free.
         host: Who may see it: 127.0.0.1 is this computer alone, 0.0.0.0 everybody who can reach it.
     """
-    from maskgit.config import check_count
+    from maskgit.checks import check_count
     from maskgit.errors import ConfigError
 
     check_count("port", port, 0, 65_535)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from maskgit.config import Config, check_choice, check_count, check_range
-from maskgit.devices import choose_device
+from maskgit.checks import check_choice, check_count, check_range
+from maskgit.config import Config
+from maskgit.devices import Device, Dtype, choose_device, choose_dtype
 from maskgit.engine import probe
 from maskgit.engine.convolution import can_pack, prepare_convolutions
 from maskgit.engine.folding import fold_biases, replace_gelus
@@ -87,8 +88,8 @@ class Engine(Config):
 def choose(
     mode: str = "fast",
     *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype | None = None,
+    device: Device = "auto",
+    dtype: Dtype | None = None,
     compile: bool | None = None,
     quantize: str | None = None,
     reuse: int = 1,
@@ -98,7 +99,7 @@ def choose(
     Args:
         mode: exact, fast or int8.
         device: "auto" takes CUDA, else MPS, else the CPU.
-        dtype: a type or its name.
+        dtype: a type or its name; "auto" is the mode's choice, too.
         compile: whether to use `torch.compile`.
         quantize: "int8" or "" (no).
         reuse: of so many evaluations in decoding one at least is full; above 1 there are no CUDA graphs.
@@ -108,11 +109,11 @@ def choose(
     """
     check_choice("mode", mode, MODES)
     reuse = check_count("reuse", reuse, 1, MAX_REUSE)
-    chosen = choose_device(device) if isinstance(device, str) else device
+    chosen = choose_device(device)
     kind = chosen.type
-    named = None
-    if dtype is not None:
-        named = str(dtype).removeprefix("torch.")
+    asked = choose_dtype(dtype)
+    named = None if asked is None else str(asked).removeprefix("torch.")
+    if named is not None:
         check_choice("dtype", named, DTYPES)
     if quantize is None:
         quantize = (
@@ -157,8 +158,8 @@ def optimize(
     model: "MaskGIT",
     mode: str = "fast",
     *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
+    device: Device | None = None,
+    dtype: Dtype | None = None,
     compile: bool | None = None,
     quantize: str | None = None,
     reuse: int = 1,
@@ -190,7 +191,7 @@ def optimize(
         raise ConfigError("This model is optimized already; optimize the one that it was made from.")
     engine = choose(
         mode,
-        device=device or model.device,
+        device=model.device if device is None else device,
         dtype=dtype,
         compile=compile,
         quantize=quantize,

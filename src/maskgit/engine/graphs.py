@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskgit.forks import resets
 from maskgit.guidance import PredictLogits
 from maskgit.noise import ImageNoise, Noise, gumbels
 from maskgit.plans import Numbers
@@ -43,6 +44,11 @@ class GraphedSteps:
         self.capture = capture
         self.compile_noise = compile_noise
         self._programs: OrderedDict[tuple[Any, ...], _Program] = OrderedDict()
+        self._lock = threading.Lock()
+        resets(self)
+
+    def after_fork(self) -> None:
+        """Take a new lock: another thread may have held the old one."""
         self._lock = threading.Lock()
 
     def __call__(
@@ -105,7 +111,7 @@ def _step(
     def step(
         sequence: Tensor, free: Tensor, words: Tensor, indices: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        noise = kind(words, indices, sequence.shape[1], num_codes)
+        noise = kind.of_words(words, indices, sequence.shape[1], num_codes)
         numbers, memory = Numbers(*rest[:count]), rest[count:]
         made = decode_step(predict_logits, sequence, free, memory, numbers, noise=noise, **options)
         return (*made[:5], *made.memory)

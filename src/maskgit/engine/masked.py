@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from maskgit.forks import resets
 from maskgit.transformer import Layer, Transformer
 
 # Above this share of masked tokens all are predicted: the packed weights of full evaluations are worth more.
@@ -48,6 +49,11 @@ class MaskedPredictor:
         self.remember = remember
         self._mask_qkv: Tensor | None = None
         self._first: OrderedDict[int, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+        resets(self)
+
+    def after_fork(self) -> None:
+        """Take a new lock: another thread may have held the old one."""
         self._lock = threading.Lock()
 
     @torch.no_grad()

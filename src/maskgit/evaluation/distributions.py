@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from maskgit.checks import check_seed, check_whole
 from maskgit.errors import DataError
 from maskgit.evaluation.vectors import Floats, as_finite, check_same_dim
 
@@ -42,18 +43,20 @@ def kernel_distance(
         distributions. With Inception features it is called KID, with others it must not be.
 
     Raises:
+        ConfigError: a setting is no whole number.
         DataError: the shapes do not fit, a value is not finite, or there are too few vectors.
 
     Source: Bińkowski, Sutherland, Arbel, Gretton: Demystifying MMD GANs, ICLR 2018, §4 and eq. 4.
     """
     a, b = as_finite(features_a, "The first features"), as_finite(features_b, "The second features")
     check_same_dim(a, b)
+    subsets, subset_size = check_whole("subsets", subsets), check_whole("subset_size", subset_size)
     if subsets < 1 or not 2 <= subset_size <= min(len(a), len(b)):
         raise DataError(
             f"{subsets} subsets of {subset_size} cannot be drawn from {len(a)} and {len(b)} vectors: "
             "choose at least 1 subset of at least 2 vectors and at most as many as there are."
         )
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(check_seed(seed))
 
     # Only the drawn vectors become float64, so that 50,000 of a side stay as small as they are.
     def draw(x: NDArray) -> Floats:
@@ -93,15 +96,21 @@ def inception_score(logits: ArrayLike | Tensor, *, splits: int = 10, seed: int |
         Mean and standard deviation over the splits; a score lies in [1, C].
 
     Raises:
+        ConfigError: a setting is no whole number.
         DataError: the shape does not fit, a value is not finite, or there are too few images.
 
     Source: Salimans et al.: Improved Techniques for Training GANs, NeurIPS 2016, §4. The evaluator of ADM
     (Dhariwal and Nichol, NeurIPS 2021) takes splits of 5,000 images in order: 10 of 50,000, with no seed.
     """
     rows = as_finite(logits, "Logits")
+    splits = check_whole("splits", splits)
     if not 1 <= splits <= len(rows):
         raise DataError(f"{len(rows)} images cannot be cut into {splits} splits: choose 1 to {len(rows)}.")
-    order = np.arange(len(rows)) if seed is None else np.random.default_rng(seed).permutation(len(rows))
+    order = (
+        np.arange(len(rows))
+        if seed is None
+        else np.random.default_rng(check_seed(seed)).permutation(len(rows))
+    )
     scores = [_split_score(rows[part].astype(np.float64)) for part in np.array_split(order, splits)]
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 

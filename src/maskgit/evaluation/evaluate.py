@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskgit.config import Config, check_range
+from maskgit.checks import check_range
+from maskgit.config import Config
 from maskgit.errors import ConfigError, DataError
 from maskgit.evaluation import memorisation
 from maskgit.evaluation.classification import classification_accuracy, kept_images

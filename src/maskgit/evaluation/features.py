@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from maskgit.config import check_range
+from maskgit.checks import check_range, check_whole
 from maskgit.download import sha256
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError, unknown_name
 from maskgit.evaluation import dinov2, inception
@@ -310,8 +310,7 @@ def load_feature_net(
         raise unknown_name("feature net", name, FEATURE_NETS)
     entry = FEATURE_NETS[name]
     size = entry.size if size is None else size
-    if not isinstance(size, int):
-        raise ConfigError(f"size must be a whole number, but is {size!r}.")
+    size = check_whole("size", size)
     if not entry.resizable and size != entry.size:
         raise ConfigError(f"{name} reads images of {entry.size} pixels a side: leave size out.")
     check_range("size", size, 32, 1024)

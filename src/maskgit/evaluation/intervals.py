@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from maskgit.config import check_range
+from maskgit.checks import check_count, check_range, check_seed
 from maskgit.errors import DataError
 
 
@@ -51,12 +51,12 @@ def bootstrap_interval(
 
     Source: Efron, Tibshirani: An Introduction to the Bootstrap, 1993, §13.3.
     """
-    check_range("level", level, 1e-6, 1 - 1e-6)
-    check_range("resamples", resamples, 2, 1_000_000)
+    level = check_range("level", level, 1e-6, 1 - 1e-6)
+    resamples = check_count("resamples", resamples, 2, 1_000_000)
     rows = np.asarray(values)
     if rows.ndim < 1 or len(rows) < 2:
         raise DataError(f"An interval needs at least 2 values, but the shape is {rows.shape}.")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(check_seed(seed))
     drawn = np.array([statistic(rows[random.integers(0, len(rows), len(rows))]) for _ in range(resamples)])
     if not np.isfinite(drawn).all():
         raise DataError("A resample's statistic is not finite: leave infinite and missing values out.")

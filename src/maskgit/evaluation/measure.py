@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskgit.config import check_range
+from maskgit.checks import check_count
 from maskgit.errors import DataError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.pictures import Pictures, check_share
@@ -70,10 +70,10 @@ def measure(
     Raises:
         DataError: too many images cannot be read, or they differ in size.
     """
-    check_range("keep", keep, 0, 1_000_000)
-    check_range("batch_size", batch_size, 1, 65_536)
+    keep = check_count("keep", keep, 0, 1_000_000)
+    batch_size = check_count("batch_size", batch_size, 1, 65_536)
     if num_images is not None:
-        check_range("num_images", num_images, 2, len(pictures))
+        num_images = check_count("num_images", num_images, 2, len(pictures))
     work = RealImages(pictures, net, num_images=num_images, batch_size=batch_size)
     skipped: list[str] = []
     statistics = summarise(
@@ -120,7 +120,7 @@ def compare_pictures(
     Raises:
         DataError: the sets are of different sizes or nets, or too many images cannot be read.
     """
-    check_range("splits", splits, 2, 1000)
+    splits = check_count("splits", splits, 2, 1000)
     reference.check(net, pictures.resolution)
     names = Names(features, net)
     skipped: list[str] = []

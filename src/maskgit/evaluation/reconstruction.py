@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.evaluation.evaluate import EvaluationConfig
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.lpips import LPIPS

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskgit import noise
-from maskgit.config import Config, SamplerConfig, check_choice, check_range
+from maskgit.checks import check_choice, check_range
+from maskgit.config import Config, SamplerConfig
 from maskgit.errors import ConfigError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.lpips import LPIPS

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskgit.config import check_range
+from maskgit.checks import check_count
 from maskgit.errors import DataError, ImageError, OutputError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.frechet import FeatureStatistics, FrechetReport, Gaussian, frechet_report
@@ -69,7 +69,7 @@ class Collector:
             net: what their features are computed with.
             keep: of how many images, the first ones, the features are kept themselves; 0 to 1,000,000.
         """
-        check_range("keep", keep, 0, 1_000_000)
+        keep = check_count("keep", keep, 0, 1_000_000)
         self.net = net
         self.keep = keep
         self.resolution: tuple[int, int] | None = None

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskgit.config import Config, check_choice, check_count, check_range
+from maskgit.checks import check_choice, check_count, check_range, check_seed
+from maskgit.config import Config
 from maskgit.errors import ConfigError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.statistics import Collector, ImageStatistics, compare
@@ -112,14 +113,15 @@ def tune(
     except ImportError as error:
         raise ConfigError("Tuning needs Optuna: pip install 'maskgit-torch[tune]'.") from error
     space = space or SearchSpace()
+    trials = check_count("trials", trials, 1, 100_000)
+    num_images = check_count("num_images", num_images, 1, 1_000_000)
+    seed = check_seed(seed)
     check_choice("direction", direction, DIRECTIONS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         direction=direction,  # type: ignore[arg-type]
         sampler=optuna.samplers.TPESampler(seed=seed % 2**32),
     )
-    check_count("trials", trials, 1, 100_000)
-    check_count("num_images", num_images, 1, 1_000_000)
     guided = bool(model.config.label_dropout)
     labels = torch.arange(num_images) % model.config.transformer.num_classes
     done: list[tuple[dict[str, Any], float]] = []
@@ -159,6 +161,8 @@ def feature_distance(net: FeatureNet, reference: ImageStatistics, *, batch_size:
     Raises:
         DataError: the reference was made with another net (when the metric is asked).
     """
+
+    batch_size = check_count("batch_size", batch_size, 1, 65_536)
 
     def metric(images: Tensor, labels: Tensor) -> float:
         collector = Collector(net, keep=0)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.errors import ConfigError, DataError
 from maskgit.files import file_mode, output_error, write_bytes
 

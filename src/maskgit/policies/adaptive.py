@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.policies.base import Memory, Policy, Start, Step, lowest
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maskgit.checks import check_range
 from maskgit.policies.base import Memory, Policy, Step, log_probs_of, lowest
 
 
@@ -48,8 +49,6 @@ class Moment(Policy):
     source = "Hayakawa et al. (arXiv 2510.04525)"
 
     def validate(self) -> None:
-        from maskgit.config import check_range
-
         check_range("beta", self.beta, 0, 1e4)
 
     def exponent(self, choice_temperature_B1: Tensor) -> Tensor:

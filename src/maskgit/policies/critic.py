@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.guidance import PredictLogits
 from maskgit.noise import FOLDS
 from maskgit.policies.base import Memory, Policy, Step, log_probs_of, lowest

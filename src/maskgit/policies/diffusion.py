@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskgit.config import check_choice, check_range
+from maskgit.checks import check_choice, check_range
 from maskgit.noise import REMASK, UNMASK
 from maskgit.policies.base import Memory, Policy, Start, Step, log_probs_of
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.errors import ConfigError
 
 NUM_DRAWS = 4

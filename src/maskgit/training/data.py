@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskgit.config import check_choice, check_range
+from maskgit.checks import check_choice, check_count, check_seed
 from maskgit.errors import ConfigError
 from maskgit.noise import uniform
 from maskgit.training.augment import AUGMENTATIONS, NUM_DRAWS
@@ -72,8 +72,8 @@ class Shuffler:
         Raises:
             ConfigError: the seed or the length is out of range.
         """
-        check_range("seed", seed, 0, 2**64 - 1)
-        check_range("length", length, 1, 2**62)
+        seed = check_seed(seed)
+        length = check_count("length", length, 1, 2**62)
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
@@ -119,8 +119,8 @@ def sample_numbers(step: int, global_batch: int, rank: int = 0, world: int = 1) 
     Raises:
         ConfigError: the batch cannot be shared out evenly.
     """
-    check_range("global_batch", global_batch, 1, 2**30)
-    check_range("rank", rank, 0, world - 1)
+    global_batch = check_count("global_batch", global_batch, 1, 2**30)
+    rank = check_count("rank", rank, 0, world - 1)
     if global_batch % world:
         raise ConfigError(
             f"The batch size over all processes must be a multiple of their number, "
@@ -144,7 +144,7 @@ class _Batches(ABC, Generic[T]):
         shuffle: bool,
         num_workers: int,
     ) -> None:
-        check_range("num_workers", num_workers, 0, 256)
+        num_workers = check_count("num_workers", num_workers, 0, 256)
         sample_numbers(0, global_batch, rank, world)
         self.global_batch, self.rank, self.world = global_batch, rank, world
         self.num_workers = num_workers

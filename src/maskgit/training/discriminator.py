@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.config import check_range
+from maskgit.checks import check_count
 from maskgit.errors import ConfigError
 
 
@@ -96,8 +96,8 @@ class Discriminator(nn.Module):
         """
         super().__init__()
         check_discriminator_size(image_size)
-        check_range("channel_multiplier", channel_multiplier, 1, 64)
-        check_range("max_filters", max_filters, 1, 65_536)
+        channel_multiplier = check_count("channel_multiplier", channel_multiplier, 1, 64)
+        max_filters = check_count("max_filters", max_filters, 1, 65_536)
         channels = num_filters(image_size, channel_multiplier, max_filters)
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         blocks = []

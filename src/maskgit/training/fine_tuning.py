@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from maskgit.config import TransformerConfig, check_choice
+from maskgit.checks import check_choice
+from maskgit.config import TransformerConfig
 from maskgit.errors import ConfigError
 from maskgit.pipeline import MaskGIT
 from maskgit.transformer import Transformer

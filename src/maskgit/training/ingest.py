@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from maskgit.config import check_range
+from maskgit.checks import check_count, check_range
 from maskgit.errors import DataError, ImageError
 from maskgit.images import read_image
 from maskgit.training.augment import resize_and_centre_crop
@@ -67,9 +67,9 @@ def pack_images(
         DataError: the source is missing, empty, without labels, or bad in more than the allowed share.
         OutputError: the folder exists or cannot be written. In either case nothing is left behind.
     """
-    check_range("size", size, 1, MAX_SIDE)
-    check_range("max_bad_share", max_bad_share, 0, 1)
-    check_range("num_workers", num_workers, 1, 256)
+    size = check_count("size", size, 1, MAX_SIDE)
+    max_bad_share = check_range("max_bad_share", max_bad_share, 0, 1)
+    num_workers = check_count("num_workers", num_workers, 1, 256)
     opened = open_source(source, split, config, image_column, label_column)
     names = opened.class_names if class_names is None else tuple(class_names)
     labels = _Labels(names)

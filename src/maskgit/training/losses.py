@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.config import check_choice
+from maskgit.checks import check_choice
 from maskgit.quantizer import Quantized
 
 # Added inside logarithms of mean probabilities, as the official code does.

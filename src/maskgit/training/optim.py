@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from maskgit.config import check_choice
+from maskgit.checks import check_choice
 from maskgit.errors import CheckpointError
 
 # What remains of the peak at some progress in [0, 1] after the warm-up.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.config import check_range
+from maskgit.checks import check_count
 from maskgit.errors import ConfigError, ImageError, unknown_name
 from maskgit.evaluation.features import load_effnet_lite0
 from maskgit.evaluation.lpips import LPIPS, LPIPS_NETS, unit_length
@@ -294,9 +294,9 @@ def make_perceptual(
     elif not entry.depth:
         raise ConfigError(f"depth belongs to effnet-lite0: leave it out for {name}.")
     else:
-        check_range("depth", depth, 1, entry.depth)
+        depth = check_count("depth", depth, 1, entry.depth)
     min_size = entry.min_size if min_size is None else min_size
-    check_range("min_size", min_size, 1, 1024)
+    min_size = check_count("min_size", min_size, 1, 1024)
     paths = _weights_paths(name, weights, entry.urls)
     # Initial weights are drawn from the global generator, which the caller's training may depend on.
     with torch.random.fork_rng(devices=[]):

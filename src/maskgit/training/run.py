@@ -30,7 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from maskgit.config import Config, check_choice
+from maskgit.checks import check_choice
+from maskgit.config import Config
 from maskgit.devices import choose_device
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
 from maskgit.files import write_bytes

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from maskgit.config import check_choice
+from maskgit.checks import check_choice
 from maskgit.errors import ConfigError, DataError, ImageError, MaskGITError
 from maskgit.training.idx import SPLITS, find_idx, read_idx
 

@@ -3,7 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from maskgit.config import Config, check_choice, check_range
+from maskgit.checks import check_choice, check_range
+from maskgit.config import Config
 from maskgit.errors import ConfigError
 from maskgit.training.augment import AUGMENTATIONS
 from maskgit.training.caches import MAX_SIDE

@@ -24,7 +24,7 @@ from threading import Event
 import numpy as np
 import torch
 
-from maskgit.config import check_choice, check_range
+from maskgit.checks import check_choice, check_count, check_range, check_seed
 from maskgit.errors import ConfigError, DataError, ImageError
 from maskgit.noise import uniform
 from maskgit.tokenizer import Tokenizer
@@ -107,9 +107,9 @@ class StreamedImages:
             DataError: the source is missing or empty, or its classes are not known beforehand.
         """
         check_choice("augment", augment, AUGMENTATIONS)
-        check_range("seed", seed, 0, 2**64 - 1)
-        check_range("shuffle_buffer", shuffle_buffer, 0, 1_000_000)
-        check_range("num_workers", num_workers, 1, 256)
+        seed = check_seed(seed)
+        shuffle_buffer = check_count("shuffle_buffer", shuffle_buffer, 0, 1_000_000)
+        num_workers = check_count("num_workers", num_workers, 1, 256)
         sample_numbers(0, global_batch, rank, world)
         self.size = size
         self.decoded_size = size if decoded_size is None else decoded_size
@@ -363,7 +363,7 @@ class _Lane:
 
 
 def _check_lanes(lanes: int, global_batch: int, world: int, num_shards: int) -> None:
-    check_range("lanes", lanes, 1, 65_536)
+    lanes = check_count("lanes", lanes, 1, 65_536)
     if lanes > 1 and (lanes % world or global_batch % lanes or lanes > num_shards):
         raise ConfigError(
             f"lanes must be 1, or a multiple of the {world} processes dividing the batch of {global_batch} "

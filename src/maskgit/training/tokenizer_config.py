@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from maskgit.config import Config, TokenizerConfig, check_choice, check_range
+from maskgit.checks import check_choice, check_range
+from maskgit.config import Config, TokenizerConfig
 from maskgit.errors import ConfigError
 from maskgit.evaluation.features import BUNDLED_NETS
 from maskgit.training.augment import AUGMENTATIONS

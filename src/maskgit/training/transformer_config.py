@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from maskgit.config import Config, SamplerConfig, TransformerConfig, check_choice, check_range
+from maskgit.checks import check_choice, check_range
+from maskgit.config import Config, SamplerConfig, TransformerConfig
 from maskgit.errors import ConfigError
 from maskgit.schedules import check_mask_schedule
 from maskgit.training.fine_tuning import INIT_CLASSES

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskgit.config import MAX_CODES, MAX_GRID, check_choice, check_range
+from maskgit.checks import check_choice, check_count, check_seed
+from maskgit.config import MAX_CODES, MAX_GRID
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.files import output_error, replacing
 from maskgit.noise import uniform
@@ -207,11 +208,11 @@ def write_token_cache(
         DataError: the folder holds other tokens.
         OutputError: it cannot be written; the shards that are complete are kept.
     """
-    check_range("batch_size", batch_size, 1, 65_536)
-    check_range("shard_size", shard_size, 1, 2**30)
-    check_range("seed", seed, 0, 2**64 - 1)
-    check_range("num_codes", num_codes, 2, MAX_CODES)
-    check_range("rank", rank, 0, world - 1)
+    batch_size = check_count("batch_size", batch_size, 1, 65_536)
+    shard_size = check_count("shard_size", shard_size, 1, 2**30)
+    seed = check_seed(seed)
+    num_codes = check_count("num_codes", num_codes, 2, MAX_CODES)
+    rank = check_count("rank", rank, 0, world - 1)
     check_choice("views", views, VIEWS)
     size = images.size if size is None else size
     patch = tokenizer.patch_size

@@ -191,7 +191,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
         ConfigError: it cannot be read, holds none, or one that no header can carry.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The key file {path} cannot be read: {error}.") from error
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -14,7 +14,7 @@ from maskgit.apps.serving.faults import InvalidRequestError, TooLargeError
 from maskgit.apps.serving.inputs import picture_size
 from maskgit.apps.serving.outputs import Recipe
 from maskgit.apps.serving.service import Limits
-from maskgit.config import check_count
+from maskgit.checks import check_count
 from maskgit.errors import RegionError
 from maskgit.photos import open_picture
 from maskgit.pipeline import MaskGIT

@@ -3,6 +3,7 @@
 import base64
 import binascii
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote, unquote_to_bytes
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -11,14 +12,20 @@ MAX_SEED, MAX_INDEX = 2**64 - 1, 2**40 - 1
 
 
 def _decoded(value: Any) -> Any:
-    """Return a file sent as base64 text, with or without a data URL's head, as bytes."""
+    """Return a file sent as base64 text, in lines or in one, or as a data URL, as bytes."""
     if not isinstance(value, str):
         return value
-    text = value.partition(",")[2] if value.startswith("data:") else value
+    text = value.strip()
     try:
-        return base64.b64decode(text, validate=True)
+        if text[:5].lower() == "data:":
+            head, _, text = text.partition(",")
+            if not head.lower().rstrip().endswith(";base64"):
+                return unquote_to_bytes(text)
+            text = unquote(text)
+        # MIME breaks lines after 76 letters.
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError("must be a file's bytes as base64") from error
+        raise ValueError("must be a file's bytes as base64, or a data: URL") from error
 
 
 def _mask(value: Any) -> Any:

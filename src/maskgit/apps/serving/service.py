@@ -19,7 +19,9 @@ from maskgit import __version__
 from maskgit.apps.serving.faults import InvalidRequestError, OverloadedError, UnavailableError
 from maskgit.apps.serving.shared import SharedModel
 from maskgit.apps.serving.worker import Stats, Ticket, Worker
-from maskgit.config import check_count, check_range
+from maskgit.checks import check_count, check_range
+from maskgit.config import Config
+from maskgit.forks import resets
 from maskgit.pipeline import MaskGIT
 
 T = TypeVar("T")
@@ -29,7 +31,7 @@ _MAX_RETRY_AFTER = 300
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Config):
     """How much is taken at once, and how much a request may ask for.
 
     Attributes:
@@ -52,7 +54,7 @@ class Limits:
     body_seconds: float = 30.0
     timeout: float = 120.0
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         check_count("queue_size", self.queue_size, 1, MAX_QUEUE)
         check_count("max_batch", self.max_batch, 1, MAX_QUEUE)
         check_count("max_images", self.max_images, 1, MAX_QUEUE)
@@ -104,6 +106,13 @@ class Service:
         self._draining = False
         self._images, self._pixels = 0, 0
         self._tickets: set[Ticket] = set()
+        resets(self)
+
+    def after_fork(self) -> None:
+        """Forget what the parent's threads were about."""
+        self._changed = threading.Condition()
+        self._pool, self._tickets = None, set()
+        self._images, self._pixels = 0, 0
 
     @property
     def model(self) -> MaskGIT:
@@ -126,10 +135,14 @@ class Service:
         return self._worker.ready.is_set() and self._worker.failure is None and not self._draining
 
     def start(self) -> None:
-        """Start the threads; the model is warmed up first."""
+        """Start the threads; the model is warmed up first.
+
+        Raises:
+            UnavailableError: they were started before this process was forked.
+        """
+        self._worker.start()
         # A request holds a thread while it waits for the batch, so that a place in the queue is a thread.
         self._pool = ThreadPoolExecutor(self.limits.queue_size, thread_name_prefix="maskgit-request")
-        self._worker.start()
 
     def wait_ready(self) -> None:
         """Wait until the model is warmed up.
@@ -174,6 +187,8 @@ class Service:
         ticket = Ticket(min(timeout or limits.timeout, limits.timeout))
         with self._changed:
             if not self.ready or self._pool is None:
+                if isinstance(self._worker.failure, UnavailableError):
+                    raise self._worker.failure
                 state = "stopping" if self._draining else "not ready yet"
                 raise UnavailableError(f"The server is {state}; send the request to another one, or later.")
             full = self._images + images > limits.queue_size

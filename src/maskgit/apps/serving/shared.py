@@ -13,9 +13,10 @@ from torch import Tensor
 
 from maskgit.apps.serving.worker import Ticket, Worker
 from maskgit.batching import Job, News
-from maskgit.config import SamplerConfig, check_count
+from maskgit.checks import check_count, check_seed
+from maskgit.config import SamplerConfig
 from maskgit.pipeline import MaskGIT
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace, join_outputs
 
 
 class SharedModel(MaskGIT):
@@ -54,28 +55,37 @@ class SharedModel(MaskGIT):
         """Fill in masked sequences; see `MaskGIT.fill_batches`.
 
         Each image is a job of its own, so the callback is told of one image at a time, and batch_size says
-        nothing: there is one `Output`. A switch of classes and a trace are for those who own a model.
+        nothing: there is one `Output`.
         """
-        assert switch is None, "not shared"
-        assert not return_steps, "not shared"
         first_index = check_count("first_index", first_index, 0, 2**62)
+        seed = check_seed(seed)
         jobs = [
-            Job(row, config, seed, first_index + i, start_step, told=callback is not None)
+            Job(
+                row,
+                config,
+                seed,
+                first_index + i,
+                start_step,
+                told=callback is not None,
+                traced=return_steps,
+                switch=None if switch is None else (switch[0], int(switch[1][i])),
+            )
             for i, row in enumerate(sequences.cpu())
         ]
+        steps: dict[Job, list[News]] = {job: [] for job in jobs}
 
         def told(news: News) -> None:
+            if return_steps:
+                steps[news.job].append(news)
             if callback is not None and news.tokens is not None:
                 callback(news.step, torch.tensor([news.job.index]), news.tokens[None])
 
         made = self._worker.fill(jobs, self._ticket, told)
-        # What is finished has both.
-        pixels = torch.stack([news.pixels for news in made if news.pixels is not None])
-        yield Output(pixels, torch.stack([news.tokens for news in made if news.tokens is not None]))
+        yield join_outputs([_output(news, steps[news.job]) for news in made])
 
     def predict_logits(self, sequence: Tensor) -> Tensor:
         """Return the logits of the image codes; see `MaskGIT.predict_logits`."""
-        return self._worker.run(self._worker.model.predict_logits, sequence, self._ticket)
+        return self._worker.call(partial(self._worker.batcher.predict, sequence), self._ticket)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Return the images of tokens, decoded as those of finished jobs are; see `MaskGIT.decode_tokens`."""
@@ -84,6 +94,16 @@ class SharedModel(MaskGIT):
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return the tokens of images; see `MaskGIT.encode_pixels`."""
         return self._worker.call(partial(self._worker.model.encode_pixels, pixels), self._ticket)
+
+
+def _output(news: News, steps: list[News]) -> Output:
+    """Return a finished image as a batch of one, with the trace of its steps if there are any."""
+    # What is finished has both.
+    assert news.pixels is not None
+    assert news.tokens is not None
+    parts = [(step.tokens, step.unknown, step.confidence) for step in steps]
+    trace = Trace(*(torch.stack(part)[None] for part in zip(*parts, strict=True))) if parts else None
+    return Output(news.pixels[None], news.tokens[None], trace)
 
 
 class _SharedTokenizer:

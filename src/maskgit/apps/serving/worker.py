@@ -24,6 +24,7 @@ from maskgit.apps.serving.faults import (
     UnavailableError,
 )
 from maskgit.batching import Batcher, Job, News, equal_sizes, ran_out_of_memory
+from maskgit.forks import resets
 from maskgit.pipeline import MaskGIT
 
 T = TypeVar("T")
@@ -120,10 +121,28 @@ class Worker:
         self._owners: dict[Job, _Filling] = {}
         self._busy, self._made = 0.0, 0.0
         self._thread = threading.Thread(target=self._run, name="maskgit-model", daemon=True)
+        resets(self)
 
     def start(self) -> None:
-        """Start the thread, which warms the model up first."""
+        """Start the thread, which warms the model up first.
+
+        Raises:
+            UnavailableError: it was started before this process was forked.
+        """
+        if isinstance(self.failure, UnavailableError):
+            raise self.failure
         self._thread.start()
+
+    def after_fork(self) -> None:
+        """Say to all who come that the thread stayed behind, if it was started."""
+        self._changed = threading.Condition()
+        if self._thread.ident is not None:
+            self.ready = threading.Event()
+            self.ready.set()
+            self.failure = UnavailableError(
+                "The service was started before this process was forked, and its thread stayed behind; start it in "
+                "each process (with gunicorn, without --preload)."
+            )
 
     def close(self) -> None:
         """Finish what there is to do and end the thread."""
@@ -183,6 +202,8 @@ class Worker:
         return [results[job] for job in jobs]
 
     def _check_open(self) -> None:
+        if isinstance(self.failure, UnavailableError):
+            raise self.failure
         if self._closing or self.failure is not None:
             raise UnavailableError("The server is stopping; send the request to another one.")
 
@@ -244,6 +265,7 @@ class Worker:
             fillings, self._fillings = self._fillings, deque()
         for function, ticket, done in calls:
             _answer(function, ticket, done)
+        self._count_halvings()
         for filling in fillings:
             for job in filling.jobs:
                 self._owners[job] = filling
@@ -259,25 +281,32 @@ class Worker:
     def _step(self) -> None:
         started = time.perf_counter()
         all_news = self.batcher.step()
-        finished = 0
+        stats = self.stats
+        finished = sum(news.pixels is not None for news in all_news)
+        stats.images, stats.steps = stats.images + finished, stats.steps + 1
+        self._count_halvings()
+        self._busy = _FADING * self._busy + time.perf_counter() - started
+        self._made = _FADING * self._made + finished
+        if self._made > 1:
+            stats.seconds_per_image = self._busy / self._made
+        # Told last: whoever has an image finds it counted.
         for news in all_news:
             owner = self._owners[news.job]
             if news.last:
                 del self._owners[news.job]
             if news.error is not None:
-                self.stats.failures += 1
+                stats.failures += 1
                 log.error("An image failed.", exc_info=news.error)
-            finished += news.pixels is not None
             owner.news.put(news)
-        stats = self.stats
-        stats.images, stats.steps = stats.images + finished, stats.steps + 1
-        if self.batcher.halvings > stats.halvings:
-            stats.halvings = self.batcher.halvings
-            log.warning("Memory ran out: batches have at most %d rows from now on.", self.batcher.sizes[-1])
-        self._busy = _FADING * self._busy + time.perf_counter() - started
-        self._made = _FADING * self._made + finished
-        if self._made > 1:
-            stats.seconds_per_image = self._busy / self._made
+
+    def _count_halvings(self) -> None:
+        if self.batcher.halvings > self.stats.halvings:
+            self.stats.halvings = self.batcher.halvings
+            log.warning(
+                "Memory ran out: from now on batches have at most %d rows, and %d images are decoded at once.",
+                self.batcher.sizes[-1],
+                self.batcher.decode_size,
+            )
 
     def _drop(self, filling: _Filling, fault: ServiceError) -> None:
         for job in filling.jobs:

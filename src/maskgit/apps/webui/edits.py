@@ -15,7 +15,7 @@ from PIL import Image
 from maskgit import images, photos
 from maskgit.apps.webui.pictures import enlarged
 from maskgit.apps.webui.studio import Label
-from maskgit.config import check_count, check_range
+from maskgit.checks import check_count, check_range
 from maskgit.download import sha256
 from maskgit.errors import ConfigError, ImageError, RegionError
 from maskgit.pipeline import MaskGIT

@@ -18,7 +18,7 @@ from maskgit.apps.output import slug
 from maskgit.apps.webui import pictures
 from maskgit.apps.webui.pictures import Saved, Shelf
 from maskgit.apps.webui.watching import Step
-from maskgit.config import check_range
+from maskgit.checks import check_range
 from maskgit.errors import ConfigError, ImageError, MaskGITError
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Output
