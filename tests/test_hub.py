@@ -1,6 +1,7 @@
 """Model folders: bit for bit there and back, whole or not at all, and every damage told."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -167,24 +168,24 @@ def test_saving_never_destroys_what_is_no_model(tiny, tmp_path, monkeypatch):
 def test_an_official_model_is_converted_once(tiny, golden, monkeypatch):
     calls = []
 
-    def fetched(url):
+    def fetched(url, folder):
         calls.append(url)
         return golden / ("tiny_tokenizer.msgpack" if "tokenizer_" in url else "tiny_transformer.msgpack")
 
-    monkeypatch.setattr(hub, "fetch", fetched)
+    monkeypatch.setattr(hub.download, "fetch", fetched)
     first = hub.from_pretrained("imagenet256")
     assert len(calls) == 2
     assert all("imagenet256" in url for url in calls)
     assert_equal(first, hub.from_pretrained("imagenet256"))
     assert len(calls) == 2
-    shutil.rmtree(hub.cache_dir() / "models")
+    shutil.rmtree(hub.download.cache_dir() / "models")
 
 
 def test_what_was_downloaded_and_is_no_model_is_thrown_away(monkeypatch, tmp_path):
     page = tmp_path / "page"
     page.write_bytes(b"<html>log in</html>")
     (tmp_path / "page.json").write_text("{}")
-    monkeypatch.setattr(hub, "fetch", lambda url: page)
+    monkeypatch.setattr(hub.download, "fetch", lambda url, folder: page)
     with pytest.raises(CheckpointError, match="not imagenet512, and was thrown away"):
         hub.from_pretrained("imagenet512")
     assert not list(tmp_path.iterdir())
@@ -213,14 +214,14 @@ def test_weights_can_be_read_by_others_and_a_card_stays(tiny, folder):
 
 
 def test_an_old_model_comes_back_if_the_new_cannot_take_its_place(tiny, folder, monkeypatch):
-    replace = hub.os.replace
+    replace = os.replace
 
     def refuse(source, target):
         if str(source).endswith("new"):
             raise OSError(5, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr(hub.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OutputError, match="Input/output error"):
         tiny.save_pretrained(folder)
     assert_equal(tiny, hub.load_model(folder))
