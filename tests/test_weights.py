@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from maskgit import MaskGIT, convert, hub, weights
+from maskgit.engine import probe
 from maskgit.errors import CheckpointError, ConfigError
 
 PARTS = ("tokenizer", "transformer")
@@ -119,6 +120,13 @@ def test_a_wrapped_network_is_saved_and_converted_as_itself(wrap, model, tiny, t
     assert_equal(tiny, convert.load_official(*convert.find_official(tmp_path / "flax")))
 
 
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Spare the measuring of this CPU."""
+    monkeypatch.setattr(probe, "measured", lambda **_: {"float32 torch": 1.0, "bfloat16 torch": 1.0})
+
+
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("wrap", [data_parallel, data_parallel_parts])
 def test_a_wrapped_network_generates_the_same(wrap, model, tiny):
     wrap(model)
@@ -130,6 +138,7 @@ def test_a_wrapped_network_generates_the_same(wrap, model, tiny):
     )
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("wrap", [compiled, compiled_parts])
 def test_what_is_compiled_generates_the_same(wrap, model, tiny, monkeypatch):
     # Without the compiler, which takes long and is not everywhere.

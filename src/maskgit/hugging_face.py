@@ -67,7 +67,7 @@ def _explained(
         )
     if isinstance(error, RevisionNotFoundError):
         return DownloadError(
-            f"{repo_id!r} on the Hugging Face Hub has no revision {revision!r}: check its name."
+            f"{repo_id!r} on the Hugging Face Hub has no revision {revision or 'main'!r}: check its name."
         )
     if isinstance(error, GatedRepoError):
         return DownloadError(
