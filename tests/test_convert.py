@@ -1,14 +1,17 @@
 """Official checkpoints ↔ ours, and the networks against the official code's records."""
 
 import json
+import logging
+from dataclasses import replace
 
+import msgpack
 import numpy as np
 import pytest
 import torch
 
 from golden_weights import arrays as golden_arrays
-from maskgit import convert, flaxio
-from maskgit.config import TokenizerConfig, TransformerConfig
+from maskgit import MaskGIT, convert, flaxio
+from maskgit.config import SamplerConfig, TokenizerConfig, TransformerConfig
 from maskgit.errors import CheckpointError, ConfigError, MaskGITError
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
@@ -197,3 +200,79 @@ def test_a_damaged_checkpoint_never_loads_quietly(golden, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(MaskGITError):
             convert.load_official(golden / "tiny_tokenizer.msgpack", path)
+
+
+def test_what_the_format_has_no_place_for_survives_too(tiny, tmp_path):
+    config = replace(
+        tiny.config,
+        class_names=tuple(f"class {i}" for i in range(tiny.config.transformer.num_classes)),
+        label_dropout=0.25,
+        sampler=SamplerConfig(steps=5, temperature=0.7, guidance_scale=2.0),
+        tokenizer=replace(tiny.config.tokenizer, activation="relu", quantizer="gumbel"),
+        transformer=replace(tiny.config.transformer, dropout=0.3),
+    )
+    tokenizer = loaded(Tokenizer, config.tokenizer, tiny.tokenizer.state_dict())
+    transformer = loaded(Transformer, config.transformer, tiny.transformer.state_dict())
+    model = MaskGIT(config, tokenizer, transformer)
+    convert.save_official(model, tmp_path)
+    again = convert.load_official(*convert.find_official(tmp_path))
+    assert again.config == config
+    assert torch.equal(again.generate(3, seed=1).tokens, model.generate(3, seed=1).tokens)
+    # What is asked for wins; without the file there is what the released checkpoints have.
+    told = convert.load_official(*convert.find_official(tmp_path), activation="swish")
+    assert told.config == replace(config, tokenizer=replace(config.tokenizer, activation="swish"))
+    (tmp_path / "model.json").unlink()
+    bare = convert.load_official(*convert.find_official(tmp_path)).config
+    assert (bare.class_names, bare.label_dropout, bare.tokenizer.activation) == (None, 0.0, "swish")
+
+
+def test_a_file_that_is_of_other_checkpoints_is_refused(tiny, tmp_path):
+    convert.save_official(tiny, tmp_path)
+    found = convert.find_official(tmp_path)
+    file = tmp_path / "model.json"
+    values = json.loads(file.read_text())
+    other = values["transformer"] | {"num_layers": values["transformer"]["num_layers"] + 1}
+    for changed, message in (
+        (values | {"transformer": other}, "describes another model"),
+        (values | {"format_version": 9}, "was not written by"),
+        (values | {"label_dropout": 7}, "label_dropout"),
+        ({}, "was not written by"),
+    ):
+        file.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=message):
+            convert.load_official(*found)
+    file.write_text("no JSON")
+    with pytest.raises(CheckpointError, match=r"model\.json is not JSON"):
+        convert.load_official(*found)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"step": 1000},
+        {"opt_state": {"0": {"mu": {"a": np.zeros(3, np.float32)}, "count": 5, "note": None}}, "step": 3},
+        {"ema_params": {"a": msgpack.ExtType(2, msgpack.packb((1.0, 2.0)))}, "rng": [1, 2], "name": "a run"},
+        {"other": {"a": msgpack.ExtType(77, b"")}},
+    ],
+)
+def test_what_a_trainer_keeps_beside_the_model_is_left_out(more, golden, tmp_path, caplog):
+    for name in ("tokenizer", "transformer"):
+        tree = flaxio.decode((golden / f"tiny_{name}.msgpack").read_bytes())
+        packed = msgpack.packb(tree | more, default=flaxio._write_extension)
+        (tmp_path / f"{name}.msgpack").write_bytes(packed)
+    with caplog.at_level(logging.WARNING):
+        model = convert.load_official(tmp_path / "tokenizer.msgpack", tmp_path / "transformer.msgpack")
+    assert len(caplog.messages) == 2
+    assert all(repr(name) in message for name in more for message in caplog.messages)
+    expected = convert.load_official(golden / "tiny_tokenizer.msgpack", golden / "tiny_transformer.msgpack")
+    for stage in ("tokenizer", "transformer"):
+        ours, theirs = getattr(model, stage).state_dict(), getattr(expected, stage).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # Surplus parameters inside the model's own collections stay errors.
+    tree = flaxio.decode((golden / "tiny_transformer.msgpack").read_bytes())
+    for place in ("params", "batch_stats"):
+        tree[place] = tree.get(place, {}) | {"extra": np.zeros(1, np.float32)}
+        (tmp_path / "transformer.msgpack").write_bytes(flaxio.encode(tree))
+        with pytest.raises(CheckpointError, match=f"{place}/extra is unknown"):
+            convert.load_official(tmp_path / "tokenizer.msgpack", tmp_path / "transformer.msgpack")
+        del tree[place]["extra"]

@@ -2,7 +2,10 @@
 
 import http.server
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections import namedtuple
 from pathlib import Path
@@ -21,6 +24,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     content = CONTENT
     cut: int | None = None
     failing = False
+    # What every request is answered with, if not None.
+    code: int | None = None
+    # Called before the content is sent.
+    before = staticmethod(lambda: None)
     ranges: list[str | None] = []  # noqa: RUF012
 
     def do_GET(self):
@@ -34,6 +41,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.end_headers()
         asked = self.headers.get("Range")
         type(self).ranges.append(asked)
+        if self.code is not None:
+            return self.send_error(self.code)
+        self.before()
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
         body = self.content[start:]
         if start >= len(self.content):
@@ -52,7 +62,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    Handler.content, Handler.cut, Handler.ranges = CONTENT, None, []
+    Handler.content, Handler.cut, Handler.ranges, Handler.code = CONTENT, None, [], None
+    Handler.before = staticmethod(lambda: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
@@ -134,3 +145,106 @@ def test_an_unwritable_cache_is_told(server, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         download.fetch(f"{server}/model", folder=tmp_path / "file" / "folder")
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from maskgit import download
+print(download.fetch(sys.argv[1], folder=Path(sys.argv[2])))
+"""
+
+
+def fetching(url, folder):
+    return subprocess.Popen(
+        [sys.executable, "-c", FETCH, url, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_processes_that_want_one_file_wait_for_one_download(number, server, tmp_path):
+    asked, others_wait = threading.Event(), threading.Event()
+
+    def hold():
+        asked.set()
+        assert others_wait.wait(60)
+
+    Handler.before = staticmethod(hold)
+    first = fetching(f"{server}/model", tmp_path)
+    assert asked.wait(60)
+    others = [fetching(f"{server}/model", tmp_path) for _ in range(number - 1)]
+    said = [other.stderr.readline() for other in others]
+    others_wait.set()
+    for line in said:
+        assert f"Waiting for the download of {server}/model, by process {first.pid}" in line
+    for process in (first, *others):
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+        assert Path(out.strip()).read_bytes() == CONTENT
+    assert Handler.ranges == [None]
+    assert {p.suffix for p in tmp_path.iterdir()} == {"", ".json"}
+    assert download.fetch(f"{server}/model", folder=tmp_path).read_bytes() == CONTENT
+
+
+def test_a_download_whose_process_was_killed_is_gone_on_with(server, tmp_path):
+    asked, killed = threading.Event(), threading.Event()
+
+    def hold():
+        asked.set()
+        assert killed.wait(60)
+
+    Handler.before = staticmethod(hold)
+    first = fetching(f"{server}/model", tmp_path)
+    assert asked.wait(60)
+    first.kill()
+    first.communicate()
+    killed.set()
+    Handler.before = staticmethod(lambda: None)
+    assert download.fetch(f"{server}/model", folder=tmp_path).read_bytes() == CONTENT
+
+
+def test_a_server_that_always_answers_416_is_asked_twice(server, tmp_path):
+    Handler.code = 416
+    with pytest.raises(DownloadError, match="answered 416"):
+        download.fetch(f"{server}/model", folder=tmp_path)
+    assert Handler.ranges == [None]
+    name = download.cached(f"{server}/model", tmp_path)
+    name.with_name(f"{name.name}.part").write_bytes(CONTENT[:10])
+    with pytest.raises(DownloadError, match="answered 416"):
+        download.fetch(f"{server}/model", folder=tmp_path)
+    assert Handler.ranges == [None, "bytes=10-", None]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_read_where_nothing_can_be_written(server, tmp_path, monkeypatch):
+    path = download.fetch(f"{server}/model", folder=tmp_path)
+
+    def refuse(*_, **__):
+        raise AssertionError("nothing is to be written")
+
+    for name in ("mkdir", "replace", "open", "unlink"):
+        monkeypatch.setattr(os, name, refuse)
+    assert download.fetch(f"{server}/model", folder=tmp_path) == path
+
+
+def test_a_user_without_a_home_is_told_which_variable_to_set(tmp_path, monkeypatch):
+    import pwd
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "MASKGIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(OutputError, match="MASKGIT_CACHE"):
+        download.fetch("https://example.com/x")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OutputError, match=r"cannot be written.*MASKGIT_CACHE"):
+        download.fetch("https://example.com/x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MASKGIT_CACHE", "~/cache")
+    assert download.cache_dir() == tmp_path / "cache"

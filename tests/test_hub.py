@@ -1,7 +1,13 @@
 """Model folders: bit for bit there and back, whole or not at all, and every damage told."""
 
+import hashlib
+import http.server
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -167,24 +173,24 @@ def test_saving_never_destroys_what_is_no_model(tiny, tmp_path, monkeypatch):
 def test_an_official_model_is_converted_once(tiny, golden, monkeypatch):
     calls = []
 
-    def fetched(url):
+    def fetched(url, folder):
         calls.append(url)
         return golden / ("tiny_tokenizer.msgpack" if "tokenizer_" in url else "tiny_transformer.msgpack")
 
-    monkeypatch.setattr(hub, "fetch", fetched)
+    monkeypatch.setattr(hub.download, "fetch", fetched)
     first = hub.from_pretrained("imagenet256")
     assert len(calls) == 2
     assert all("imagenet256" in url for url in calls)
     assert_equal(first, hub.from_pretrained("imagenet256"))
     assert len(calls) == 2
-    shutil.rmtree(hub.cache_dir() / "models")
+    shutil.rmtree(hub.download.cache_dir() / "models")
 
 
 def test_what_was_downloaded_and_is_no_model_is_thrown_away(monkeypatch, tmp_path):
     page = tmp_path / "page"
     page.write_bytes(b"<html>log in</html>")
     (tmp_path / "page.json").write_text("{}")
-    monkeypatch.setattr(hub, "fetch", lambda url: page)
+    monkeypatch.setattr(hub.download, "fetch", lambda url, folder: page)
     with pytest.raises(CheckpointError, match="not imagenet512, and was thrown away"):
         hub.from_pretrained("imagenet512")
     assert not list(tmp_path.iterdir())
@@ -213,14 +219,14 @@ def test_weights_can_be_read_by_others_and_a_card_stays(tiny, folder):
 
 
 def test_an_old_model_comes_back_if_the_new_cannot_take_its_place(tiny, folder, monkeypatch):
-    replace = hub.os.replace
+    replace = os.replace
 
     def refuse(source, target):
         if str(source).endswith("new"):
             raise OSError(5, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr(hub.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OutputError, match="Input/output error"):
         tiny.save_pretrained(folder)
     assert_equal(tiny, hub.load_model(folder))
@@ -245,3 +251,246 @@ def test_push_to_hub_uploads_a_whole_folder(tiny, monkeypatch):
     assert tiny.push_to_hub("someone/model", private=True).endswith("someone/model")
     assert seen["repo"] == ("someone/model", {"private": True, "exist_ok": True})
     assert_equal(tiny, seen["model"])
+
+
+SAVE = """
+import sys
+from maskgit import hub
+model = hub.load_model(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def test_processes_may_save_into_one_new_folder(tiny, folder, tmp_path):
+    target = tmp_path / "new" / "model"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVE, str(folder), str(target)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+    assert_equal(tiny, hub.load_model(target))
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_another_save_in_the_middle_of_ours_harms_neither(tiny, tmp_path, monkeypatch):
+    """The other one puts its folder in place after we have looked, and before we put ours."""
+    target, write = tmp_path / "model", hub.save_file
+
+    def meanwhile(state, path, **options):
+        monkeypatch.setattr(hub, "save_file", write)
+        tiny.save_pretrained(target)
+        (target / "README.md").write_text("a card")
+        write(state, path, **options)
+
+    monkeypatch.setattr(hub, "save_file", meanwhile)
+    tiny.save_pretrained(target)
+    assert_equal(tiny, hub.load_model(target))
+    assert (target / "README.md").read_text() == "a card"
+
+    def strangers(state, path, **options):
+        shutil.rmtree(target)
+        target.mkdir()
+        (target / "thesis.txt").write_text("mine")
+        write(state, path, **options)
+
+    monkeypatch.setattr(hub, "save_file", strangers)
+    with pytest.raises(OutputError, match=r"holds thesis\.txt"):
+        tiny.save_pretrained(target)
+    assert (target / "thesis.txt").read_text() == "mine"
+
+
+def test_a_link_to_a_folder_is_followed(tiny, folder, tmp_path):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "latest"
+    link.symlink_to("../model")
+    half = tiny.save_pretrained(link, dtype=torch.float16)
+    assert half == link
+    assert link.is_symlink()
+    assert load_file(folder / "tokenizer/model.safetensors")["quantizer.codebook"].dtype == torch.float16
+    assert [path.name for path in (tmp_path / "links").iterdir()] == ["latest"]
+    shutil.rmtree(folder)
+    assert_equal(tiny, hub.load_model(tiny.save_pretrained(link)))
+    assert folder.is_dir()
+
+
+def test_a_tilde_is_the_home(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert tiny.save_pretrained("~/mine/model") == tmp_path / "mine" / "model"
+    assert_equal(tiny, hub.load_model("~/mine/model"))
+    assert_equal(tiny, hub.from_pretrained("~/mine/model"))
+    hub.save_tokenizer(tiny.tokenizer, "~/tokenizer")
+    hub.load_tokenizer("~/tokenizer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "tokenizer"]
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+from maskgit import hub
+golden, cache = map(Path, sys.argv[1:])
+
+def fetched(url, folder):
+    print("fetches", flush=True)
+    sys.stdin.readline()
+    return golden / ("tiny_tokenizer.msgpack" if "tokenizer_" in url else "tiny_transformer.msgpack")
+
+hub.download.fetch = fetched
+print(hub.locate("imagenet256", cache_dir=cache))
+"""
+
+
+def test_an_official_model_is_converted_by_one_process(golden, tmp_path):
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-c", CONVERT, str(golden), str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first = start()
+    assert first.stdout.readline() == "fetches\n"
+    second = start()
+    assert "Waiting for the conversion of imagenet256, by process" in second.stderr.readline()
+    out, error = first.communicate("\n\n", timeout=60)
+    assert first.returncode == 0, error
+    # It never asks for a line, so it found the work done.
+    out, error = second.communicate(timeout=60)
+    assert second.returncode == 0, error
+    assert out.strip() == str(tmp_path / "models" / "imagenet256")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["imagenet256"]
+
+
+def test_an_official_model_may_be_asked_for_without_a_download(tiny, golden, tmp_path, monkeypatch):
+    def fetched(url, folder):
+        raise AssertionError("nothing is to be fetched")
+
+    monkeypatch.setattr(hub.download, "fetch", fetched)
+    with pytest.raises(DownloadError, match="local_files_only"):
+        hub.from_pretrained("imagenet256", cache_dir=tmp_path, local_files_only=True)
+    tiny.save_pretrained(tmp_path / "models" / "imagenet256")
+    assert_equal(tiny, hub.from_pretrained("imagenet256", cache_dir=tmp_path, local_files_only=True))
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as a download asks for: one private model with two revisions."""
+
+    folder = None
+    commits = {"main": "a" * 40, "v1": "b" * 40}  # noqa: RUF012
+
+    def do_GET(self):
+        if self.headers.get("Authorization") != "Bearer hf_secret":
+            return self.answer(401, {"error": "unauthorized"}, {"X-Error-Code": "RepoNotFound"})
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        asked = parts[5] if parts[0] == "api" else parts[3]
+        commit = asked if asked in self.commits.values() else self.commits.get(asked)
+        if commit is None:
+            return self.answer(404, {"error": "no revision"}, {"X-Error-Code": "RevisionNotFound"})
+        if parts[0] == "api":
+            files = [p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*.*")]
+            if parts[4] == "tree":
+                sizes = {name: (self.folder / name).stat().st_size for name in files}
+                found = [{"type": "file", "path": k, "size": v, "oid": "0" * 40} for k, v in sizes.items()]
+                return self.answer(200, found)
+            return self.answer(
+                200, {"id": "user/model", "sha": commit, "siblings": [{"rfilename": f} for f in files]}
+            )
+        content = (self.folder / "/".join(parts[4:])).read_bytes()
+        if parts[4:] == ["model_index.json"] and commit == "b" * 40:
+            content = content.replace(b'"label_dropout": 0.0', b'"label_dropout": 0.5')
+        return self.answer(
+            200, content, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        )
+
+    do_HEAD = do_GET
+
+    def answer(self, code, content, headers=None):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(code)
+        for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+ASK = """
+import json, sys
+from maskgit import MaskGIT
+for options in json.loads(sys.argv[1]):
+    try:
+        print(MaskGIT.from_pretrained("user/model", **options).config.label_dropout)
+    except Exception as error:
+        print(type(error).__name__, " ".join(str(error).split()))
+"""
+
+
+def ask(questions, **environment):
+    given = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"} | environment
+    kept = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, json.dumps(questions)], env=kept | given, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_model_on_the_hub_has_revisions_a_token_and_a_cache(folder, tmp_path):
+    FakeHub.folder, token = folder, "hf_secret"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        place = {"HF_ENDPOINT": f"http://127.0.0.1:{running.server_port}", "HF_HOME": str(tmp_path / "home")}
+        cache = str(tmp_path / "cache")
+        (tmp_path / "file").touch()
+        private, unknown, first, second, kept, nothing, unwritable = ask(
+            [
+                {"cache_dir": cache},
+                {"cache_dir": cache, "token": token, "revision": "v7"},
+                {"cache_dir": cache, "token": token},
+                {"cache_dir": cache, "token": token, "revision": "v1"},
+                {"cache_dir": cache, "revision": "v1", "local_files_only": True},
+                {"local_files_only": True},
+                {"cache_dir": str(tmp_path / "file" / "cache"), "token": token},
+            ],
+            **place,
+        )
+        running.shutdown()
+    assert private.startswith("DownloadError")
+    assert "give a token" in private
+    assert "has no revision 'v7'" in unknown
+    assert (first, second, kept) == ("0.0", "0.5", "0.5")
+    assert "local_files_only allows no download" in nothing
+    assert str(tmp_path / "home") in nothing
+    assert unwritable.startswith("OutputError")
+    assert "HF_HOME" in unwritable
+    offline, cached = ask([{}, {"cache_dir": cache}], **place | {"HF_HUB_OFFLINE": "1"})
+    assert "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) turns offline mode on" in offline
+    assert "check the name" not in offline
+    assert cached == "0.0"
+    (gone,) = ask([{}], **place)
+    assert "check the name and the network" in gone
+
+
+def test_only_models_on_the_hub_have_revisions(folder):
+    for name in ("cifar10", "imagenet256", folder, "./gone"):
+        with pytest.raises(ConfigError, match="leave it out"):
+            hub.from_pretrained(name, revision="main")

@@ -4,11 +4,14 @@ Every parameter goes through an explicit table of (official path, our name, layo
 surplus or misshapen is an error that names it.
 """
 
+import json
+import logging
 import math
 import mmap
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskgit import files, flaxio
+from maskgit import files, flaxio, weights
 from maskgit.checks import check_choice
 from maskgit.config import (
     ACTIVATIONS,
@@ -35,9 +38,15 @@ from maskgit.transformer import Transformer
 if TYPE_CHECKING:
     from maskgit.pipeline import MaskGIT
 
+log = logging.getLogger(__name__)
+
 Arrays = dict[str, np.ndarray]
 Module = TypeVar("Module", bound=nn.Module)
 
+# What a model is made of; a trainer's checkpoint may hold more.
+COLLECTIONS = frozenset(("params", "batch_stats"))
+# The file beside checkpoints that tells what their format has no place for.
+TOLD, TOLD_VERSION = "model.json", 1
 # The largest official checkpoint has 692 MB.
 MAX_FILE_BYTES = 2**34
 
@@ -186,23 +195,32 @@ def _count(arrays: Arrays, pattern: str) -> int:
 def read_checkpoint(path: str | Path) -> Arrays:
     """Return the arrays of an official checkpoint by path ("params/encoder/Conv_0/kernel").
 
+    What a trainer keeps beside the model's collections, such as its optimizer's state, is left out, and a line in
+    the log says so.
+
     Raises:
         CheckpointError: the file cannot be read or is not a Flax checkpoint.
     """
-    path = Path(path)
+    path = files.expand(path)
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
             if not 0 < size <= MAX_FILE_BYTES:
                 raise CheckpointError(f"{path} has {size} bytes, which no MaskGIT checkpoint has.")
+            weights.check_is_no_pointer(path)
             # Mapped, so that the file's bytes are not held a second time while its arrays are copied out.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-                tree = flaxio.decode(view)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+            with (
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+                memoryview(data) as view,
+                _blame(path),
+            ):
+                tree = flaxio.decode(view, COLLECTIONS)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    arrays = dict(flaxio.leaves(tree))
+    others = sorted(tree.keys() - COLLECTIONS)
+    if others:
+        log.warning("%s: left out %s, which are not of the model.", path, ", ".join(map(repr, others[:8])))
+    arrays = dict(flaxio.leaves({key: tree[key] for key in tree if key in COLLECTIONS}))
     if not any(key.startswith("params/") for key in arrays):
         raise CheckpointError(f"{path} holds no 'params', so it is not a Flax model checkpoint.")
     return arrays
@@ -211,17 +229,19 @@ def read_checkpoint(path: str | Path) -> Arrays:
 def load_official(
     tokenizer: str | Path,
     transformer: str | Path,
-    activation: str = "swish",
-    quantizer: str = "vq",
+    activation: str | None = None,
+    quantizer: str | None = None,
 ) -> "MaskGIT":
     """Return the model of two official checkpoints.
 
     Args:
         tokenizer, transformer: paths of Flax msgpack files.
-        activation, quantizer: what shapes cannot tell; the defaults are those of the released checkpoints.
+        activation, quantizer: what shapes cannot tell; None takes what `save_official` wrote beside the
+            transformer's, else "swish" and "vq", as the released checkpoints have them.
 
     Returns:
-        A `MaskGIT` in float32 on the CPU; with 1000 classes it bears ImageNet's names.
+        A `MaskGIT` in float32 on the CPU. Classes' names, label dropout and sampler settings are those that
+        `save_official` wrote beside; without them, 1000 classes bear ImageNet's names.
 
     Raises:
         CheckpointError: a file is damaged, of the other stage, or does not fit.
@@ -230,15 +250,22 @@ def load_official(
     from maskgit.classes import imagenet_class_names
     from maskgit.pipeline import MaskGIT
 
-    check_choice("activation", activation, ACTIVATIONS)
-    check_choice("quantizer", quantizer, QUANTIZERS)
+    told = _read_told(files.expand(transformer).with_name(TOLD))
+    kinds = {
+        "activation": activation or (told.tokenizer.activation if told else "swish"),
+        "quantizer": quantizer or (told.tokenizer.quantizer if told else "vq"),
+    }
+    check_choice("activation", kinds["activation"], ACTIVATIONS)
+    check_choice("quantizer", kinds["quantizer"], QUANTIZERS)
     arrays = read_checkpoint(tokenizer)
     with _blame(tokenizer):
-        tokenizer_config = infer_tokenizer_config(arrays, activation=activation, quantizer=quantizer)
+        tokenizer_config = infer_tokenizer_config(arrays, **kinds)
         first = _load(Tokenizer, tokenizer_config, to_state_dict(arrays, tokenizer_table(tokenizer_config)))
     arrays = read_checkpoint(transformer)
     with _blame(transformer):
         transformer_config = infer_transformer_config(arrays, num_codes=tokenizer_config.codebook_size)
+        if told:
+            transformer_config = replace(transformer_config, dropout=told.transformer.dropout)
         second = _load(
             Transformer, transformer_config, to_state_dict(arrays, transformer_table(transformer_config))
         )
@@ -250,6 +277,16 @@ def load_official(
         # The paper's: 8 steps at 256×256 and 12 at 512×512.
         sampler=SamplerConfig(steps=12 if transformer_config.grid_size > 16 else 8),
     )
+    if told:
+        shape = replace(
+            tokenizer_config, activation=told.tokenizer.activation, quantizer=told.tokenizer.quantizer
+        )
+        if (told.tokenizer, told.transformer) != (shape, transformer_config):
+            raise CheckpointError(
+                f"{files.expand(transformer).with_name(TOLD)} describes another model than the checkpoints beside "
+                "it; remove it."
+            )
+        config = replace(told, tokenizer=tokenizer_config)
     return MaskGIT(config, first, second)
 
 
@@ -258,23 +295,46 @@ def save_official(model: "MaskGIT", directory: str | Path) -> tuple[Path, Path]:
 
     Args:
         model: any `MaskGIT`.
-        directory: made if needed; gets `tokenizer_checkpoint` and `maskgit_checkpoint`.
+        directory: made if needed; gets `tokenizer_checkpoint` and `maskgit_checkpoint`, and beside them
+            `model.json` with what the format has no place for: classes' names, label dropout, sampler settings.
 
     Returns:
         The two paths, tokenizer first.
 
     Raises:
+        CheckpointError: a weight is NaN or infinite.
+        ConfigError: a network is not the one that its config describes.
         OutputError: the folder cannot be written.
     """
-    directory = Path(directory)
+    directory = files.expand(directory)
+    config = model.config
+    first = weights.own_state(Tokenizer, config.tokenizer, model.tokenizer)
+    second = weights.own_state(Transformer, config.transformer, model.transformer)
     stages = (
-        ("tokenizer_checkpoint", model.tokenizer, tokenizer_table(model.config.tokenizer)),
-        ("maskgit_checkpoint", model.transformer, transformer_table(model.config.transformer)),
+        ("tokenizer_checkpoint", first, tokenizer_table(config.tokenizer)),
+        ("maskgit_checkpoint", second, transformer_table(config.transformer)),
     )
-    for name, module, table in stages:
-        arrays = from_state_dict(module.state_dict(), table)
+    for name, state, _ in stages:
+        weights.check_finite(state, f"{name} is not written", "The model is broken.")
+    for name, state, table in stages:
+        arrays = from_state_dict(state, table)
         files.write_bytes(directory / name, flaxio.encode(flaxio.nest(dict(sorted(arrays.items())))))
+    told = {"format_version": TOLD_VERSION, **config.to_dict()}
+    files.write_bytes(directory / TOLD, json.dumps(told, indent=2, ensure_ascii=False).encode() + b"\n")
     return directory / stages[0][0], directory / stages[1][0]
+
+
+def _read_told(path: Path) -> ModelConfig | None:
+    """Return what `save_official` wrote beside its checkpoints; None where there is nothing."""
+    if not path.is_file():
+        return None
+    values = files.read_json(path)
+    if values.pop("format_version", None) != TOLD_VERSION:
+        raise CheckpointError(
+            f"{path} was not written by this package's `convert --to-flax`; move it elsewhere."
+        )
+    with _blame(path):
+        return ModelConfig.from_dict(values)
 
 
 def _load(kind: Callable[..., Module], config: Config, state: dict[str, Tensor]) -> Module:
@@ -303,7 +363,7 @@ def find_official(folder: str | Path) -> tuple[Path, Path]:
     Raises:
         CheckpointError: there is not exactly one `tokenizer_*` and one `maskgit_*`.
     """
-    folder = Path(folder)
+    folder = files.expand(folder)
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is not a folder. Give the folder of both checkpoints, or the tokenizer's with --transformer."

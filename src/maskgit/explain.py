@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -261,7 +260,7 @@ def save_animation(
         ConfigError, ImageError: a number is out of range, or there are no frames.
         OutputError: the name ends otherwise, or the file cannot be written or may not be replaced.
     """
-    path = Path(path)
+    path = files.expand(path)
     options = ANIMATIONS.get(path.suffix.lower())
     if options is None:
         raise OutputError(f"{path} must end in {' or '.join(ANIMATIONS)}, the formats of animations.")
@@ -275,7 +274,7 @@ def save_animation(
     data = io.BytesIO()
     rest = list(frames[1:])
     frames[0].save(data, save_all=True, append_images=rest, duration=durations, loop=0, **options)
-    files.write_bytes(path, data.getvalue())
+    files.write_bytes(path, data.getvalue(), overwrite=overwrite)
 
 
 def _trace(made: Output) -> Trace:

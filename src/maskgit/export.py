@@ -26,8 +26,8 @@ from tqdm import tqdm
 from maskgit import __version__
 from maskgit.errors import CheckpointError, ConfigError, OutputError, unknown_name
 from maskgit.files import expand
-from maskgit.hub import write_folder, write_json
-from maskgit.pipeline import MaskGIT
+from maskgit.folders import write_folder, write_json
+from maskgit.pipeline import MaskGIT, plain_model
 
 CONFIG = "config.json"
 # Protobuf ends at 2 GiB; weights of a larger ONNX graph lie beside it.
@@ -276,7 +276,7 @@ def export_model(
         CheckpointError: a file does not compute what the network does; the folder is as it was.
         OutputError: the folder holds something, or cannot be written.
     """
-    out = expand(out)
+    out, pipe = expand(out), plain_model(pipe)
     check_export(out, format=format, parts=parts, overwrite=overwrite)
     dtype = pipe.tokenizer.dtype
     if format == "onnx" and dtype != torch.float32:
@@ -300,7 +300,7 @@ def export_model(
         write_json(folder / CONFIG, _describe(pipe, format) | {"graphs": graphs})
 
     ends = [kind.suffix + end for kind in FORMATS.values() for end in ("", EXTERNAL)]
-    write_folder(out, (CONFIG, *(name + end for name in PARTS for end in ends)), write)
+    write_folder(out, (CONFIG, *(name + end for name in PARTS for end in ends)), write, overwrite=overwrite)
     return made
 
 

@@ -11,8 +11,8 @@ Source: flax.serialization (`msgpack_serialize`, `msgpack_restore`).
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Container, Iterator
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -49,13 +49,15 @@ _MAX_DEPTH = 32
 _MAX_DIMENSIONS = 32
 
 
-def decode(data: bytes | memoryview) -> Tree:
+def decode(data: bytes | memoryview, collections: Container[str] | None = None) -> Tree:
     """Return the tree of numpy arrays in a Flax msgpack checkpoint.
 
     bfloat16 arrays come back as float32, which holds them exactly.
 
     Args:
         data: the whole file.
+        collections: the keys at the top that are wanted, in whose place the others have None, whatever they hold;
+            None is all.
 
     Returns:
         Nested dicts with str keys and numpy arrays as leaves.
@@ -66,7 +68,7 @@ def decode(data: bytes | memoryview) -> Tree:
     try:
         tree = msgpack.unpackb(
             data,
-            ext_hook=_read_extension,
+            ext_hook=_extension,
             strict_map_key=True,
             raw=False,
             max_str_len=_MAX_KEY_LENGTH,
@@ -75,8 +77,6 @@ def decode(data: bytes | memoryview) -> Tree:
             max_map_len=_MAX_KEYS,
             max_ext_len=len(data),
         )
-    except CheckpointError:
-        raise
     # Whatever a damaged file makes msgpack raise (its own errors, ValueError, RecursionError), it is damaged.
     except Exception as error:
         raise CheckpointError(
@@ -84,7 +84,29 @@ def decode(data: bytes | memoryview) -> Tree:
         ) from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"A Flax checkpoint is a map, but this file holds a {type(tree).__name__}.")
+    if collections is not None:
+        tree = {key: node if key in collections else None for key, node in tree.items()}
+        wanted = {key: node for key, node in tree.items() if node is not None}
+        return dict.fromkeys(tree) | _join_chunks(wanted, 0)
     return _join_chunks(tree, 0)
+
+
+class _Refused(NamedTuple):
+    """What stands in place of a value that cannot be read; it matters only where a value is wanted."""
+
+    error: CheckpointError
+
+
+def _extension(code: int, payload: bytes) -> Any:
+    try:
+        return _read_extension(code, payload)
+    except CheckpointError as error:
+        return _Refused(error)
+    # As in `decode`.
+    except Exception as error:
+        return _Refused(
+            CheckpointError(f"An array in the checkpoint is damaged ({type(error).__name__}: {error}).")
+        )
 
 
 def _read_extension(code: int, payload: bytes) -> Any:
@@ -135,11 +157,16 @@ def _join_chunks(node: Any, depth: int) -> Any:
         raise CheckpointError(f"The checkpoint is nested deeper than {_MAX_DEPTH} levels.")
     if isinstance(node, np.ndarray):
         return node
+    if isinstance(node, _Refused):
+        raise node.error
     if not isinstance(node, dict) or not all(isinstance(key, str) for key in node):
         raise CheckpointError(f"The checkpoint holds a {type(node).__name__} where an array should be.")
     if _CHUNKED not in node:
         return {key: _join_chunks(child, depth + 1) for key, child in node.items()}
     shape, chunks = _listed(node.get("shape")), _listed(node.get("chunks"))
+    refused = next((chunk for chunk in chunks if isinstance(chunk, _Refused)), None)
+    if refused is not None:
+        raise refused.error
     if not chunks or not all(isinstance(c, np.ndarray) and c.ndim == 1 for c in chunks):
         raise CheckpointError("A chunked array in the checkpoint has no chunks.")
     sizes = len(shape) <= _MAX_DIMENSIONS and all(type(n) is int and 0 <= n < 2**40 for n in shape)

@@ -9,32 +9,31 @@ A model is a folder that diffusers users know:
 Nothing is unpickled; shapes are compared with the config before any tensor is read.
 """
 
-import json
-import os
 import re
-import shutil
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from maskgit import download, hugging_face, weights
 from maskgit.config import Config, ModelConfig, TokenizerConfig
 from maskgit.devices import Device, Dtype, choose_device, choose_dtype, shapes_only
-from maskgit.download import cache_dir, fetch, forget
 from maskgit.errors import (
     CheckpointError,
     ConfigError,
     DownloadError,
-    MaskGITError,
-    OutputError,
     unknown_name,
 )
-from maskgit.files import expand, file_mode, output_error
+from maskgit.files import expand, read_json
+from maskgit.folders import write_folder, write_json
+from maskgit.locks import locked, waits_for
 from maskgit.pipeline import MaskGIT
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
@@ -42,8 +41,7 @@ from maskgit.transformer import Transformer
 Module = TypeVar("Module", bound=nn.Module)
 
 FORMAT_VERSION = 1
-INDEX, WEIGHTS, CARD = "model_index.json", "model.safetensors", "README.md"
-MAX_JSON_BYTES = 4 * 2**20
+INDEX, WEIGHTS = "model_index.json", "model.safetensors"
 
 
 class Official(NamedTuple):
@@ -72,6 +70,10 @@ def from_pretrained(
     *,
     device: Device = "cpu",
     dtype: Dtype | None = torch.float32,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> MaskGIT:
     """Return a model by name or path.
 
@@ -81,78 +83,101 @@ def from_pretrained(
         device: where the weights go; "auto" takes what is there.
         dtype: the type that the networks compute in, such as torch.bfloat16 or "bfloat16"; "auto" is the one that
             the weights are stored in, None is float32.
+        revision, token, cache_dir, local_files_only: see `locate`.
 
     Raises:
         CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
+        OutputError: it has to be downloaded, and the cache cannot be written.
     """
-    kind = torch.float32 if dtype is None else dtype
-    return load_model(locate(name_or_path), device=choose_device(device), dtype=kind)
+    folder = locate(
+        name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    return load_model(folder, device=choose_device(device), dtype=torch.float32 if dtype is None else dtype)
 
 
-def locate(name_or_path: str | Path) -> Path:
+def locate(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """Return the folder of a model, downloading and converting it if need be.
+
+    Args:
+        name_or_path: see `from_pretrained`.
+        revision: a commit, tag or branch, of a model on the Hugging Face Hub.
+        token: for the hub; None takes the one that `hf auth login` stored, False none.
+        cache_dir: where downloads are kept, in place of the cache that $MASKGIT_CACHE names, or $HF_HOME for
+            models on the hub.
+        local_files_only: take what was downloaded before, and ask no server.
 
     Raises:
         CheckpointError, ConfigError, DownloadError: there is no such model, or it cannot be had.
+        OutputError: it has to be downloaded, and the cache cannot be written.
     """
     name = str(name_or_path)
     # Names come first, so that a folder which happens to be called so does not hide a model; ./name is the folder.
     entry = REGISTRY.get(name)
-    if isinstance(entry, Path):
-        return entry
-    if isinstance(entry, Official):
-        return _converted(name, entry)
     path = expand(name_or_path)
     try:
         is_dir, exists = path.is_dir(), path.exists()
     except OSError as error:
         raise CheckpointError(f"{name:.200} cannot be read: {error.strerror}.") from error
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+    if revision is not None and (entry or exists or not is_hub_id):
+        raise ConfigError(
+            f"A revision is of a model on the Hugging Face Hub, but {name:.200} is not one: leave it out."
+        )
+    if isinstance(entry, Path):
+        return entry
+    if isinstance(entry, Official):
+        return _converted(name, entry, None if cache_dir is None else expand(cache_dir), local_files_only)
     if is_dir:
         return path
     if exists:
         raise CheckpointError(
             f"{path} is a file, not a model folder. Convert official checkpoints with `maskgit convert` first."
         )
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return _from_hugging_face(name)
+    if is_hub_id:
+        return hugging_face.download(
+            name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
     if "/" in name:
         raise CheckpointError(f"{name} cannot be read: there is no such folder.")
     unknown = unknown_name("model", name, REGISTRY)
     raise ConfigError(f"{unknown} Or give a model folder, or a Hugging Face id such as user/model.")
 
 
-def _converted(name: str, urls: Official) -> Path:
+def _converted(name: str, urls: Official, cache: Path | None, local_files_only: bool) -> Path:
     from maskgit.convert import load_official
 
-    folder = cache_dir() / "models" / name
-    if not (folder / INDEX).is_file():
-        paths = fetch(urls.tokenizer), fetch(urls.transformer)
+    root = cache or download.cache_dir()
+    folder, downloads = root / "models" / name, root / "downloads"
+    if (folder / INDEX).is_file():
+        return folder
+    if local_files_only and not all(download.cached(url, downloads).is_file() for url in urls):
+        raise DownloadError(
+            f"{name} is not in {root}, and local_files_only allows no download: leave it out once."
+        )
+    with (
+        download.naming_the_cache() if cache is None else nullcontext(),
+        locked(folder.with_name(f".{name}.convert.lock"), waits_for(f"the conversion of {name}")),
+    ):
+        if (folder / INDEX).is_file():
+            return folder
+        paths = [download.fetch(url, folder=downloads) for url in urls]
         try:
             model = load_official(*paths)
         except CheckpointError as error:
             # What came may have been a proxy's page; its checksum must not stand in the way of the next try.
             for path in paths:
-                forget(path)
+                download.forget(path)
             raise CheckpointError(
                 f"What was downloaded is not {name}, and was thrown away: {error}"
             ) from error
-        save_model(model, folder)
-    return folder
-
-
-def _from_hugging_face(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "*.md"]))
-    except MaskGITError:
-        raise
-    # The hub's client raises its own, its HTTP library's and the system's errors; for the user all are one.
-    except Exception as error:
-        raise DownloadError(
-            f"There is no folder {repo_id!r}, and it could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}): check the name and the network, and log in with `hf auth login` if it is private."
-        ) from error
+        return save_model(model, folder)
 
 
 def load_model(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None = torch.float32) -> MaskGIT:
@@ -161,16 +186,16 @@ def load_model(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None 
     Raises:
         CheckpointError: a file is missing or broken, or weights do not fit their config.
     """
-    path = Path(path)
-    index = _read_json(path / INDEX)
+    path = expand(path)
+    index = read_json(path / INDEX)
     version = index.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path / INDEX} has format_version {version}; this package reads {FORMAT_VERSION}."
         )
     index = {key: value for key, value in index.items() if not key.startswith("_")}
-    stages = {"tokenizer": _read_json(path / "tokenizer" / "config.json")}
-    stages["transformer"] = _read_json(path / "transformer" / "config.json")
+    stages = {"tokenizer": read_json(path / "tokenizer" / "config.json")}
+    stages["transformer"] = read_json(path / "transformer" / "config.json")
     for key in stages:
         if index.pop(key, None) is None:
             raise CheckpointError(f"{path / INDEX} lacks the entry {key!r}.")
@@ -197,10 +222,10 @@ def load_tokenizer(
         CheckpointError: a file is missing or broken, or weights do not fit their config.
         ConfigError, DownloadError: there is no such model.
     """
-    path = Path(path) if Path(path).is_dir() else locate(path)
+    path = expand(path) if expand(path).is_dir() else locate(path)
     folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     try:
-        config = TokenizerConfig.from_dict(_read_json(folder / "config.json"))
+        config = TokenizerConfig.from_dict(read_json(folder / "config.json"))
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return _load_stage(Tokenizer, config, folder / WEIGHTS, device, dtype)
@@ -213,54 +238,60 @@ def _load_stage(
     chosen = torch.float32 if dtype is None else choose_dtype(dtype)
     with shapes_only():
         module = kind(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected = weights.shapes(module.state_dict())
     counters = {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
-    try:
-        path.open("rb").close()  # safetensors' own message for a file that may not be read misleads
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _compare(path, expected, found)
-            state = {name: file.get_tensor(name) for name in expected}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+    with ExitStack() as opened:
+        files = [opened.enter_context(_open_weights(file, device)) for file in _weight_files(path)]
+        homes = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        found = {name: tuple(file.get_slice(name).get_shape()) for name, file in homes.items()}
+        problems = weights.differences(expected, found)
+        if problems:
+            raise CheckpointError(f"{path} does not fit its config: {weights.listed(problems)}.")
+        with _blame_file(path):
+            state = {name: homes[name].get_tensor(name) for name in expected}
     wrong = [name for name, t in state.items() if t.is_floating_point() == (name in counters)]
     if wrong:
         raise CheckpointError(f"{path} does not fit its config: {wrong[0]} is {state[wrong[0]].dtype}.")
-    module.load_state_dict(
-        {name: t.to(chosen) if chosen and t.is_floating_point() else t for name, t in state.items()},
-        strict=True,
-        assign=True,
+    state = {name: t.to(chosen) if chosen and t.is_floating_point() else t for name, t in state.items()}
+    weights.check_finite(
+        state,
+        path,
+        f"The file is broken, or its numbers are too large for {chosen}: use another, or float32.",
     )
+    module.load_state_dict(state, strict=True, assign=True)
     return module.eval()
 
 
-def _compare(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
-    problems += [
-        f"{name} has the shape {found[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{path} does not fit its config: {'; '.join(sorted(problems)[:5])}{more}.")
+def _weight_files(path: Path) -> list[Path]:
+    """Return the safetensors files that hold a network: one, or the shards that an index beside it lists."""
+    index = path.with_name(path.name + ".index.json")
+    if path.exists() or not index.exists():
+        return [path]
+    shards = read_json(index).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) and shards else {None}
+    # A name with a slash could lead out of the folder.
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):
+        raise CheckpointError(f"{index} does not list the safetensors files of its weights as `weight_map`.")
+    return [path.with_name(name) for name in sorted(names)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def _open_weights(path: Path, device: Device) -> Iterator[Any]:
+    with _blame_file(path):
+        weights.check_is_no_pointer(path)
+        file = safe_open(path, framework="pt", device=str(device))
+    with file as opened:
+        yield opened
+
+
+@contextmanager
+def _blame_file(path: Path) -> Iterator[None]:
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than any config.")
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror or error}); is this a model folder?"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object.")
-    return values
+        yield
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
 def save_model(model: MaskGIT, path: str | Path, *, dtype: Dtype | None = None) -> Path:
@@ -275,11 +306,16 @@ def save_model(model: MaskGIT, path: str | Path, *, dtype: Dtype | None = None) 
         The folder.
 
     Raises:
-        ConfigError: the model is optimized.
+        CheckpointError: a weight is NaN or infinite, or would be in `dtype`.
+        ConfigError: the model is optimized, or a network is not the one that its config describes.
         OutputError: it cannot be written, or something that is not a model stands there.
     """
     if model.engine is not None:
         raise ConfigError("An optimized model is for running; save the one that it was made from.")
+    states = {
+        "tokenizer": _stored(Tokenizer, model.config.tokenizer, model.tokenizer, dtype),
+        "transformer": _stored(Transformer, model.config.transformer, model.transformer, dtype),
+    }
     config = model.config.to_dict()
     stages = {key: config.pop(key) for key in ("tokenizer", "transformer")}
     index = {
@@ -292,74 +328,46 @@ def save_model(model: MaskGIT, path: str | Path, *, dtype: Dtype | None = None) 
 
     def write(folder: Path) -> None:
         write_json(folder / INDEX, index)
-        for name, module in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
-            _write_stage(folder / name, stages[name], module, dtype)
+        for name, state in states.items():
+            _write_stage(folder / name, stages[name], state)
 
-    return write_folder(expand(path), (INDEX, "tokenizer", "transformer"), write)
+    return write_folder(path, (INDEX, "tokenizer", "transformer"), write)
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: Dtype | None = None) -> Path:
     """Write a folder that holds a tokenizer alone; see `save_model`."""
 
+    state = _stored(Tokenizer, tokenizer.config, tokenizer, dtype)
+
     def write(folder: Path) -> None:
-        _write_stage(folder, tokenizer.config.to_dict(), tokenizer, dtype)
+        _write_stage(folder, tokenizer.config.to_dict(), state)
 
-    return write_folder(expand(path), ("config.json", WEIGHTS), write)
+    return write_folder(path, ("config.json", WEIGHTS), write)
 
 
-def _write_stage(folder: Path, config: dict[str, Any], module: nn.Module, dtype: Dtype | None) -> None:
-    kind = choose_dtype(dtype)
+def _stored(
+    kind: Callable[[Any], nn.Module], config: Config, module: nn.Module, dtype: Dtype | None
+) -> dict[str, Tensor]:
+    """Return a network's tensors as they are stored."""
+    stored = choose_dtype(dtype)
+    state = {
+        name: tensor.to("cpu", stored if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in weights.own_state(kind, config, module).items()
+    }
+    weights.check_finite(
+        state,
+        f"The {kind.__name__.lower()} is not saved",
+        "It is broken, or its numbers are too large for the type it is to be stored in.",
+    )
+    return state
+
+
+def _write_stage(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", config)
-    state = {
-        name: tensor.detach().to("cpu", kind if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in module.state_dict().items()
-    }
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(file_mode())  # safetensors makes it private
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write plain values as JSON that can be read by people."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def write_folder(path: Path, names: tuple[str, ...], write: Callable[[Path], None]) -> Path:
-    """Fill a new folder and put it in the place of `path`.
-
-    An older one is replaced if it holds what `write` makes, `names`, and nothing else but a card, which stays.
-    """
-    temporary: Path | None = None
-    try:
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file; choose another folder.")
-        held = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        foreign = sorted(held - {*names, CARD})
-        if foreign or (held and names[0] not in held):
-            named = foreign[0] if foreign else sorted(held)[0]
-            raise OutputError(f"{path} holds {named}, which is not part of a model; choose another folder.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
-        write(new)
-        if CARD in held:
-            shutil.copyfile(path / CARD, new / CARD)
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except BaseException:
-            if old.exists():
-                os.replace(old, path)
-            raise
-    except (OSError, SafetensorError) as error:
-        reason = error if isinstance(error, OSError) else OSError(str(error))
-        raise output_error(path, reason) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return path
+    # safetensors makes it private.
+    (folder / WEIGHTS).chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
 
 
 def push_to_hub(
@@ -382,21 +390,11 @@ def push_to_hub(
     Raises:
         DownloadError: the hub refuses or cannot be reached.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder) / "model")
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=Path(folder) / "model",
-                commit_message=commit_message or "Upload MaskGIT model",
-            )
-        # The hub's client raises its own, its HTTP library's and the system's errors; for the user all are one.
-        except Exception as error:
-            raise DownloadError(
-                f"{repo_id} could not be uploaded ({type(error).__name__}: {error})."
-            ) from error
-    return commit.repo_url.url if hasattr(commit, "repo_url") else f"https://huggingface.co/{repo_id}"
+        return hugging_face.upload(
+            save_model(model, Path(folder) / "model"),
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message or "Upload MaskGIT model",
+        )

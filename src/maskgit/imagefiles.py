@@ -24,6 +24,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from maskgit.errors import ImageError, MaskGITError
+from maskgit.files import expand
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
 
@@ -120,7 +121,7 @@ def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.Ima
 
 def _binary(source: Source) -> Any:
     if isinstance(source, str | os.PathLike):
-        return open(source, "rb")
+        return open(expand(source), "rb")
     return nullcontext(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 

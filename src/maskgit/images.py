@@ -9,7 +9,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,14 +196,14 @@ def save_png(
         ConfigError: the settings are no JSON values, or too long.
         OutputError: the file cannot be written, or exists and may not be replaced.
     """
-    path = Path(path)
+    path = files.expand(path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give the name of a file in it, such as {path / 'image.png'}.")
     if path.suffix.lower() != ".png":
         raise OutputError(f"{path} must end in .png, the only format that pictures are written in.")
     if not overwrite and path.exists():
         raise OutputError(f"{path} exists already; choose another name or allow it to be overwritten.")
-    files.write_bytes(path, png_bytes(image, settings))
+    files.write_bytes(path, png_bytes(image, settings), overwrite=overwrite)
 
 
 def png_bytes(image: Image.Image, settings: dict[str, Any] | None = None) -> bytes:

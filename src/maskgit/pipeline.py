@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 # Imported for what it does when a process forks.
 from maskgit import (
@@ -36,12 +36,22 @@ from maskgit.sampler import StepFunction, decode_step
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
 from maskgit.vocabulary import Vocabulary
+from maskgit.weights import plain, unwrapped
 
 # Of the tokenizer's largest activation, in float32: a GPU needs a large batch to be busy, a CPU's cache is small.
 SLICE_BYTES = {False: 2**31, True: 2**26}
 
 if TYPE_CHECKING:
     from maskgit.engine import Engine
+
+
+def plain_model(model: "MaskGIT") -> "MaskGIT":
+    """Return a model whose networks are not wrapped by `torch.compile` or the like: itself, or one that shares them."""
+    networks = (
+        plain(Tokenizer, model.config.tokenizer, model.tokenizer),
+        plain(Transformer, model.config.transformer, model.transformer),
+    )
+    return model if networks == (model.tokenizer, model.transformer) else MaskGIT(model.config, *networks)
 
 
 class MaskGIT:
@@ -67,14 +77,14 @@ class MaskGIT:
         Raises:
             ConfigError: a network is not the one that the config describes.
         """
-        if tokenizer.config != config.tokenizer or transformer.config != config.transformer:
+        self.tokenizer, self.transformer = tokenizer, transformer
+        if self.tokenizer.config != config.tokenizer or self.transformer.config != config.transformer:
             raise ConfigError("The networks are not the ones that the config describes.")
         self.engine: Engine | None = None
         self.decode_step: StepFunction = decode_step
         self.masked_predictor: PredictLogits | None = None
         self.config = config
-        self.tokenizer = tokenizer
-        self.transformer = self.local_transformer = transformer
+        self.local_transformer = self.transformer
         self.vocabulary = Vocabulary(
             config.transformer.num_codes, config.transformer.num_classes, config.transformer.grid_size
         )
@@ -98,6 +108,12 @@ class MaskGIT:
                 "it arrives."
             )
         return vars(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Training wraps networks in DataParallel or DDP, which hide their methods; here they run on one device.
+        if name in ("tokenizer", "transformer", "local_transformer") and isinstance(value, nn.Module):
+            value = unwrapped(value)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path | None = None, **options: Any) -> "MaskGIT":

@@ -48,12 +48,12 @@ def write_preset(
         ConfigError: a setting is not allowed.
         OutputError: the file is there already, or cannot be written.
     """
-    path = Path(path)
+    path = files.expand(path)
     whole = SamplerConfig.from_dict(settings).to_dict()
     if path.exists() and not overwrite:
         raise OutputError(f"{path} is there already; choose another name, or say --overwrite.")
     values = {"name": path.stem, **(about or {}), "sampler": {name: whole[name] for name in settings}}
-    files.write_bytes(path, json.dumps(values, indent=2).encode() + b"\n")
+    files.write_bytes(path, json.dumps(values, indent=2).encode() + b"\n", overwrite=overwrite)
     return path
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 from maskgit.config import Config, SamplerConfig
-from maskgit.errors import ConfigError, DataError
+from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.training import progress, run
 from maskgit.training.caches import ImageCache
 from maskgit.training.checkpoint import Checkpoints
@@ -24,11 +26,13 @@ from maskgit.training.run import (
     TrainingError,
     check_finite,
     choose_precision,
+    held_run,
     parallelize,
     seed_step,
     setup_run,
 )
 from maskgit.training.writers import write_image_cache
+from runs import run_two
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 
@@ -254,3 +258,77 @@ def test_throughput_counts_images_and_leaves_out_pauses(tmp_path, monkeypatch, c
 )
 def test_durations_as_people_read_them(seconds, text):
     assert progress.duration(seconds) == text
+
+
+HOLD = """
+import sys, torch
+from maskgit.training.run import Distributed, held_run
+with held_run(sys.argv[1], Distributed(0, 1, torch.device("cpu"))):
+    print("holds", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holding(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "holds\n"
+    return process
+
+
+def test_a_second_run_in_a_folder_is_refused_with_the_firsts_process_and_host(tmp_path):
+    folder = tmp_path / "run"
+    first = holding(folder)
+    named = f"run is the folder of a run that process {first.pid} on {socket.gethostname()} is at"
+    with pytest.raises(OutputError, match=named), held_run(folder, ALONE):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["run.lock"]
+    first.communicate()
+    # A refused run leaves nothing, and what a killed one leaves is in nobody's way.
+    assert not folder.exists()
+    first = holding(folder)
+    first.kill()
+    first.communicate()
+    with held_run(folder, ALONE):
+        (folder / "run.json").touch()
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+def test_a_run_that_failed_can_be_started_again_in_the_same_process(tmp_path):
+    for _ in range(2):
+        with pytest.raises(TrainingError), held_run(tmp_path / "run", ALONE):
+            raise TrainingError("stopped")
+
+
+TWO = """
+import os, sys
+from maskgit.errors import OutputError
+from maskgit.training.run import Distributed, held_run
+distributed = Distributed.init("cpu")
+try:
+    with held_run(sys.argv[1], distributed):
+        print("holds", *os.listdir(sys.argv[1]), file=sys.stderr)
+        distributed.barrier()
+except OutputError as error:
+    print("refused:", error, file=sys.stderr)
+distributed.close()
+"""
+
+
+def test_of_several_processes_the_main_one_holds_the_folder_and_all_are_refused(tmp_path):
+    assert all("holds run.lock" in text for text in run_two(TWO, str(tmp_path)))
+    other = holding(tmp_path)
+    main, second = run_two(TWO, str(tmp_path))
+    assert f"refused: {tmp_path} is the folder of a run that process {other.pid}" in main
+    assert f"refused: {tmp_path} cannot be used" in second
+    other.communicate()
+
+
+def test_a_tilde_in_a_run_folder_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with held_run("~/run", ALONE):
+        assert begin("~/run") == tmp_path / "run"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json"]
+    assert not (tmp_path / "~").exists()

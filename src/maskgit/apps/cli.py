@@ -38,6 +38,7 @@ from maskgit.apps.training_commands import pack, tokenize, train
 from maskgit.apps.tuning_commands import tune
 from maskgit.apps.webui_commands import page
 from maskgit.errors import ConfigError, MaskGITError, OutputError
+from maskgit.files import expand_argument
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -292,7 +293,7 @@ def _stop(*_: object) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code (2: a wrong input, told in one sentence)."""
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = [expand_argument(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if arguments in (["--version"], ["-V"]):
         print(__version__)
         return 0

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
 
 import httpx
@@ -20,6 +19,7 @@ from maskgit.apps.serving import schemas
 from maskgit.apps.serving.schemas import ClassName, Format, ModelCard
 from maskgit.checks import plain
 from maskgit.errors import ConfigError, ImageError
+from maskgit.files import expand
 
 T = TypeVar("T")
 Label = int | str | None
@@ -283,7 +283,7 @@ def _file(source: Source) -> bytes:
             f"A picture must be a path, a file's bytes or a PIL image, but is a {type(source).__name__}."
         )
     try:
-        with Path(source).open("rb") as file:
+        with expand(source).open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ImageError(f"{source} cannot be read: {error}.") from error

@@ -185,10 +185,11 @@ def optimize(
         ConfigError: a choice is unknown, not available here, or does not go with another; or the model was
             optimized before.
     """
-    from maskgit.pipeline import MaskGIT
+    from maskgit.pipeline import MaskGIT, plain_model
 
     if model.engine is not None:
         raise ConfigError("This model is optimized already; optimize the one that it was made from.")
+    model = plain_model(model)
     engine = choose(
         mode,
         device=model.device if device is None else device,

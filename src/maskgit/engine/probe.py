@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from maskgit.download import cache_dir
 from maskgit.engine.linear import PATHS, Int8Linear
+from maskgit.errors import OutputError
 
 # One image of the 256 model through the first layer of its MLP.
 ROWS, INPUTS, OUTPUTS = 257, 768, 3072
@@ -40,7 +41,11 @@ def measured(*, refresh: bool = False) -> dict[str, float]:
 
     They are read from the cache if this CPU was measured by this torch with as many threads, and else written.
     """
-    path = cache_dir() / "cpu" / f"{_machine()}.json"
+    try:
+        path = cache_dir() / "cpu" / f"{_machine()}.json"
+    except OutputError:
+        # Without a cache it is measured in every process.
+        return _measure()
     if not refresh:
         known = _read(path)
         if known is not None:
@@ -126,6 +131,5 @@ def _keep(path: Path, times: dict[str, float], *, replace: bool) -> dict[str, fl
         finally:
             Path(name).unlink(missing_ok=True)
     except OSError:
-        # Without a cache it is measured in every process.
         return times
     return _read(path) or times

@@ -31,6 +31,7 @@ from maskgit.evaluation.score_names import Names, Score
 from maskgit.evaluation.scores import distances, manifolds
 from maskgit.evaluation.statistics import ImageStatistics
 from maskgit.evaluation.units import Arrays, Units, Work
+from maskgit.files import expand
 from maskgit.pipeline import MaskGIT
 
 
@@ -121,7 +122,7 @@ class SampleEvaluation:
             small = replace(self.images, num_images=self.config.curve_images, keep_images="none")
             works[curve_name(point)] = self._samples(small, point, show=False)
         seconds = self.config.stale_seconds
-        return run_works(Path(out), works, self._write, stale_seconds=seconds, progress=progress)
+        return run_works(expand(out), works, self._write, stale_seconds=seconds, progress=progress)
 
     def _samples(self, images: SampleConfig, settings: dict[str, Any], *, show: bool) -> Samples:
         given = dict(self.sampler)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskgit.errors import DataError, MaskGITError
+from maskgit.files import expand
 
 
 class Header(NamedTuple):
@@ -115,7 +116,7 @@ def open_npz(path: str | Path) -> Iterator[Archive]:
     Raises:
         DataError: there is no such file, or it is damaged or of another kind; also within the block.
     """
-    path = Path(path)
+    path = expand(path)
     try:
         with zipfile.ZipFile(path) as file:
             yield Archive(path, file)

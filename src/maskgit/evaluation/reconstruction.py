@@ -17,6 +17,7 @@ from maskgit.evaluation.sampling import Reconstructions, gather
 from maskgit.evaluation.score_names import Names
 from maskgit.evaluation.scores import reconstruction_scores
 from maskgit.evaluation.units import Units
+from maskgit.files import expand
 from maskgit.tokenizer import Tokenizer
 
 
@@ -72,7 +73,7 @@ class ReconstructionEvaluation:
         )
         seconds = self.config.stale_seconds
         return run_works(
-            Path(out), {"reconstructions": work}, self._write, stale_seconds=seconds, progress=progress
+            expand(out), {"reconstructions": work}, self._write, stale_seconds=seconds, progress=progress
         )
 
     def _write(self, units: dict[str, Units]) -> Report:

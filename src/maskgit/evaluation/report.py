@@ -20,7 +20,7 @@ from maskgit import __version__
 from maskgit.evaluation.classwise import ClassScore
 from maskgit.evaluation.memorisation import Memorisation
 from maskgit.evaluation.score_names import Score
-from maskgit.files import write_bytes
+from maskgit.files import expand, write_bytes
 
 FORMAT = 1
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
@@ -160,7 +160,7 @@ def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
     # Imported here because the page is written from a report.
     from maskgit.evaluation.page import render
 
-    values, page = Path(folder) / JSON_NAME, Path(folder) / PAGE_NAME
+    values, page = expand(folder) / JSON_NAME, expand(folder) / PAGE_NAME
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes(page, render(report).encode())
     write_bytes(values, text.encode() + b"\n")

@@ -26,7 +26,7 @@ from maskgit.errors import DataError, ImageError, OutputError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.frechet import FeatureStatistics, FrechetReport, Gaussian, frechet_report
 from maskgit.evaluation.npz import Archive, open_npz
-from maskgit.files import replacing
+from maskgit.files import expand, replacing
 
 FORMAT = 1
 MAX_DIM = 8192
@@ -318,7 +318,7 @@ def write_statistics(path: str | Path, statistics: ImageStatistics, *, overwrite
         OutputError: the file exists or cannot be written, or its name ends in something else.
         DataError: the statistics do not name their feature net, or not their number of images.
     """
-    path = Path(path)
+    path = expand(path)
     if path.suffix != ".npz":
         raise OutputError(f"Statistics are written as .npz, but the path is {path}: choose another name.")
     if path.exists() and not overwrite:
@@ -340,7 +340,7 @@ def write_statistics(path: str | Path, statistics: ImageStatistics, *, overwrite
         arrays["features"] = statistics.features
         if statistics.labels is not None:
             arrays["labels"] = statistics.labels
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
@@ -387,4 +387,4 @@ def open_samples(path: str | Path) -> SampleFile:
             f"{path}: 'arr_0' must be uint8 (N, H, W, 3), but is {header.dtype} of {shape}: "
             "is it the right file?"
         )
-    return SampleFile(Path(path), shape[0], (shape[1], shape[2]))
+    return SampleFile(expand(path), shape[0], (shape[1], shape[2]))

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from maskgit.checks import check_range
 from maskgit.errors import ConfigError, DataError
-from maskgit.files import file_mode, output_error, write_bytes
+from maskgit.files import expand, output_error, write_bytes
 
 FORMAT = 1
 PLAN, MANIFEST, ARRAYS = "plan.json", "manifest.json", "arrays.npz"
@@ -90,7 +90,7 @@ class Units:
             OutputError: it cannot be written.
         """
         check_range("stale_seconds", stale_seconds, 0.01, 1e6)
-        self.folder = Path(folder)
+        self.folder = expand(folder)
         self.work = work
         self.stale_seconds = stale_seconds
         plan = {"format": FORMAT, "count": work.count, "unit_size": work.unit_size, **work.plan}
@@ -221,16 +221,18 @@ class Units:
         temporary: Path | None = None
         try:
             temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{path.name}."))
+            # One inside it, for mkdtemp makes folders private.
+            new = temporary / "new"
+            new.mkdir()
             data = io.BytesIO()
             np.savez(data, **made.arrays)  # type: ignore[arg-type]
             contents = {ARRAYS: data.getvalue(), **made.files}
             for name, content in contents.items():
-                (temporary / name).write_bytes(content)
+                (new / name).write_bytes(content)
             hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
             manifest = {"plan": self.digest, "files": hashes, "notes": made.notes, "seconds": seconds}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-            temporary.chmod(file_mode() | (file_mode() & 0o444) >> 2)  # mkdtemp makes folders private
-            temporary.rename(path)
+            (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+            new.rename(path)
         except OSError as error:
             # Another process has made the same unit meanwhile.
             if not self.done(number):

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from maskgit.errors import CheckpointError
+from maskgit.files import expand
+from maskgit.weights import check_finite, check_is_no_pointer
 
 # The largest weights file that is read: DINOv2's ViT-L/14, the biggest of those named here, has 1.2 GB.
 MAX_WEIGHTS_BYTES = 2**31
@@ -21,7 +23,7 @@ def local_file(place: str | Path) -> Path:
         DownloadError: the URL cannot be reached, or its content has changed.
     """
     if not str(place).startswith(("https://", "http://")):
-        return Path(place)
+        return expand(place)
     # Imported here because networks read from local files need no network.
     from maskgit.download import fetch
 
@@ -41,16 +43,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no such file, it is too large, or it holds anything else.
     """
-    path = Path(path)
+    path = expand(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file: check the path.")
     if path.stat().st_size > MAX_WEIGHTS_BYTES:
         raise CheckpointError(f"{path} has more than {MAX_WEIGHTS_BYTES} bytes: is it the right file?")
     try:
+        check_is_no_pointer(path)
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror or error}. Check its permissions."
@@ -77,7 +82,7 @@ def load_strictly(
         unused: beginnings of names that belong to the file but not to the module.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape.
+        CheckpointError: a tensor is missing, unexpected, of another shape, or holds NaN or infinity.
     """
     counter = "num_batches_tracked"
     own = module.state_dict()
@@ -97,4 +102,5 @@ def load_strictly(
             raise CheckpointError(
                 f"{path} holds a tensor {name!r} that is not of this network: is it the right file?"
             )
+    check_finite(given, path, "The file is broken; fetch it again.")
     module.load_state_dict(given)

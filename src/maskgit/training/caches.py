@@ -18,6 +18,7 @@ import numpy as np
 
 from maskgit.config import MAX_CODES, MAX_GRID
 from maskgit.errors import DataError
+from maskgit.files import expand
 
 FORMAT = 1
 META, PLAN, IMAGES, LABELS = "meta.json", "plan.json", "images.npy", "labels.npy"
@@ -75,7 +76,7 @@ class ImageCache:
         Raises:
             DataError: there is none, it is incomplete, or its files do not fit together.
         """
-        path = Path(path)
+        path = expand(path)
         meta = read_meta(path, "image cache", "Pack the images with `maskgit pack`.")
         with _checking(path, "image cache"):
             count, size, names = meta["num_images"], meta["size"], tuple(meta["class_names"])
@@ -184,7 +185,7 @@ class TokenCache:
         Raises:
             DataError: there is none, it is incomplete, or its files do not fit together.
         """
-        path = Path(path)
+        path = expand(path)
         meta = read_meta(path, "token cache", "Run `maskgit tokenize` (again): it goes on where it stopped.")
         with _checking(path, "token cache"):
             count, views, grid = meta["num_images"], meta["num_views"], meta["grid_size"]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from maskgit.checks import check_count, check_range
 from maskgit.errors import DataError, ImageError
+from maskgit.files import expand
 from maskgit.images import read_image
 from maskgit.training.augment import resize_and_centre_crop
 from maskgit.training.caches import MAX_SIDE, ImageCache
@@ -70,6 +71,7 @@ def pack_images(
     size = check_count("size", size, 1, MAX_SIDE)
     max_bad_share = check_range("max_bad_share", max_bad_share, 0, 1)
     num_workers = check_count("num_workers", num_workers, 1, 256)
+    source = expand(source) if str(source).startswith("~") else source
     opened = open_source(source, split, config, image_column, label_column)
     names = opened.class_names if class_names is None else tuple(class_names)
     labels = _Labels(names)

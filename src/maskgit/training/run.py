@@ -2,6 +2,7 @@
 
 A run directory belongs to one run; the same command goes on where it stopped.
 
+    run.lock          while the run is at work; says by which process
     run.json          the config and the data's fingerprint: a run of another config or data is refused
     checkpoints/      see `checkpoint`
     scalars.jsonl     one JSON object a line: {"step": …, name: value, …}
@@ -20,7 +21,8 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -34,7 +36,8 @@ from maskgit.checks import check_choice
 from maskgit.config import Config
 from maskgit.devices import choose_device
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
-from maskgit.files import write_bytes
+from maskgit.files import expand, write_bytes
+from maskgit.locks import locked
 from maskgit.training.caches import ImageCache, TokenCache
 from maskgit.training.checkpoint import Checkpoints
 from maskgit.training.losses import mean_over_processes
@@ -50,6 +53,7 @@ __all__ = [
     "autocast",
     "check_finite",
     "choose_precision",
+    "held_run",
     "parallelize",
     "peak_flops",
     "seed_step",
@@ -174,6 +178,41 @@ def parallelize(
     return nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
 
+@contextmanager
+def held_run(run_dir: str | Path, distributed: Distributed) -> Iterator[None]:
+    """Keep other runs out of a run directory during the block; all processes call it, and the main one holds it.
+
+    Raises:
+        OutputError: another run holds it, or it cannot be written.
+    """
+    run_dir = expand(run_dir)
+
+    def refuse(holder: str) -> None:
+        raise OutputError(
+            f"{run_dir} is the folder of a run that {holder} is at. Wait for its end or stop it, or choose another "
+            "folder for this run."
+        )
+
+    is_new = not run_dir.exists()
+    with ExitStack() as held:
+        failure: MaskGITError | None = None
+        if distributed.is_main:
+            try:
+                held.enter_context(locked(run_dir / "run.lock", refuse))
+            except MaskGITError as error:
+                failure = error
+        if distributed.any(failure is not None):
+            raise failure or OutputError(f"{run_dir} cannot be used for this run; the main process says why.")
+        try:
+            yield
+        finally:
+            held.close()
+            if is_new and distributed.is_main:
+                # A run that was refused before it wrote anything leaves nothing.
+                with suppress(OSError):
+                    run_dir.rmdir()
+
+
 def setup_run(
     run_dir: str | Path,
     config: Config,
@@ -203,7 +242,7 @@ def setup_run(
         DataError: the data have changed since the run's checkpoint.
         OutputError: it cannot be written, or holds something else.
     """
-    run_dir = Path(run_dir)
+    run_dir = expand(run_dir)
     path = run_dir / "run.json"
     given = {"config": config.to_dict(), "data": dict(data)}
     # Without a checkpoint there is nothing to lose, and the run begins anew.
@@ -292,7 +331,8 @@ class StopSignal:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None stands for one that was not set from Python, and cannot be set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.requested and number == signal.SIGINT:

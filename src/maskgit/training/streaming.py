@@ -26,6 +26,7 @@ import torch
 
 from maskgit.checks import check_choice, check_count, check_range, check_seed
 from maskgit.errors import ConfigError, DataError, ImageError
+from maskgit.files import expand
 from maskgit.noise import uniform
 from maskgit.tokenizer import Tokenizer
 from maskgit.training.augment import AUGMENTATIONS, NUM_DRAWS
@@ -114,6 +115,7 @@ class StreamedImages:
         self.size = size
         self.decoded_size = size if decoded_size is None else decoded_size
         check_range("size", size, 1, self.decoded_size)
+        source = expand(source) if str(source).startswith("~") else source
         if Path(source).is_dir() and any(find_idx(Path(source), name) for name in SPLITS):
             raise DataError(
                 f"{source} holds IDX files, which are not streamed: pack them with `maskgit pack`."

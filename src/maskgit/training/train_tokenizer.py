@@ -41,6 +41,7 @@ from maskgit.training.run import (
     autocast,
     check_finite,
     choose_precision,
+    held_run,
     parallelize,
     peak_flops,
     setup_run,
@@ -77,11 +78,16 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
         ConfigError: a setting does not fit the data or the run in `out`.
         DataError: the data are missing or have changed since the run's checkpoint.
         TrainingError: a loss or gradient is not finite.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or another process trains in it.
         SystemExit: with code 75, after SIGTERM or SIGINT and a checkpoint; the same command goes on.
     """
-    # Data
     distributed = Distributed.init(config.device)
+    with held_run(config.out, distributed):
+        return _train(config, distributed)
+
+
+def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
+    # Data
     device = distributed.device
     inputs = open_images(config, distributed.rank, distributed.world)
     size, test_cache = inputs.size, inputs.test_cache

@@ -36,6 +36,7 @@ from maskgit.training.run import (
     autocast,
     check_finite,
     choose_precision,
+    held_run,
     parallelize,
     peak_flops,
     seed_step,
@@ -79,11 +80,16 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
         CheckpointError: the tokenizer or the model to start from cannot be read.
         DataError: the data are missing, made by another tokenizer, or changed since the run's checkpoint.
         TrainingError: the loss or the gradient is not finite.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or another process trains in it.
         SystemExit: with code 75, after SIGTERM or SIGINT and a checkpoint; the same command goes on.
     """
-    # Data
     distributed = Distributed.init(config.device, group=config.fsdp)
+    with held_run(config.out, distributed):
+        return _train(config, distributed)
+
+
+def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
+    # Data
     device = distributed.device
     inputs = open_tokens(config, distributed.rank, distributed.world)
     test_cache = inputs.test_cache

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from maskgit.checks import check_choice, check_count, check_seed
 from maskgit.config import MAX_CODES, MAX_GRID
 from maskgit.errors import ConfigError, DataError, OutputError
-from maskgit.files import output_error, replacing
+from maskgit.files import destination, expand, output_error, replacing
 from maskgit.noise import uniform
 from maskgit.training.augment import NUM_DRAWS, VIEWS
 from maskgit.training.caches import (
@@ -103,23 +103,22 @@ def new_image_cache(out: str | Path, size: int) -> Iterator[ImageCacheWriter]:
     Raises:
         OutputError: something stands at `out`, or it cannot be written; nothing half-written is left behind.
     """
-    out = Path(out)
+    out = destination(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} already exists. Remove it, or choose another folder.")
     temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        writer = ImageCacheWriter(temporary, size)
+        # One inside it, for mkdtemp makes folders private.
+        new = temporary / "new"
+        new.mkdir()
+        writer = ImageCacheWriter(new, size)
         try:
             yield writer
         finally:
             writer.close()
-        # mkdtemp makes folders private; what we leave has the mode that the user's umask gives.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        os.replace(temporary, out)
+        os.replace(new, out)
     except OSError as error:
         raise output_error(out, error) from error
     finally:
@@ -235,7 +234,7 @@ def write_token_cache(
         "shard_size": shard_size,
         "class_names": list(images.class_names),
     }
-    out = Path(out)
+    out = expand(out)
     _begin(out, plan)
     shards = _shards(out, plan)
     with tqdm(shards[rank::world], desc="tokenizing", unit=" shards", disable=not progress) as bar:
