@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from maskgit.convert import load_official
+from maskgit.data.pictures import Batch
 from maskgit.evaluation.evaluate import EvaluationConfig, SampleEvaluation
 from maskgit.evaluation.features import FeatureNet, Features
-from maskgit.evaluation.pictures import Batch
 from maskgit.evaluation.references import Reference
 from maskgit.evaluation.sampling import SampleConfig
 

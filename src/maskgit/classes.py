@@ -13,7 +13,7 @@ def imagenet_class_names() -> tuple[str, ...]:
 
     Source: the WordNet 3.0 synsets of the challenge; the two cranes are told apart by a further synonym.
     """
-    text = resources.files("maskgit").joinpath("data/imagenet_classes.txt").read_text("utf-8")
+    text = resources.files("maskgit").joinpath("assets/imagenet_classes.txt").read_text("utf-8")
     return tuple(text.splitlines())
 
 

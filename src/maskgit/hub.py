@@ -56,7 +56,7 @@ class Official(NamedTuple):
 _RELEASED = "https://storage.googleapis.com/maskgit-public/checkpoints"
 # A path is a folder inside the package.
 REGISTRY: dict[str, Official | Path] = {
-    "cifar10": Path(__file__).parent / "data" / "models" / "cifar10",
+    "cifar10": Path(__file__).parent / "assets" / "models" / "cifar10",
     "imagenet256": Official(
         f"{_RELEASED}/tokenizer_imagenet256_checkpoint", f"{_RELEASED}/maskgit_imagenet256_checkpoint"
     ),

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from maskgit.data import writers
+from maskgit.data.pack import pack_images
+from maskgit.data.streaming import StreamedImages
 from maskgit.errors import ConfigError, DataError, OutputError
-from maskgit.training import writers
-from maskgit.training.ingest import pack_images
-from maskgit.training.streaming import StreamedImages
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

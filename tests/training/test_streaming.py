@@ -19,20 +19,21 @@ from PIL import Image
 
 from maskgit import hub
 from maskgit.config import SamplerConfig, TokenizerConfig, TransformerConfig
+from maskgit.data import streaming
+from maskgit.data.caches import ImageCache
+from maskgit.data.pack import pack_images
+from maskgit.data.streaming import StreamedImages, files_fingerprint
+from maskgit.data.writers import write_token_cache
 from maskgit.errors import ConfigError, DataError
 from maskgit.tokenizer import Tokenizer
-from maskgit.training import inputs, streaming, train_tokenizer, train_transformer
-from maskgit.training.caches import ImageCache
+from maskgit.training import inputs, train_tokenizer, train_transformer
 from maskgit.training.checkpoint import Checkpoints, weights_fingerprint
-from maskgit.training.ingest import pack_images
 from maskgit.training.run import TrainingError
 from maskgit.training.stream_config import StreamConfig, TokenStreamConfig
-from maskgit.training.streaming import StreamedImages, files_fingerprint
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run as tokenizer_dry_run
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_dry_run import dry_run as transformer_dry_run
-from maskgit.training.writers import write_token_cache
 from runs import run_two
 
 datasets = pytest.importorskip("datasets")

@@ -57,8 +57,9 @@ def evaluate(
 def _of_samples(
     model: str, reference: str, net: Net, work: WorkFlags, samples: SampleFlags, sampler: Sampler
 ) -> "SampleEvaluation":
-    from maskgit.apps.picture_sets import open_pictures, open_reference
+    from maskgit.data.picture_sets import open_pictures
     from maskgit.evaluation.evaluate import EvaluationConfig, SampleEvaluation
+    from maskgit.evaluation.references import open_reference
     from maskgit.evaluation.sampling import SampleConfig
     from maskgit.training.checkpoint import weights_fingerprint
 
@@ -108,9 +109,9 @@ def _of_reconstructions(
     import torch
 
     from maskgit import hub
-    from maskgit.apps.picture_sets import open_reference
     from maskgit.evaluation.evaluate import EvaluationConfig
     from maskgit.evaluation.reconstruction import ReconstructionEvaluation
+    from maskgit.evaluation.references import open_reference
     from maskgit.training.checkpoint import weights_fingerprint
 
     device = own_device(work.device)
@@ -170,7 +171,7 @@ def stats(
         raise OutputError(f"Statistics are written as .npz, but --out is {out}: choose another name.")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} is there already; choose another name, or say --overwrite.")
-    from maskgit.apps.picture_sets import open_pictures
+    from maskgit.data.picture_sets import open_pictures
     from maskgit.evaluation.measure import measure
     from maskgit.evaluation.statistics import write_statistics
 
@@ -210,8 +211,9 @@ def compare(
         device: cuda, mps or cpu; auto takes the first that is there.
         as_json: Print JSON in place of a table.
     """
-    from maskgit.apps.picture_sets import open_pictures, open_reference
+    from maskgit.data.picture_sets import open_pictures
     from maskgit.evaluation.measure import compare_pictures
+    from maskgit.evaluation.references import open_reference
     from maskgit.evaluation.report import plain
 
     first = open_reference(a, size=size, max_bad_share=max_bad_share)

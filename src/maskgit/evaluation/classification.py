@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from maskgit.data.pictures import Pictures
 from maskgit.errors import DataError
 from maskgit.evaluation.classifier import classify, train_classifier
 from maskgit.evaluation.classwise import wilson_interval
-from maskgit.evaluation.pictures import Pictures
 from maskgit.evaluation.score_names import Names, Score
 from maskgit.evaluation.units import Units
 

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskgit.config import Config, check_range
+from maskgit.data.pictures import Pictures, check_share
 from maskgit.errors import ConfigError, DataError
 from maskgit.evaluation import memorisation
 from maskgit.evaluation.classification import classification_accuracy, kept_images
 from maskgit.evaluation.classwise import ClassScore, best_and_worst, class_agreement, wilson_interval
 from maskgit.evaluation.features import FeatureNet
-from maskgit.evaluation.pictures import Pictures, check_share
 from maskgit.evaluation.references import Reference, evaluator_identity, reference_statistics
 from maskgit.evaluation.report import Picture, Point, Report
 from maskgit.evaluation.running import Progress, run_works

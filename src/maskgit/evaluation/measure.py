@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from maskgit.config import check_range
+from maskgit.data.pictures import Pictures, check_share
 from maskgit.errors import DataError
 from maskgit.evaluation.features import FeatureNet
-from maskgit.evaluation.pictures import Pictures, check_share
 from maskgit.evaluation.references import Reference
 from maskgit.evaluation.sampling import RealImages, joined
 from maskgit.evaluation.score_names import Names, Score

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from maskgit.data.pictures import Pictures
 from maskgit.errors import DataError
 from maskgit.evaluation.classwise import wilson_interval
 from maskgit.evaluation.neighbours import Neighbours, nearest_neighbours
-from maskgit.evaluation.pictures import Pictures
 from maskgit.evaluation.score_names import Names, Score
 from maskgit.evaluation.statistics import ImageStatistics
 from maskgit.evaluation.units import Arrays

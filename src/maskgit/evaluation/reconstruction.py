@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from maskgit.config import check_range
+from maskgit.data.pictures import Pictures, check_share
 from maskgit.evaluation.evaluate import EvaluationConfig
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.lpips import LPIPS
-from maskgit.evaluation.pictures import Pictures, check_share
 from maskgit.evaluation.references import evaluator_identity
 from maskgit.evaluation.report import Picture, Report
 from maskgit.evaluation.running import Progress, run_works

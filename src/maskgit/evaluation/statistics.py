@@ -11,7 +11,7 @@ Two kinds of `.npz` files are read:
 Shapes: B batch, N images, D feature dimensions, S spatial dimensions, H × W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskgit.config import check_range
+from maskgit.data.npz import MAX_SIDE, Archive, open_npz
+from maskgit.data.npz import open_samples as open_samples
 from maskgit.errors import DataError, ImageError, OutputError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.frechet import FeatureStatistics, FrechetReport, Gaussian, frechet_report
-from maskgit.evaluation.npz import Archive, open_npz
 from maskgit.files import replacing
 
 FORMAT = 1
 MAX_DIM = 8192
-MAX_SIDE = 4096
 MAX_FEATURE_BYTES = 2**32
 # Vectors that are gathered before they are added up, since each addition costs D² however few they are.
 _GATHERED = 512
@@ -342,49 +342,3 @@ def write_statistics(path: str | Path, statistics: ImageStatistics, *, overwrite
             arrays["labels"] = statistics.labels
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class SampleFile:
-    """The images of an ADM sample or reference batch, read in pieces.
-
-    Attributes:
-        path: the `.npz` file, whose `arr_0` is uint8 (N, H, W, 3).
-        num_images: N.
-        resolution: (height, width) in pixels.
-    """
-
-    path: Path
-    num_images: int
-    resolution: tuple[int, int]
-
-    def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
-        """Yield the images in order, float32 (B, 3, H, W) in [0, 1].
-
-        Raises:
-            DataError: the file is damaged or has been cut off.
-        """
-        with open_npz(self.path) as archive:
-            for rows in archive.rows("arr_0", batch_size):
-                yield torch.from_numpy(rows.transpose(0, 3, 1, 2).astype(np.float32) / 255)
-
-
-def open_samples(path: str | Path) -> SampleFile:
-    """Return the images of an ADM sample batch, of which nothing but the header is read yet.
-
-    Args:
-        path: an `.npz` file with `arr_0`, uint8 (N, H, W, 3).
-
-    Raises:
-        DataError: there is no such file, or it holds no such array.
-    """
-    with open_npz(path) as archive:
-        header = archive.header("arr_0")
-    shape = header.shape
-    fits = len(shape) == 4 and shape[3] == 3 and shape[0] > 0 and all(1 <= s <= MAX_SIDE for s in shape[1:3])
-    if not fits or header.dtype != np.uint8:
-        raise DataError(
-            f"{path}: 'arr_0' must be uint8 (N, H, W, 3), but is {header.dtype} of {shape}: "
-            "is it the right file?"
-        )
-    return SampleFile(Path(path), shape[0], (shape[1], shape[2]))

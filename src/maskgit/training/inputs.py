@@ -3,13 +3,13 @@
 from typing import NamedTuple
 
 from maskgit import hub
+from maskgit.data.batches import ImageBatches, TokenBatches
+from maskgit.data.caches import ImageCache, TokenCache
+from maskgit.data.streaming import StreamedImages, StreamedTokens
 from maskgit.errors import ConfigError
 from maskgit.pipeline import MaskGIT
 from maskgit.tokenizer import Tokenizer
-from maskgit.training.caches import ImageCache, TokenCache
 from maskgit.training.checkpoint import weights_fingerprint
-from maskgit.training.data import ImageBatches, TokenBatches
-from maskgit.training.streaming import StreamedImages, StreamedTokens
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig
 

@@ -31,10 +31,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from maskgit.config import Config, check_choice
+from maskgit.data.caches import ImageCache, TokenCache
 from maskgit.devices import choose_device
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
 from maskgit.files import write_bytes
-from maskgit.training.caches import ImageCache, TokenCache
 from maskgit.training.checkpoint import Checkpoints
 from maskgit.training.losses import mean_over_processes
 from maskgit.training.progress import Logger, Throughput, peak_flops

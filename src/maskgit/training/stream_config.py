@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from maskgit.config import Config, check_choice, check_range
+from maskgit.data.augment import AUGMENTATIONS
+from maskgit.data.caches import MAX_SIDE
 from maskgit.errors import ConfigError
-from maskgit.training.augment import AUGMENTATIONS
-from maskgit.training.caches import MAX_SIDE
 
 # What may differ when a run goes on: the fingerprint tells whether the source is still the same.
 STREAM_MAY_CHANGE = ("stream.source", "stream.revision", "stream.max_bad_share")

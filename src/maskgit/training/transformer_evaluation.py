@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from maskgit.config import SamplerConfig
+from maskgit.data.batches import TokenBatches
+from maskgit.data.caches import TokenCache
 from maskgit.noise import ImageNoise
 from maskgit.sampler import decode
 from maskgit.tokenizer import Tokenizer
-from maskgit.training.caches import TokenCache
-from maskgit.training.data import TokenBatches
 from maskgit.training.losses import sequence_cross_entropies
 from maskgit.training.masking import Masks, draw_masks
 from maskgit.training.progress import Logger

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from maskgit.config import check_choice
+from maskgit.data.idx import SPLITS, find_idx, read_idx
 from maskgit.errors import ConfigError, DataError, ImageError, MaskGITError
-from maskgit.training.idx import SPLITS, find_idx, read_idx
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

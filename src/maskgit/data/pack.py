@@ -16,12 +16,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from maskgit.config import check_range
+from maskgit.data.augment import resize_and_centre_crop
+from maskgit.data.caches import MAX_SIDE, ImageCache
+from maskgit.data.sources import AUTO, MAX_CLASSES, Picture, Row, Source, class_number, open_source
+from maskgit.data.writers import new_image_cache
 from maskgit.errors import DataError, ImageError
 from maskgit.images import read_image
-from maskgit.training.augment import resize_and_centre_crop
-from maskgit.training.caches import MAX_SIDE, ImageCache
-from maskgit.training.sources import AUTO, MAX_CLASSES, Picture, Row, Source, class_number, open_source
-from maskgit.training.writers import new_image_cache
 
 _CHUNK = 256
 _LISTED = 100

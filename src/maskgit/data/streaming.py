@@ -25,11 +25,8 @@ import numpy as np
 import torch
 
 from maskgit.config import check_choice, check_range
-from maskgit.errors import ConfigError, DataError, ImageError
-from maskgit.noise import uniform
-from maskgit.tokenizer import Tokenizer
-from maskgit.training.augment import AUGMENTATIONS, NUM_DRAWS
-from maskgit.training.data import (
+from maskgit.data.augment import AUGMENTATIONS, NUM_DRAWS
+from maskgit.data.batches import (
     AUGMENT,
     ImageBatch,
     Shuffler,
@@ -38,9 +35,12 @@ from maskgit.training.data import (
     image_batch,
     sample_numbers,
 )
-from maskgit.training.idx import SPLITS, find_idx
-from maskgit.training.ingest import decode_square
-from maskgit.training.sources import AUTO, Columns, Row, class_number, load_stream, read_rows, schema_names
+from maskgit.data.idx import SPLITS, find_idx
+from maskgit.data.pack import decode_square
+from maskgit.data.sources import AUTO, Columns, Row, class_number, load_stream, read_rows, schema_names
+from maskgit.errors import ConfigError, DataError, ImageError
+from maskgit.noise import uniform
+from maskgit.tokenizer import Tokenizer
 
 # Below this many images the share of bad ones says little.
 _FEW = 1000

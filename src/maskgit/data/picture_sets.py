@@ -15,18 +15,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskgit.config import check_range
+from maskgit.data.caches import META, ImageCache
+from maskgit.data.npz import open_npz, open_samples
+from maskgit.data.pack import decode_square
+from maskgit.data.pictures import Batch, Pictures
+from maskgit.data.sources import IMAGE_SUFFIXES, Row, class_number, open_source
+from maskgit.data.sources import Picture as Encoded
 from maskgit.download import sha256
 from maskgit.errors import DataError, ImageError
-from maskgit.evaluation.npz import open_npz
-from maskgit.evaluation.pictures import Batch, Pictures
-from maskgit.evaluation.references import Reference
-from maskgit.evaluation.statistics import open_samples, read_statistics
 from maskgit.files import expand
 from maskgit.images import read_image
-from maskgit.training.caches import META, ImageCache
-from maskgit.training.ingest import decode_square
-from maskgit.training.sources import IMAGE_SUFFIXES, Row, class_number, open_source
-from maskgit.training.sources import Picture as Encoded
 
 # Threads that decode.
 NUM_WORKERS = 4
@@ -57,7 +55,7 @@ def open_pictures(
     check_range("max_bad_share", max_bad_share, 0, 1)
     path = expand(place)
     if (path / META).is_file() or path.suffix == ".npz":
-        made: Pictures = _Packed(path) if path.is_dir() else _Arrays(path)
+        made: Pictures = PackedPictures(path) if path.is_dir() else NpzPictures(path)
         if size is not None and made.resolution != (size, size):
             raise DataError(
                 f"{path} holds images of {made.resolution[0]} × {made.resolution[1]} pixels, which are taken "
@@ -66,36 +64,11 @@ def open_pictures(
         return made
     loose = _loose_pictures(path) if path.is_dir() else []
     if loose:
-        return _Folder(path, loose, size, max_bad_share)
-    return _Streamed(str(place), split, size, max_bad_share)
+        return FolderPictures(path, loose, size, max_bad_share)
+    return StreamedPictures(str(place), split, size, max_bad_share)
 
 
-def open_reference(
-    place: str | Path, *, size: int | None = None, max_bad_share: float = MAX_BAD_SHARE
-) -> Reference:
-    """Open statistics in an `.npz` file, or a set of images that are yet to be measured.
-
-    Args:
-        place: such a file, or what `open_pictures` takes.
-        size, max_bad_share: as for `open_pictures`, for images that are not in an `.npz` file.
-
-    Raises:
-        DataError: there is nothing, or nothing that can be read.
-    """
-    path = expand(place)
-    if path.suffix == ".npz":
-        with open_npz(path) as archive:
-            names = archive.names
-        statistics = read_statistics(path) if names & {"mu", "format"} else None
-        images = _Arrays(path) if "arr_0" in names else None
-        if statistics is None and images is None:
-            read_statistics(path)  # which says what is wrong
-        return Reference(str(place), statistics, images, sha256(path))
-    pictures = open_pictures(place, size=size, max_bad_share=max_bad_share)
-    return Reference(pictures.name, None, pictures, pictures.fingerprint)
-
-
-class _Packed:
+class PackedPictures:
     """A packed image cache."""
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +91,7 @@ class _Packed:
         return np.bincount(self._cache.labels, minlength=self.num_classes)
 
 
-class _Arrays:
+class NpzPictures:
     """An `.npz` file of images, which is read from its beginning."""
 
     def __init__(self, path: Path) -> None:
@@ -225,7 +198,7 @@ def _loose_pictures(folder: Path) -> list[Path]:
     return found
 
 
-class _Folder:
+class FolderPictures:
     """Pictures in a folder; where all lie in sub folders, these are the classes."""
 
     def __init__(self, folder: Path, paths: list[Path], size: int | None, max_bad_share: float) -> None:
@@ -262,7 +235,7 @@ class _Folder:
         return np.bincount(self._labels[self._labels >= 0], minlength=self.num_classes)
 
 
-class _Streamed:
+class StreamedPictures:
     """What training reads as a stream: it is gone through once for its labels, then read in rising order."""
 
     def __init__(self, place: str, split: str | None, size: int | None, max_bad_share: float) -> None:
