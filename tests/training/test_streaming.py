@@ -19,7 +19,7 @@ from PIL import Image
 
 from maskgit import hub
 from maskgit.config import SamplerConfig, TokenizerConfig, TransformerConfig
-from maskgit.data import streaming
+from maskgit.data import huggingface
 from maskgit.data.caches import ImageCache
 from maskgit.data.pack import pack_images
 from maskgit.data.streaming import StreamedImages, files_fingerprint
@@ -261,8 +261,8 @@ def test_threads_end_when_a_run_fails(configs, monkeypatch, stage):
 
 def test_an_interrupt_ends_a_run_that_still_passes_over_rows(folder, monkeypatch):
     threads = set(threading.enumerate())
-    read = streaming.read_rows
-    monkeypatch.setattr(streaming, "read_rows", lambda *source: itertools.cycle(read(*source)))
+    read = huggingface.read_rows
+    monkeypatch.setattr(huggingface, "read_rows", lambda *source: itertools.cycle(read(*source)))
     images = StreamedImages(folder / "shards", seed=0, global_batch=6, size=SIDE)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
