@@ -57,7 +57,7 @@ def pack(
         num_workers=num_workers,
         progress=True,
     )
-    for note in (*cache.notes, *cache.skipped[:5]):
+    for note in (*cache.notes, *cache.skipped[:5], *cache.left_out):
         print(note)
     print(f"{out}: {len(cache)} images of {cache.size} × {cache.size} pixels in {cache.num_classes} classes")
 

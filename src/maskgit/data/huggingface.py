@@ -101,7 +101,7 @@ def open_stream(
     name = source if local else f"{source} is no file or folder here, and on the hub it"
     builder = guard(name, lambda: datasets.load_dataset_builder(reader, wanted.config, **options))
     splits = guard(name, builder.as_streaming_dataset)
-    parts = {part: tuple(map(str, files)) for part, files in (builder.config.data_files or {}).items()}
+    parts = {str(part): tuple(map(str, files)) for part, files in (builder.config.data_files or {}).items()}
     left_out = _check_parts(source, own_files, parts, wanted.split)
     split = pick_split(source, wanted.split, list(splits))
     dataset, name = splits[split].decode(False), f"{source} ({split})"
