@@ -3,10 +3,13 @@
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from importlib import resources
 
 from maskgit.errors import ConfigError
 
+# Where a class is asked for, these mean no class, and the one that a picture is taken for.
+RESERVED = ("none", "guess")
 _NUMBER = "[+-]?[0-9]+"
 
 
@@ -49,7 +52,7 @@ def find_class(query: str | int, names: Sequence[str] | None, num_classes: int) 
     text = str(query).strip()
     if not isinstance(query, str) and re.fullmatch(_NUMBER, text):
         return _numbered(text, num_classes)
-    table = _by_name(names or ())
+    table = _by_name(tuple(names or ()))
     found = table.get(_normal(text), [])
     if not found:
         kind, colon, rest = text.partition(":")
@@ -80,6 +83,26 @@ def find_class(query: str | int, names: Sequence[str] | None, num_classes: int) 
     )
 
 
+def class_query(name: str, number: int, names: Sequence[str]) -> str:
+    """Return what `find_class` takes for a class, wherever "none" and "guess" mean something else.
+
+    Args:
+        name: what the class is to be called.
+        number: of the class.
+        names: the model's class names.
+
+    Returns:
+        The name, after "name:" where it could be taken for something else, or "number:…" where it does not say
+        which class it is.
+    """
+    query = f"name:{name}" if name.strip() in RESERVED else name
+    try:
+        found = find_class(query, names, len(names))
+    except ConfigError:
+        found = -1
+    return query if found == number else f"number:{number}"
+
+
 def _numbered(text: str, num_classes: int) -> int:
     if re.fullmatch(r"[+-]?[0-9]{1,11}", text) and 0 <= int(text) < num_classes:
         return int(text)
@@ -103,7 +126,7 @@ def match_classes(names: Sequence[str], own: Sequence[str]) -> tuple[int, ...] |
     numbered = tuple(map(str, range(len(own))))
     if numbered in (tuple(names), tuple(own)):
         return tuple(range(len(own)))
-    table = _by_name(own)
+    table = _by_name(tuple(own))
     numbers = []
     for name in names:
         # A name as a whole says more than its synonyms, of which another class may have one too.
@@ -116,7 +139,8 @@ def match_classes(names: Sequence[str], own: Sequence[str]) -> tuple[int, ...] |
     return tuple(numbers) if len(set(numbers)) == len(own) else None
 
 
-def _by_name(names: Sequence[str]) -> dict[str, list[int]]:
+@lru_cache(maxsize=8)
+def _by_name(names: tuple[str, ...]) -> dict[str, list[int]]:
     """Return the numbers of the classes that have each name or synonym, normalised, in rising order."""
     table: dict[str, list[int]] = {}
     for number, group in enumerate(names):

@@ -1,6 +1,7 @@
 """One reader of folders of pictures, for packing, streaming and evaluation: what it takes, and what it says."""
 
 import itertools
+import os
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from maskgit.apps import cli
 from maskgit.data.caches import META, ImageCache
 from maskgit.data.pack import pack_images
 from maskgit.data.picture_sets import open_pictures
+from maskgit.data.rows import ClassNumbers, Row
 from maskgit.data.streaming import StreamedImages
 from maskgit.errors import DataError
 
@@ -325,3 +327,54 @@ def test_caches_of_before_are_read(tmp_path):
     (tmp_path / "out" / META).write_text(text.replace('"left_out": [],', ""))
     again = ImageCache.open(tmp_path / "out")
     assert (again.left_out, again.fingerprint) == ((), cache.fingerprint)
+
+
+def test_labels_are_told_without_looking_through_the_names():
+    class Names(list):
+        looks = 0
+
+        def __iter__(self):
+            Names.looks += 1
+            return super().__iter__()
+
+        def __contains__(self, name):
+            raise AssertionError("looked through")
+
+        index = __contains__
+
+    names = Names(f"class {i}" for i in range(50))
+    classes = ClassNumbers(names)
+    assert [classes.of(Row(b"", f"class {i}", "")) for i in range(50)] == list(range(50))
+    assert Names.looks == 1
+    # Of equal names the first counts, as it always did.
+    assert ClassNumbers(["a", "b", "a"]).of(Row(b"", "a", "")) == 0
+
+
+def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
+    root = write(tmp_path / "data", *(f"class{c}/{i}.png" for c in range(20) for i in range(2)))
+    looked = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(str(path)) or scandir(path))
+    assert open_pictures(root).num_classes == 20
+    assert len(looked) == len(set(looked)) == 21
+
+
+def test_numeric_folders_are_numbered_as_numbers_everywhere(tmp_path):
+    root = write(tmp_path / "data", *(f"{name}/0.png" for name in range(1, 13)))
+    expected = tuple(map(str, range(1, 13)))
+    cache = pack_images(root, tmp_path / "out", size=SIDE)
+    assert cache.class_names == open_pictures(root).class_names == expected
+    assert packed(root, tmp_path / "again") == evaluated(root) == {i: expected[i] for i in range(12)}
+    assert StreamedImages(root, seed=0, global_batch=1, size=SIDE).class_names == expected
+
+
+def test_numeric_text_in_a_table_is_numbered_as_numbers_too(tmp_path):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    pytest.importorskip("datasets")
+    write(tmp_path / "pictures", *(f"{i}.png" for i in range(3)))
+    images = [(tmp_path / "pictures" / f"{i}.png").read_bytes() for i in range(3)]
+    pq.write_table(pa.table({"image": images, "label": ["10", "2", "1"]}), tmp_path / "a.parquet")
+    expected = {0: "10", 1: "2", 2: "1"}
+    assert packed(tmp_path / "a.parquet", tmp_path / "out") == evaluated(tmp_path / "a.parquet") == expected
+    assert ImageCache.open(tmp_path / "out").class_names == ("1", "2", "10")
+    assert open_pictures(tmp_path / "a.parquet").class_names == ("1", "2", "10")

@@ -181,7 +181,7 @@ def stats(
         found = measure(
             pictures, network, num_images=num_images, keep=keep, batch_size=batch_size, progress=bars
         )
-    for line in complaints(found.skipped):
+    for line in (*complaints(found.skipped), *pictures.left_out):
         print(line)
     write_statistics(out, found.statistics, overwrite=overwrite)
     count, (height, width) = found.statistics.pooled.num_images, pictures.resolution
@@ -223,8 +223,10 @@ def compare(
         found = compare_pictures(
             first, second, network, net.features, splits=splits, batch_size=batch_size, progress=bars
         )
+    sets = [data for data in (first.images, second) if data is not None]
+    left_out = [f"{data.name}: {line}" for data in sets for line in data.left_out]
     if not as_json:
-        print("\n".join([score_table(found.scores), *found.cautions, *complaints(found.skipped)]))
+        print("\n".join([score_table(found.scores), *found.cautions, *complaints(found.skipped), *left_out]))
         return
     values = {
         "metrics": {score.name: plain(score.value) for score in found.scores},
@@ -234,5 +236,6 @@ def compare(
         "evaluator": network.identity,
         "cautions": found.cautions,
         "skipped": {"count": len(found.skipped), "first": found.skipped[:100]},
+        "left_out": left_out,
     }
     print(json.dumps(values, indent=1, ensure_ascii=False))

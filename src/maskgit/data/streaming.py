@@ -53,7 +53,7 @@ _ENCODED = 64
 
 
 class StreamedImages:
-    """The batches of a run that reads its images from their source; in use like `data.ImageBatches`.
+    """The batches of a run that reads its images from their source; in use like `batches.ImageBatches`.
 
     Attributes:
         class_names: a name for each class.
@@ -244,10 +244,11 @@ class StreamedImages:
 
 
 class StreamedTokens:
-    """The tokens of streamed images, encoded as they come; in use like `data.TokenBatches`.
+    """The tokens of streamed images, encoded as they come; in use like `batches.TokenBatches`.
 
     Attributes:
         class_names: a name for each class.
+        left_out: as of the images.
         num_images: None, for the number is not known.
         fingerprint: the sha256 of the images' and the tokenizer's fingerprints, as hexadecimal digits.
     """
@@ -262,7 +263,7 @@ class StreamedTokens:
             tokenizer: what encodes it, in evaluation mode, on whatever device it is on by then.
             tokenizer_fingerprint: sha256 of the tokenizer's weights.
         """
-        self.class_names = images.class_names
+        self.class_names, self.left_out = images.class_names, images.left_out
         described = json.dumps([images.fingerprint, tokenizer_fingerprint])
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
         self._images = images

@@ -82,6 +82,7 @@ def measure(
         identity=net.identity,
         resolution=pictures.resolution,
         keep=keep,
+        class_names=pictures.class_names,
     )
     return Measured(statistics, skipped)
 

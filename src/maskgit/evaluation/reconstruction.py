@@ -82,6 +82,7 @@ class ReconstructionEvaluation:
         check_share(self.data.name, done.work.count, found.skipped, self.data.max_bad_share)
         names = Names(self.features, self.net)
         scores, cautions = reconstruction_scores(found.arrays, names, splits=self.config.splits)
+        cautions += [f"{self.data.name}: {line}" for line in self.data.left_out]
         shown = found.arrays.get("shown", ())
         captions: Sequence[str] = ("original", "reconstruction") * (len(shown) // 2)
         identities: dict[str, dict[str, Any]] = {

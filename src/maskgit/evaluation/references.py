@@ -57,7 +57,12 @@ class Reference:
         if measured is None:
             return self.statistics
         # As ADM has it: distances to the whole data set, precision and recall to a sample of it.
-        return replace(self.statistics, features=measured.features, labels=measured.labels)
+        return replace(
+            self.statistics,
+            features=measured.features,
+            labels=measured.labels,
+            class_names=measured.class_names,
+        )
 
     def identity(self, joined: ImageStatistics) -> dict[str, Any]:
         """Return what a report says of it."""
@@ -120,7 +125,12 @@ def reference_statistics(
 
     arrays = pieces()
     statistics = summarise(
-        arrays, total=units.work.count, identity=net.identity, resolution=data.resolution, keep=keep
+        arrays,
+        total=units.work.count,
+        identity=net.identity,
+        resolution=data.resolution,
+        keep=keep,
+        class_names=data.class_names,
     )
     check_share(data.name, units.work.count, skipped, data.max_bad_share)
     return statistics, skipped

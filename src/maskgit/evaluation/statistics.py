@@ -6,11 +6,13 @@ Two kinds of `.npz` files are read:
   over the whole data set, beside a sample of its images in `arr_0`; files with `mu` and `sigma` alone, such
   as those of pytorch-fid, too. They do not say which network made them.
 - our own: `format`, `mean`, `covariance`, `count`, `identity` (of the feature net), `resolution`, and, where
-  the net has them or they were asked for, `spatial_mean`, `spatial_covariance`, `features` and `labels`.
+  the net has them or they were asked for, `spatial_mean`, `spatial_covariance`, `features`, `labels` and
+  `class_names` (JSON).
 
 Shapes: B batch, N images, D feature dimensions, S spatial dimensions, H × W pixels.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from maskgit.files import replacing
 FORMAT = 1
 MAX_DIM = 8192
 MAX_FEATURE_BYTES = 2**32
+MAX_NAMES_BYTES = 2**28
 # Vectors that are gathered before they are added up, since each addition costs D² however few they are.
 _GATHERED = 512
 
@@ -49,6 +52,7 @@ class ImageStatistics:
         features: float32 (n, D), pooled features of the first n images, for kernel distances and neighbours;
             None where none were kept.
         labels: int32 (n,), the classes of those images; None where they are not known.
+        class_names: a name for each class; None where classes are known by their numbers alone, or not at all.
     """
 
     pooled: Gaussian
@@ -57,6 +61,7 @@ class ImageStatistics:
     resolution: tuple[int, int] | None = None
     features: NDArray[np.float32] | None = None
     labels: NDArray[np.int32] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 class Collector:
@@ -150,7 +155,9 @@ def merge_statistics(parts: Sequence[ImageStatistics]) -> ImageStatistics:
     if len(spatial) not in (0, len(parts)):
         raise DataError("Only some of the statistics have spatial features: make them with one feature net.")
     kept = [part.features for part in parts if part.features is not None]
-    labels = [part.labels for part in parts if part.labels is not None]
+    same = all(part.class_names == first.class_names for part in parts)
+    # Numbers of classes with different names are not of one list.
+    labels = [part.labels for part in parts if part.labels is not None and same]
     return ImageStatistics(
         _merged([part.pooled for part in parts]),
         _merged(spatial) if spatial else None,
@@ -158,6 +165,7 @@ def merge_statistics(parts: Sequence[ImageStatistics]) -> ImageStatistics:
         first.resolution,
         np.concatenate(kept) if kept else None,
         np.concatenate(labels) if kept and len(labels) == len(kept) else None,
+        first.class_names if same else None,
     )
 
 
@@ -277,7 +285,22 @@ def _own(archive: Archive) -> ImageStatistics:
         labels = archive.read("labels", 4 * len(features))
         if labels.shape != (len(features),) or labels.dtype != np.int32:
             raise DataError(f"{archive.path}: 'labels' has the wrong shape or type: make it again.")
-    return ImageStatistics(pooled, spatial, str(identity), (height, width), features, labels)
+    names = None if labels is None else _class_names(archive, int(labels.max(initial=-1)) + 1)
+    return ImageStatistics(pooled, spatial, str(identity), (height, width), features, labels, names)
+
+
+def _class_names(archive: Archive, least: int) -> tuple[str, ...] | None:
+    """Return the names of at least so many classes; files of before have none."""
+    if "class_names" not in archive.names:
+        return None
+    text = archive.read("class_names", MAX_NAMES_BYTES)
+    try:
+        names = json.loads(str(text)) if text.dtype.kind == "U" and text.shape == () else None
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or len(names) < least or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{archive.path}: 'class_names' is no list of a name for each class: make it again.")
+    return tuple(names)
 
 
 def _vector(archive: Archive, name: str, size: int) -> NDArray[np.int64]:
@@ -340,5 +363,7 @@ def write_statistics(path: str | Path, statistics: ImageStatistics, *, overwrite
         arrays["features"] = statistics.features
         if statistics.labels is not None:
             arrays["labels"] = statistics.labels
+            if statistics.class_names is not None:
+                arrays["class_names"] = np.array(json.dumps(statistics.class_names))
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -38,6 +38,11 @@ class ImageInputs(NamedTuple):
         known = (self.train.cache if isinstance(self.train, ImageBatches) else None, self.test_cache)
         return tuple(cache for cache in known if cache is not None)
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Sentences about what lies in the source of a stream and is not read."""
+        return self.train.left_out if isinstance(self.train, StreamedImages) else ()
+
 
 class TokenInputs(NamedTuple):
     """What a run of the second stage reads.
@@ -64,6 +69,11 @@ class TokenInputs(NamedTuple):
         """Those that are read; streamed data are none."""
         known = (self.train.cache if isinstance(self.train, TokenBatches) else None, self.test_cache)
         return tuple(cache for cache in known if cache is not None)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Sentences about what lies in the source of a stream and is not read."""
+        return self.train.left_out if isinstance(self.train, StreamedTokens) else ()
 
 
 def open_images(config: TokenizerTrainingConfig, rank: int = 0, world: int = 1) -> ImageInputs:

@@ -124,6 +124,8 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
+    for sentence in inputs.left_out:
+        logger.say(sentence)
     networks = (tokenizer, discriminator, perceptual)
     flops = {on: flops_per_image(config, *networks, size, adversarial=on) for on in (False, True)}
     throughput = Throughput(config.batch_size, peak=peak_flops(device, precision) * distributed.world)

@@ -125,6 +125,8 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
+    for sentence in inputs.left_out:
+        logger.say(sentence)
     peak = peak_flops(device, precision) * distributed.world
     throughput = Throughput(config.batch_size, flops_per_image(config.model), peak)
     ratio_losses = RatioLosses(device)
