@@ -132,7 +132,7 @@ def test_a_split_without_classes_is_read_where_it_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "said"),
     [
-        (("train/cat/0.png", "test/cat/1.png"), r"no split 'nosuch'\. Choose from: test, train\."),
+        (("train/cat/0.png", "test/cat/1.png"), r"no split 'nosuch'\. Choose from: train, test\."),
         (
             ("bus/0.png", "car/1.png", "train/2.png"),
             r"no splits at all: its folders \(bus, car, train\) are classes",

@@ -181,7 +181,8 @@ def _find_splits(pictures: Sequence[str], *, sure: bool) -> tuple[str, tuple[str
             nested[top] = nested.get(top, False) or "/" in rest
             direct = direct or "/" not in rest
         if nested and all(name.lower() in SPLITS for name in nested):
-            return (home, sort_names(nested)) if sure or any(nested.values()) else ("", ())
+            ordered = tuple(name for split in SPLITS for name in sorted(nested) if name.lower() == split)
+            return (home, ordered) if sure or any(nested.values()) else ("", ())
         if len(nested) != 1 or direct:
             return "", ()
         # A folder alone, that holds nothing but folders, is the wrapping of what it holds.

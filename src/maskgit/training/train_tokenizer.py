@@ -124,7 +124,7 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
-    for sentence in inputs.left_out:
+    for sentence in inputs.notes:
         logger.say(sentence)
     networks = (tokenizer, discriminator, perceptual)
     flops = {on: flops_per_image(config, *networks, size, adversarial=on) for on in (False, True)}

@@ -125,7 +125,7 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
-    for sentence in inputs.left_out:
+    for sentence in inputs.notes:
         logger.say(sentence)
     peak = peak_flops(device, precision) * distributed.world
     throughput = Throughput(config.batch_size, flops_per_image(config.model), peak)
@@ -196,6 +196,7 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
                         network,
                         test_cache,
                         vocabulary,
+                        classes=inputs.test_classes,
                         seed=config.seed,
                         batch_size=config.batch_size,
                         mask_schedule=config.mask_schedule,
