@@ -123,8 +123,7 @@ def match_classes(names: Sequence[str], own: Sequence[str]) -> tuple[int, ...] |
     """
     if len(names) != len(own):
         return None
-    numbered = tuple(map(str, range(len(own))))
-    if numbered in (tuple(names), tuple(own)):
+    if are_numbers(names) or are_numbers(own):
         return tuple(range(len(own)))
     table = _by_name(tuple(own))
     numbers = []
@@ -137,6 +136,11 @@ def match_classes(names: Sequence[str], own: Sequence[str]) -> tuple[int, ...] |
             return None
         numbers.append(found[0])
     return tuple(numbers) if len(set(numbers)) == len(own) else None
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Return whether names are but the classes' numbers, as those of sources that have no names are."""
+    return all(name == str(number) for number, name in enumerate(names))
 
 
 @lru_cache(maxsize=8)

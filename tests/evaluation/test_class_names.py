@@ -83,9 +83,9 @@ def test_a_reference_without_names_is_taken_by_its_numbers_and_says_so(named, ti
     assert "The reference does not say what its classes are called" in report["cautions"][-1]
     assert len(report["classes"]) == 10
     # Numbers as names are no names.
-    assert (
-        report_of(named, tmp_path / "b", renamed(tuple(map(str, range(10)))))["classes"] == report["classes"]
-    )
+    numbered = report_of(named, tmp_path / "b", renamed(tuple(map(str, range(10)))))
+    assert numbered["classes"] == report["classes"]
+    assert numbered["cautions"] == report["cautions"]
     unnamed = report_of(tiny, tmp_path / "c", real_images())
     assert not any("called" in caution for caution in unnamed["cautions"])
     assert len(unnamed["classes"]) == 10

@@ -52,7 +52,8 @@ def scan(folder: Path) -> Scan:
     Raises:
         DataError: the folder cannot be opened.
     """
-    pictures, others = [], []
+    pictures: list[str] = []
+    others: list[str] = []
     lost: defaultdict[str, list[str]] = defaultdict(list)
     # Folders to look into, each with those above it, by which a link that leads back is known.
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from maskgit.classes import match_classes
+from maskgit.classes import are_numbers, match_classes
 from maskgit.evaluation.metrics import Interval
 from maskgit.evaluation.neighbours import nearest_neighbours
 from maskgit.evaluation.statistics import ImageStatistics
@@ -60,6 +60,8 @@ def matched_classes(
     """
     if count != own_count:
         return Matched(None, f"{whose} has {count:,} classes, but the model has {own_count:,}.")
+    names = None if names is None or are_numbers(names) else names
+    own = None if own is None or are_numbers(own) else own
     if names is None or own is None:
         nameless = whose if names is None else "The model"
         assumed = f"{nameless} does not say what its classes are called: they are taken by their numbers."
