@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import sys
 
 import numpy as np
@@ -93,6 +94,11 @@ def test_no_class_is_lost_where_folders_are_nested(tmp_path, paths):
     expected = {value: path.split("/")[0] for value, path in enumerate(paths)}
     assert packed(tmp_path / "data", tmp_path / "out") == expected
     assert evaluated(tmp_path / "data") == expected
+    said = ImageCache.open(tmp_path / "out").left_out
+    if paths[-1].count("/") > 1:
+        assert re.fullmatch(r"Folders of one name \(cat/(\w+), dog/\1\) are no classes: .*", said[0])
+    else:
+        assert said == ()
 
 
 @pytest.mark.parametrize("wrapping", ["", "archive/"])
@@ -378,3 +384,9 @@ def test_numeric_text_in_a_table_is_numbered_as_numbers_too(tmp_path):
     assert packed(tmp_path / "a.parquet", tmp_path / "out") == evaluated(tmp_path / "a.parquet") == expected
     assert ImageCache.open(tmp_path / "out").class_names == ("1", "2", "10")
     assert open_pictures(tmp_path / "a.parquet").class_names == ("1", "2", "10")
+
+
+def test_a_local_folder_needs_no_other_library_and_no_home(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    root = write(tmp_path / "data", "cat/0.png", "dog/1.png")
+    assert packed(root, tmp_path / "out") == evaluated(root) == streamed(root, 2) == {0: "cat", 1: "dog"}

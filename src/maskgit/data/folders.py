@@ -107,7 +107,7 @@ class PictureFolder:
         files: its pictures, as paths with / that begin at `root`, sorted.
         labels: their classes; −1 for those that lie in no class folder.
         class_names: of all splits; none where no picture lies in a sub folder.
-        left_out: a sentence for each reason why something was not read.
+        left_out: a sentence for each reason why something was not read, or no class.
     """
 
     name: str
@@ -145,7 +145,7 @@ def read_folder(
         for path in found.pictures
         if path.startswith(beginning)
     ]
-    level = _class_level(everything)
+    level, repeated = _class_level(everything)
     names = sort_names({path.split("/")[level - 1] for path in everything if "/" in path})
     numbers = {name: number for number, name in enumerate(names)}
     labels = [
@@ -159,7 +159,7 @@ def read_folder(
         tuple(files),
         tuple(labels),
         names,
-        tuple(_left_out(found, other_parts)),
+        (*_left_out(found, other_parts), *repeated),
     )
 
 
@@ -224,8 +224,8 @@ def _canonical(split: str) -> str:
     return SPLITS.get(split.lower(), split)
 
 
-def _class_level(paths: Iterable[str]) -> int:
-    """Return how many folders down classes lie; pictures at the top belong to none.
+def _class_level(paths: Iterable[str]) -> tuple[int, list[str]]:
+    """Return how many folders down classes lie, and a sentence if that may surprise; those at the top have none.
 
     It is the deepest level of folders that all pictures lie below, and at which no two folders have one name:
     animals/cat and animals/dog are cats and dogs, but cat/indoor and dog/indoor are too.
@@ -233,12 +233,28 @@ def _class_level(paths: Iterable[str]) -> int:
     homes = {path.rpartition("/")[0] for path in paths if "/" in path}
     parts = [home.split("/") for home in homes]
     level = min(map(len, parts), default=1)
+    said: list[str] = []
     while level > 1:
-        folders = {tuple(part[:level]) for part in parts}
-        if len({folder[-1] for folder in folders}) == len(folders):
+        # The first folder of each name, and another that shares it.
+        first: dict[str, str] = {}
+        folders = sorted({"/".join(part[:level]) for part in parts})
+        twice = next(
+            (
+                (one, folder)
+                for folder in folders
+                if (one := first.setdefault(_last(folder), folder)) != folder
+            ),
+            None,
+        )
+        if twice is None:
             break
+        said = [f"Folders of one name ({', '.join(twice)}) are no classes: the folders above them are."]
         level -= 1
-    return level
+    return level, said
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _left_out(found: Scan, elsewhere: tuple[str, ...]) -> Iterator[str]:
