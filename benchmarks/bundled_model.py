@@ -23,11 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maskgit import MaskGIT, images
+from maskgit.data.caches import ImageCache
 from maskgit.evaluation.classifier import classify, train_classifier
 from maskgit.evaluation.features import FeatureNet, load_feature_net
 from maskgit.evaluation.metrics import FeatureStatistics, codebook_usage, frechet_distance, psnr, ssim
 from maskgit.evaluation.neighbours import nearest_neighbours
-from maskgit.training.caches import ImageCache
 
 MIN_ACCURACY = 0.85
 

@@ -19,8 +19,8 @@ from skimage import data
 from torch import Tensor
 
 from maskgit import MaskGIT, images
+from maskgit.data.caches import ImageCache
 from maskgit.evaluation.metrics import boundary_gradient_ratio
-from maskgit.training.caches import ImageCache
 
 SEED = 3
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from maskgit.convert import load_official
+from maskgit.data.pictures import Batch
 from maskgit.evaluation.evaluate import EvaluationConfig, SampleEvaluation
 from maskgit.evaluation.features import FeatureNet, Features
-from maskgit.evaluation.pictures import Batch
 from maskgit.evaluation.references import Reference
 from maskgit.evaluation.sampling import SampleConfig
 
@@ -36,12 +36,13 @@ def toy_net() -> FeatureNet:
 class ArrayPictures:
     """Real images in memory; those whose numbers are in `bad` cannot be read."""
 
-    def __init__(self, images, labels=None, bad=(), max_bad_share=0.01):
+    def __init__(self, images, labels=None, bad=(), max_bad_share=0.01, class_names=None):
         self.images, self.bad, self.max_bad_share = images, set(bad), max_bad_share
         self.labels = np.full(len(images), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
         self.name, self.fingerprint = "arrays", f"{images.astype(np.int64).sum():064}"
         self.resolution = images.shape[1:3]
         self.num_classes = 0 if labels is None else int(max(labels)) + 1
+        self.class_names, self.left_out = class_names, ()
 
     def __len__(self):
         return len(self.images)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "maskgit"
 # Later layers may use earlier ones.
-LAYERS = ["core", "evaluation", "training", "apps"]
+LAYERS = ["core", "data", "evaluation", "training", "apps"]
 CORE_LIBRARIES = {"torch", "numpy", "PIL", "safetensors", "msgpack", "tqdm"}
 
 

@@ -17,6 +17,7 @@ from maskgit.apps.serving.service import Limits
 from maskgit.batching import Batcher, Job
 from maskgit.checks import check_flag, plain
 from maskgit.config import SamplerConfig, StepTables, TokenizerConfig
+from maskgit.data.batches import Shuffler, sample_numbers
 from maskgit.devices import choose_device, choose_dtype
 from maskgit.diffusers import MaskGITPipeline
 from maskgit.engine import choose
@@ -25,7 +26,6 @@ from maskgit.evaluation.distributions import inception_score, kernel_distance
 from maskgit.evaluation.evaluate import EvaluationConfig
 from maskgit.evaluation.intervals import bootstrap_interval
 from maskgit.evaluation.sampling import SampleConfig
-from maskgit.training.data import Shuffler, sample_numbers
 from maskgit.training.stream_config import StreamConfig
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig

@@ -1,8 +1,10 @@
 """Finding the class that a user means."""
 
+import numpy as np
 import pytest
 
-from maskgit.classes import find_class, imagenet_class_names
+from maskgit import classes
+from maskgit.classes import class_query, find_class, imagenet_class_names, match_classes, sort_names
 from maskgit.errors import ConfigError
 
 NAMES = imagenet_class_names()
@@ -56,3 +58,68 @@ def test_there_are_a_thousand_names_and_none_is_empty():
     assert len(NAMES) == 1000
     assert all(name.strip() == name and name for name in NAMES)
     assert len(set(NAMES)) == 1000
+
+
+def test_numeric_names_sort_as_numbers_before_text():
+    names = ["10", "b", "2", "1", "a10", "007", "7", "a2", "9" * 5000]
+    assert sort_names(names) == ("1", "2", "007", "7", "10", "9" * 5000, "a10", "a2", "b")
+    assert sort_names(map(str, range(30))) == tuple(map(str, range(30)))
+
+
+def test_a_query_that_is_a_name_is_that_class_before_it_is_a_number():
+    folders = tuple(map(str, range(1, 13)))
+    assert [find_class(name, folders, 12) for name in ("10", "12", "1")] == [9, 11, 0]
+    assert [find_class(query, folders, 12) for query in ("0", 3, "number:3", "number: 10")] == [0, 3, 3, 10]
+    assert find_class("number:3", NAMES, 1000) == find_class("3", None, 10) == 3
+    for query, said in (
+        ("name:13", "Unknown class '13'"),
+        ("number:12", "no class 12"),
+        ("number:x", "no class x"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            find_class(query, folders, 12)
+    # Labels that come as numbers are numbers.
+    assert find_class(np.int64(10), folders, 12) == 10
+
+
+def test_classes_called_none_guess_or_like_a_query_can_be_asked_for():
+    names = ("guess", "none", "name:none", "cat, none of the above", "5")
+    assert [find_class(f"name:{name}", names, 5) for name in ("guess", "NONE", "5")] == [0, 2, 4]
+    assert find_class("name: none", ("guess", "none"), 2) == 1
+    # What a class is recorded as is found again, even where the command line would take it for something else.
+    for number, name in enumerate(("none", "guess", "5", "crane", "crane, bird")):
+        names = ("none", "guess", "5", "crane", "crane, bird")
+        query = class_query(name, number, names)
+        assert query not in ("none", "guess")
+        assert find_class(query, names, 5) == number
+    assert class_query("lorikeet", 90, NAMES) == "lorikeet"
+    assert class_query("crane", 134, NAMES) == "number:134"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "matched"),
+    [
+        (("cat", "dog"), ("dog", "cat"), (1, 0)),
+        (("T_Shirt", "Ankle-Boot"), ("ankle boot", "t-shirt, top"), (1, 0)),
+        (("10", "2", "1"), ("1", "2", "10"), (2, 1, 0)),
+        (("0", "1", "2"), ("ant", "bee", "cow"), (0, 1, 2)),
+        (("ant", "bee"), ("0", "1"), (0, 1)),
+        (("1", "2"), ("ant", "bee"), None),
+        (("plane", "car"), ("airplane", "automobile"), None),
+        (("cat", "cat"), ("cat", "dog"), None),
+        (("crane",), ("crane", "crane, bird"), None),
+    ],
+)
+def test_classes_are_matched_by_name_in_whatever_order(theirs, own, matched):
+    assert match_classes(theirs, own) == matched
+
+
+def test_finding_classes_by_name_looks_through_the_names_once(monkeypatch):
+    seen = []
+    normal = classes._normal
+    monkeypatch.setattr(classes, "_normal", lambda name: seen.append(name) or normal(name))
+    names = tuple(f"kind {i}" for i in range(100))
+    for i in range(100):
+        assert find_class(f"kind_{i}", names, 100) == i
+    # A name is looked at as a whole and as a synonym, and then each query is.
+    assert len(seen) <= 2 * 100 + 100

@@ -65,6 +65,27 @@ def test_generate_writes_pictures_that_can_be_made_again(model, tmp_path, capsys
     assert np.array_equal(np.asarray(again.to_pil()[0]), np.asarray(Image.open(out / "0-4-00003.png")))
 
 
+def test_classes_called_none_and_guess_are_asked_for_by_name(tiny, tmp_path, capsys):
+    names = ("none", "guess", "12", *(f"kind {i}" for i in range(7)))
+    named = MaskGIT(dataclasses.replace(tiny.config, class_names=names), tiny.tokenizer, tiny.transformer)
+    named.save_pretrained(tmp_path / "model")
+    asked = ("name:none", "name:guess", "12", "number:4", "5")
+    common = ("--model", tmp_path / "model", "--steps", 2)
+    assert run("generate", "--class", *asked, "--out", tmp_path / "out", *common) == 0
+    pictures = {images.read_settings(path)["class"]: path for path in (tmp_path / "out").glob("*-00*.png")}
+    assert pictures.keys() == set(asked)
+    for number, query in zip((0, 1, 2, 4, 5), asked, strict=True):
+        index = asked.index(query)
+        expected = named.generate(number, seed=0, first_index=index, steps=2).to_pil()[0]
+        assert np.abs(np.asarray(Image.open(pictures[query]), int) - np.asarray(expected)).max() <= 1
+    assert run("generate", "--class", "13", "--out", tmp_path / "x", *common) == 2
+    assert "no class 13" in capsys.readouterr().err
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32), "grey").save(photo)
+    edit = ("--box", 0, 0, 16, 16, "--class", "name:guess", "--out", tmp_path / "edit")
+    assert run("edit", photo, *edit, *common) == 0
+
+
 def test_nothing_is_overwritten_unasked(model, tmp_path, capsys):
     command = ("generate", "--class", 1, "--model", model, "--out", tmp_path / "out")
     assert run(*command) == 0

@@ -10,8 +10,9 @@ from PIL import Image
 
 from maskgit.apps import cli
 from maskgit.apps.evaluation_flags import SampleFlags
-from maskgit.apps.picture_sets import open_pictures, open_reference
+from maskgit.data.picture_sets import open_pictures
 from maskgit.errors import ConfigError, DataError
+from maskgit.evaluation.references import open_reference
 from maskgit.evaluation.statistics import read_statistics
 
 pytest.importorskip("efficientnet_lite_pytorch")

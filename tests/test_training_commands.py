@@ -10,8 +10,8 @@ from PIL import Image
 from maskgit import MaskGIT
 from maskgit.apps import cli
 from maskgit.apps.training_commands import read_recipe
+from maskgit.data.caches import ImageCache
 from maskgit.errors import ConfigError
-from maskgit.training.caches import ImageCache
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -54,7 +54,7 @@ class Official(NamedTuple):
 _RELEASED = "https://storage.googleapis.com/maskgit-public/checkpoints"
 # A path is a folder inside the package.
 REGISTRY: dict[str, Official | Path] = {
-    "cifar10": Path(__file__).parent / "data" / "models" / "cifar10",
+    "cifar10": Path(__file__).parent / "assets" / "models" / "cifar10",
     "imagenet256": Official(
         f"{_RELEASED}/tokenizer_imagenet256_checkpoint", f"{_RELEASED}/maskgit_imagenet256_checkpoint"
     ),
@@ -169,7 +169,7 @@ def _converted(name: str, urls: Official, cache: Path | None, local_files_only: 
             return folder
         paths = [download.fetch(url, folder=downloads) for url in urls]
         try:
-            model = load_official(*paths)
+            model = load_official(paths[0], paths[1])
         except CheckpointError as error:
             # What came may have been a proxy's page; its checksum must not stand in the way of the next try.
             for path in paths:
@@ -268,9 +268,12 @@ def _weight_files(path: Path) -> list[Path]:
     if path.exists() or not index.exists():
         return [path]
     shards = read_json(index).get("weight_map")
-    names = set(shards.values()) if isinstance(shards, dict) and shards else {None}
+    listed = list(shards.values()) if isinstance(shards, dict) else []
     # A name with a slash could lead out of the folder.
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):
+    names = {
+        name for name in listed if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name)
+    }
+    if not listed or not all(isinstance(name, str) and name in names for name in listed):
         raise CheckpointError(f"{index} does not list the safetensors files of its weights as `weight_map`.")
     return [path.with_name(name) for name in sorted(names)]
 

@@ -3,6 +3,7 @@
 `images` holds what others call; here is what Pillow needs around it.
 """
 
+import importlib
 import io
 import os
 import re
@@ -11,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
@@ -39,7 +40,29 @@ _READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (rb"II[*+]\0|MM\0[*+]", TiffImageFile),
     (rb"P[1-6]\s", PpmImageFile),
 )
-_FORMATS = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
+_FORMATS = "PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF or PPM"
+
+
+class _Optional(NamedTuple):
+    """A format that not every installation reads: its name, the reader's module and class, and what to install."""
+
+    name: str
+    module: str
+    reader: str
+    package: str
+
+
+# What the file says first is its kind, or a family and then its kinds.
+_OPTIONAL: tuple[tuple[bytes, _Optional], ...] = (
+    (
+        rb".{4}ftyp(?:avi[fs]|(?:mif1|msf1).{4}(?:.{4})*?avi[fs])",
+        _Optional("AVIF", "PIL.AvifImagePlugin", "AvifImageFile", "--upgrade pillow"),
+    ),
+    (
+        rb".{4}ftyp(?:he[iv][cmsx]|heif|mif1|msf1)",
+        _Optional("HEIC", "pillow_heif", "HeifImageFile", "pillow-heif"),
+    ),
+)
 
 # What Pillow's readers raise on damaged files.
 _DECODE_ERRORS = (
@@ -102,11 +125,11 @@ def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.Ima
     name = str(Path(source)) if isinstance(source, str | os.PathLike) else "The picture"
     with decoding(name), _binary(source) as file:
         file.seek(0)
-        start = file.read(16)
+        start = file.read(64)
         file.seek(0)
         if not start:
             raise ImageError(f"{name} is empty; give a {_FORMATS} file.")
-        reader = next((r for pattern, r in _READERS if re.match(pattern, start, re.DOTALL)), None)
+        reader = _reader(name, start)
         if reader is None:
             raise ImageError(f"{name} is not a picture that can be read; convert it to {_FORMATS}.")
         image = reader(file)
@@ -117,6 +140,31 @@ def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.Ima
                 "make it smaller first."
             )
         yield name, image
+
+
+def _reader(name: str, start: bytes) -> type[ImageFile.ImageFile] | None:
+    """Return what reads a file that begins so, or None.
+
+    Raises:
+        ImageError: it can be read once something is installed.
+    """
+    for pattern, reader in _READERS:
+        if re.match(pattern, start, re.DOTALL):
+            return reader
+    for pattern, optional in _OPTIONAL:
+        if re.match(pattern, start, re.DOTALL):
+            try:
+                module = importlib.import_module(optional.module)
+            except ImportError:
+                module = None
+            # Pillow may be built without a format, and then says so here.
+            if module is None or not getattr(module, "SUPPORTED", True):
+                raise ImageError(
+                    f"{name} is of the format {optional.name}; to read it, pip install {optional.package}, or "
+                    "convert it to PNG or JPEG."
+                )
+            return getattr(module, optional.reader)
+    return None
 
 
 def _binary(source: Source) -> Any:

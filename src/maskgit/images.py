@@ -34,8 +34,8 @@ def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     are scaled to 8. Nothing is decoded before the size that the file claims has been checked.
 
     Args:
-        source: a path, a file's bytes, or a binary file that can seek; PNG, JPEG, WebP, GIF, BMP, TIFF or
-            PPM.
+        source: a path, a file's bytes, or a binary file that can seek; PNG, JPEG, WebP, AVIF, GIF, BMP,
+            TIFF or PPM, and HEIC where pillow-heif is installed.
         max_pixels: the largest width × height that is read.
 
     Returns:

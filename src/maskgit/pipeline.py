@@ -36,7 +36,7 @@ from maskgit.sampler import StepFunction, decode_step
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
 from maskgit.vocabulary import Vocabulary
-from maskgit.weights import plain, unwrapped
+from maskgit.weights import plain_network, unwrapped
 
 # Of the tokenizer's largest activation, in float32: a GPU needs a large batch to be busy, a CPU's cache is small.
 SLICE_BYTES = {False: 2**31, True: 2**26}
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 def plain_model(model: "MaskGIT") -> "MaskGIT":
     """Return a model whose networks are not wrapped by `torch.compile` or the like: itself, or one that shares them."""
     networks = (
-        plain(Tokenizer, model.config.tokenizer, model.tokenizer),
-        plain(Transformer, model.config.transformer, model.transformer),
+        plain_network(Tokenizer, model.config.tokenizer, model.tokenizer),
+        plain_network(Transformer, model.config.transformer, model.transformer),
     )
     return model if networks == (model.tokenizer, model.transformer) else MaskGIT(model.config, *networks)
 

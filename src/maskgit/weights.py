@@ -52,7 +52,7 @@ def own_state(kind: Callable[[Any], nn.Module], config: Any, module: nn.Module) 
     return state
 
 
-def plain(kind: Callable[[Any], Module], config: Any, module: nn.Module) -> Module:
+def plain_network(kind: Callable[[Any], Module], config: Any, module: nn.Module) -> Module:
     """Return a network without what wraps it or its parts: itself, or a new one that shares its tensors.
 
     Raises:

@@ -52,3 +52,18 @@ def test_copies_are_found_and_shown():
     assert hidden.to_dict() == found.to_dict()
     with pytest.raises(DataError, match="at least two"):
         search(samples[:1], np.arange(1), lambda i: blank, training, data, None, Names("toy", toy_net()))
+
+
+def test_the_training_images_are_read_once():
+    data = real_images(30)
+    reads = []
+    read = data.read
+    data.read = lambda numbers: reads.append(list(numbers)) or read(numbers)
+    rng = np.random.default_rng(0)
+    training = {"pooled": rng.normal(size=(30, DIM)).astype(np.float32), "numbers": np.arange(30)}
+    samples = rng.normal(size=(20, DIM)).astype(np.float32)
+    blank = np.zeros((32, 32, 3), np.uint8)
+    found, _ = search(samples, np.arange(20), lambda i: blank, training, data, None, Names("toy", toy_net()))
+    assert reads == [sorted({n for row in (*found.random, *found.nearest) for n in row.numbers})]
+    for row in (*found.random, *found.nearest):
+        assert (np.array(row.neighbours) == data.images[row.numbers]).all()

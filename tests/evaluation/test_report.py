@@ -167,7 +167,8 @@ def test_a_reference_of_other_classes_is_told(tiny, tmp_path):
     reference = Reference("three classes", None, pictures, pictures.fingerprint)
     evaluation(tiny, reference=reference, training=False).run(tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert "not of the model's 10 classes" in report["cautions"][-1]
+    assert "3 classes, but the model has 10" in report["cautions"][-1]
+    assert report["no_classes"] == report["cautions"][-1]
     assert report["classes"] == []
     assert "class_agreement_toy" not in report["metrics"]
 

@@ -47,6 +47,18 @@ def test_units_cover_the_work_and_are_not_made_twice(tmp_path):
     assert units.seconds() >= 0
 
 
+def test_each_unit_is_looked_for_a_few_times_however_many_there_are(tmp_path, monkeypatch):
+    looks = []
+    done = Units.done
+    monkeypatch.setattr(Units, "done", lambda self, number: looks.append(number) or done(self, number))
+    work = Squares()
+    work.count, work.unit_size = 60, 1
+    seen = []
+    Units(tmp_path, work).run(lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 60) for i in range(61)] + [(60, 60)]
+    assert len(looks) <= 4 * 60
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from maskgit.data.augment import AUGMENTATIONS, NUM_DRAWS, VIEWS, crop_boxes, resize_and_centre_crop
+from maskgit.data.batches import ImageBatches, Shuffler, sample_numbers
+from maskgit.data.caches import ImageCache
+from maskgit.data.writers import write_image_cache
 from maskgit.errors import ConfigError
-from maskgit.training.augment import AUGMENTATIONS, NUM_DRAWS, VIEWS, crop_boxes, resize_and_centre_crop
-from maskgit.training.caches import ImageCache
-from maskgit.training.data import ImageBatches, Shuffler, sample_numbers
-from maskgit.training.writers import write_image_cache
 
 
 def noise_images(count: int, side: int, seed: int = 0) -> np.ndarray:

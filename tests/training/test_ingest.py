@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from maskgit.data import writers
+from maskgit.data.pack import pack_images
+from maskgit.data.streaming import StreamedImages
 from maskgit.errors import ConfigError, DataError, OutputError
-from maskgit.training import writers
-from maskgit.training.ingest import pack_images
-from maskgit.training.streaming import StreamedImages
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -96,6 +96,7 @@ def test_folder_of_classes(tmp_path):
     }
     assert np.array_equal(cache.images[numbers(cache).index(11)], picture(11))
     assert (cache.num_skipped, cache.notes) == (0, ())
+    assert cache.left_out == ("Left out, no picture of a format that is read: 1 (cat/notes.txt).",)
     again = pack_images(source, tmp_path / "again", size=SIDE, num_workers=1)
     assert again.fingerprint == cache.fingerprint
 
@@ -120,9 +121,7 @@ def test_one_class_and_one_image(tmp_path):
 
 def test_pictures_without_classes(tmp_path):
     source = make_folder(tmp_path / "data", classes=(".",))
-    with pytest.raises(
-        DataError, match=r"no column of labels\. Its columns are: image. Name one with --label-column"
-    ):
+    with pytest.raises(DataError, match=r"no folder for each class\. Sort them .*--label-column none"):
         pack_images(source, tmp_path / "out", size=SIDE)
     cache = pack_images(source, tmp_path / "out", size=SIDE, label_column=None)
     assert (numbers(cache), cache.labels.tolist(), cache.num_classes) == ([0, 1, 2], [0, 0, 0], 1)

@@ -9,13 +9,13 @@ import torch
 
 from maskgit import hub
 from maskgit.config import Config, SamplerConfig, TokenizerConfig, TransformerConfig
+from maskgit.data.caches import ImageCache
+from maskgit.data.writers import write_image_cache, write_token_cache
 from maskgit.tokenizer import Tokenizer
-from maskgit.training.caches import ImageCache
 from maskgit.training.checkpoint import Checkpoints, weights_fingerprint
 from maskgit.training.run import EXIT_INTERRUPTED
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig
-from maskgit.training.writers import write_image_cache, write_token_cache
 from runs import checkpointed, logged, run_two, start
 
 STEPS = 12

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from maskgit.config import Config, SamplerConfig
+from maskgit.data.caches import ImageCache
+from maskgit.data.writers import write_image_cache
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.training import progress, run
-from maskgit.training.caches import ImageCache
 from maskgit.training.checkpoint import Checkpoints
 from maskgit.training.run import (
     Distributed,
@@ -31,7 +32,6 @@ from maskgit.training.run import (
     seed_step,
     setup_run,
 )
-from maskgit.training.writers import write_image_cache
 from runs import run_two
 
 ALONE = Distributed(0, 1, torch.device("cpu"))

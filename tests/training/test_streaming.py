@@ -19,20 +19,21 @@ from PIL import Image
 
 from maskgit import hub
 from maskgit.config import SamplerConfig, TokenizerConfig, TransformerConfig
+from maskgit.data import huggingface
+from maskgit.data.caches import ImageCache
+from maskgit.data.pack import pack_images
+from maskgit.data.streaming import StreamedImages, files_fingerprint
+from maskgit.data.writers import write_token_cache
 from maskgit.errors import ConfigError, DataError
 from maskgit.tokenizer import Tokenizer
-from maskgit.training import inputs, streaming, train_tokenizer, train_transformer
-from maskgit.training.caches import ImageCache
+from maskgit.training import inputs, train_tokenizer, train_transformer
 from maskgit.training.checkpoint import Checkpoints, weights_fingerprint
-from maskgit.training.ingest import pack_images
 from maskgit.training.run import TrainingError
 from maskgit.training.stream_config import StreamConfig, TokenStreamConfig
-from maskgit.training.streaming import StreamedImages, files_fingerprint
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run as tokenizer_dry_run
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_dry_run import dry_run as transformer_dry_run
-from maskgit.training.writers import write_token_cache
 from runs import run_two
 
 datasets = pytest.importorskip("datasets")
@@ -260,8 +261,8 @@ def test_threads_end_when_a_run_fails(configs, monkeypatch, stage):
 
 def test_an_interrupt_ends_a_run_that_still_passes_over_rows(folder, monkeypatch):
     threads = set(threading.enumerate())
-    read = streaming.read_rows
-    monkeypatch.setattr(streaming, "read_rows", lambda *source: itertools.cycle(read(*source)))
+    read = huggingface.read_rows
+    monkeypatch.setattr(huggingface, "read_rows", lambda *source: itertools.cycle(read(*source)))
     images = StreamedImages(folder / "shards", seed=0, global_batch=6, size=SIDE)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.1)

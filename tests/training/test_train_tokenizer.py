@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit import hub
 from maskgit.config import TokenizerConfig
+from maskgit.data.caches import ImageCache
+from maskgit.data.writers import new_image_cache
 from maskgit.errors import ConfigError, DataError
 from maskgit.tokenizer import Tokenizer
 from maskgit.training import codebook
 from maskgit.training import train_tokenizer as loop
-from maskgit.training.caches import ImageCache
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.optim import make_adam
 from maskgit.training.run import Distributed, TrainingError
@@ -28,7 +29,6 @@ from maskgit.training.tokenizer_dry_run import dry_run
 from maskgit.training.tokenizer_evaluation import comparison_device, evaluate_tokenizer
 from maskgit.training.tokenizer_parts import gumbel_noise, gumbel_tau, make_networks
 from maskgit.training.train_tokenizer import train_tokenizer
-from maskgit.training.writers import new_image_cache
 from runs import checkpointed, logged, run_two
 
 ALONE = Distributed(0, 1, torch.device("cpu"))

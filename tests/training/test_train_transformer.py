@@ -15,10 +15,11 @@ import torch
 
 from maskgit import hub
 from maskgit.config import SamplerConfig, TokenizerConfig, TransformerConfig
+from maskgit.data.caches import TokenCache
+from maskgit.data.writers import write_image_cache, write_token_cache
 from maskgit.errors import CheckpointError, ConfigError, DataError
 from maskgit.tokenizer import Tokenizer
 from maskgit.training import train_transformer as module
-from maskgit.training.caches import TokenCache
 from maskgit.training.checkpoint import Checkpoints, weights_fingerprint
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.losses import sequence_cross_entropy
@@ -28,7 +29,6 @@ from maskgit.training.train_transformer import flops_per_image, train_transforme
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_dry_run import dry_run
 from maskgit.training.transformer_evaluation import RatioLosses, sequence_losses, warn_of_samples
-from maskgit.training.writers import write_image_cache, write_token_cache
 from maskgit.transformer import Transformer
 from runs import checkpointed, logged, run_two
 

@@ -63,7 +63,8 @@ def generate(
     """Make new images of one or more classes: single PNGs and a sheet of all.
 
     Args:
-        classes: Names or numbers; "none" for no class, where the model can.
+        classes: Names or numbers; "none" for no class, where the model can. A name that means something else
+            too is asked for as name:NAME, such as name:none, and a number as number:3.
         candidates: Images made for each class, of which the num-images that the model finds likeliest are kept.
         explain: Show how the first images were decoded: explain.png, and forming.gif as an animation.
     """
@@ -76,7 +77,8 @@ def generate(
     pipe = model.load()
     config = pipe.sampler_config(**sampler.given())
     names = [name for name in classes for _ in range(making.num_images)]
-    labels = [label_of(pipe, name) for name in names]
+    found = {name: label_of(pipe, name) for name in classes}
+    labels = [found[name] for name in names]
     paths = picture_paths(making.out, making.overwrite, numbered(making, names), explain)
     if candidates:
         _generate_best(pipe, classes, names, paths, model, sampler, making, candidates)

@@ -18,6 +18,7 @@ from maskgit.apps.output import (
     save_explained,
     save_sheet,
 )
+from maskgit.classes import class_query
 from maskgit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def edit(
     Args:
         photo: A picture of any size; of a large one, the model sees a square around the boxes.
         box: In pixels of the photo as it is seen; may be given several times.
-        class_: What is to appear there; "none" for no class, where the model can.
+        class_: What is to appear there; "none" for no class, where the model can; "name:none" for a class of
+            that name.
         rule: Which tokens a box masks: all that it touches, or as in the official notebook.
         start_step: The step to begin decoding at.
         explain: Show how it was decoded: explain.png, and forming.gif as an animation.
@@ -86,7 +88,8 @@ def inpaint(
         photo: A picture of any size; of a large one, the model sees a square around what is painted.
         mask: A black and white picture of the photo's size, white where it is to be made new; "alpha" for the
             photo's own transparent parts.
-        class_: What the photo is of; "guess" takes the class that the model finds likeliest, "none" no class.
+        class_: What the photo is of; "guess" takes the class that the model finds likeliest, "none" no class;
+            "name:guess" is a class of that name.
         share: What share of a token's pixels must be painted for it to be made new; 0 is any.
         dilate: Tokens by which the mask grows.
         start_step: The step to begin decoding at.
@@ -200,7 +203,8 @@ def vary(
     Args:
         photo: A picture; cut to a square and resized to the model's size.
         strength: The share: 0 is the reconstruction, 1 a new image.
-        class_: What it is of; "guess" takes the class that the model finds likeliest, "none" no class.
+        class_: What it is of; "guess" takes the class that the model finds likeliest, "none" no class;
+            "name:guess" is a class of that name.
         explain: Show how it was decoded: explain.png, and forming.gif as an animation.
     """
 
@@ -342,4 +346,4 @@ def _say_guess(pipe: "MaskGIT", made: "Output") -> str:
     best = scores.argsort(descending=True)[:3].tolist()
     shown = ", ".join(f"{names[i].split(',')[0]} {float(scores[i]):.1f}" for i in best)
     print(f"class guessed, by log-likelihood: {shown}")
-    return names[best[0]].split(",")[0]
+    return class_query(names[best[0]].split(",")[0], best[0], names)

@@ -57,8 +57,9 @@ def evaluate(
 def _of_samples(
     model: str, reference: str, net: Net, work: WorkFlags, samples: SampleFlags, sampler: Sampler
 ) -> "SampleEvaluation":
-    from maskgit.apps.picture_sets import open_pictures, open_reference
+    from maskgit.data.picture_sets import open_pictures
     from maskgit.evaluation.evaluate import EvaluationConfig, SampleEvaluation
+    from maskgit.evaluation.references import open_reference
     from maskgit.evaluation.sampling import SampleConfig
     from maskgit.training.checkpoint import weights_fingerprint
 
@@ -108,9 +109,9 @@ def _of_reconstructions(
     import torch
 
     from maskgit import hub
-    from maskgit.apps.picture_sets import open_reference
     from maskgit.evaluation.evaluate import EvaluationConfig
     from maskgit.evaluation.reconstruction import ReconstructionEvaluation
+    from maskgit.evaluation.references import open_reference
     from maskgit.training.checkpoint import weights_fingerprint
 
     device = own_device(work.device)
@@ -170,7 +171,7 @@ def stats(
         raise OutputError(f"Statistics are written as .npz, but --out is {out}: choose another name.")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} is there already; choose another name, or say --overwrite.")
-    from maskgit.apps.picture_sets import open_pictures
+    from maskgit.data.picture_sets import open_pictures
     from maskgit.evaluation.measure import measure
     from maskgit.evaluation.statistics import write_statistics
 
@@ -180,7 +181,7 @@ def stats(
         found = measure(
             pictures, network, num_images=num_images, keep=keep, batch_size=batch_size, progress=bars
         )
-    for line in complaints(found.skipped):
+    for line in (*complaints(found.skipped), *pictures.left_out):
         print(line)
     write_statistics(out, found.statistics, overwrite=overwrite)
     count, (height, width) = found.statistics.pooled.num_images, pictures.resolution
@@ -210,8 +211,9 @@ def compare(
         device: cuda, mps or cpu; auto takes the first that is there.
         as_json: Print JSON in place of a table.
     """
-    from maskgit.apps.picture_sets import open_pictures, open_reference
+    from maskgit.data.picture_sets import open_pictures
     from maskgit.evaluation.measure import compare_pictures
+    from maskgit.evaluation.references import open_reference
     from maskgit.evaluation.report import plain
 
     first = open_reference(a, size=size, max_bad_share=max_bad_share)
@@ -221,8 +223,10 @@ def compare(
         found = compare_pictures(
             first, second, network, net.features, splits=splits, batch_size=batch_size, progress=bars
         )
+    sets = [data for data in (first.images, second) if data is not None]
+    left_out = [f"{data.name}: {line}" for data in sets for line in data.left_out]
     if not as_json:
-        print("\n".join([score_table(found.scores), *found.cautions, *complaints(found.skipped)]))
+        print("\n".join([score_table(found.scores), *found.cautions, *complaints(found.skipped), *left_out]))
         return
     values = {
         "metrics": {score.name: plain(score.value) for score in found.scores},
@@ -232,5 +236,6 @@ def compare(
         "evaluator": network.identity,
         "cautions": found.cautions,
         "skipped": {"count": len(found.skipped), "first": found.skipped[:100]},
+        "left_out": left_out,
     }
     print(json.dumps(values, indent=1, ensure_ascii=False))

@@ -169,6 +169,6 @@ def save_explained(pipe: "MaskGIT", made: "Output", making: Making) -> None:
 
 
 def label_of(pipe: "MaskGIT", name: str) -> int | None:
-    """Return the class that a name on the command line means; "none" is no class."""
+    """Return the class that a name on the command line means; "none" is no class, and "name:none" a class."""
     number = pipe.label(None if name == "none" else name)
     return None if number < 0 else number

@@ -42,7 +42,7 @@ def pack(
         max_bad_share: Largest share of images that may be unreadable.
         num_workers: Threads that decode.
     """
-    from maskgit.training.ingest import pack_images
+    from maskgit.data.pack import pack_images
 
     cache = pack_images(
         source,
@@ -57,7 +57,7 @@ def pack(
         num_workers=num_workers,
         progress=True,
     )
-    for note in (*cache.notes, *cache.skipped[:5]):
+    for note in (*cache.notes, *cache.skipped[:5], *cache.left_out):
         print(note)
     print(f"{out}: {len(cache)} images of {cache.size} × {cache.size} pixels in {cache.num_classes} classes")
 
@@ -87,10 +87,10 @@ def tokenize(
         seed: Of random crops.
     """
     from maskgit import hub
+    from maskgit.data.caches import ImageCache
+    from maskgit.data.writers import write_token_cache
     from maskgit.devices import choose_device
-    from maskgit.training.caches import ImageCache
     from maskgit.training.checkpoint import weights_fingerprint
-    from maskgit.training.writers import write_token_cache
 
     network = hub.load_tokenizer(tokenizer)
     fingerprint = weights_fingerprint(network)

@@ -3,14 +3,16 @@
 Shapes: N samples, H × W pixels.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from maskgit.data.pictures import Pictures
 from maskgit.errors import DataError
 from maskgit.evaluation.classifier import classify, train_classifier
-from maskgit.evaluation.classwise import wilson_interval
-from maskgit.evaluation.pictures import Pictures
+from maskgit.evaluation.classwise import matched_classes, wilson_interval
 from maskgit.evaluation.score_names import Names, Score
 from maskgit.evaluation.units import Units
 
@@ -31,6 +33,7 @@ def classification_accuracy(
     names: Names,
     *,
     num_classes: int,
+    class_names: Sequence[str] | None = None,
     training: Pictures | None = None,
     epochs: int = 14,
     device: str | torch.device = "cpu",
@@ -43,6 +46,7 @@ def classification_accuracy(
         test: real images with labels.
         names: of scores.
         num_classes: of the model.
+        class_names: of the model's classes, by which those of the other images are known.
         training: real images with labels, for the ceiling.
         epochs: passes over the training images.
         device: where to train.
@@ -52,9 +56,11 @@ def classification_accuracy(
 
     Source: Ravuri, Vinyals: Classification Accuracy Score for Conditional Generative Models, NeurIPS 2019.
     """
-    if test.num_classes != num_classes:
+    own = class_names, num_classes
+    numbers, reason = matched_classes(test.class_names, test.num_classes, *own, f"The set {test.name}")
+    if numbers is None:
         raise DataError(
-            f"The test images {test.name} have {test.num_classes} classes, but the model has {num_classes}."
+            f"{reason} The classification accuracy score needs test images of the model's classes."
         )
     if test.resolution != images.shape[1:3]:
         raise DataError(
@@ -72,12 +78,15 @@ def classification_accuracy(
             batch_size=min(256, len(pictures)),
             device=device,
         )
-        right = classify(classifier, real.floats).argmax(1).numpy() == real.labels
+        right = classify(classifier, real.floats).argmax(1).numpy() == numbers[real.labels]
         return names.score(kind, float(right.mean()), wilson_interval(int(right.sum()), len(right)))
 
     scores = [accuracy("cas", images, labels)]
-    if training is not None and training.num_classes == num_classes:
+    theirs = None
+    if training is not None:
+        theirs = matched_classes(training.class_names, training.num_classes, *own, training.name).numbers
+    if training is not None and theirs is not None:
         count = min(len(labels), len(training))
         known = training.read([i * len(training) // count for i in range(count)])
-        scores.append(accuracy("cas_real", known.images, known.labels))
+        scores.append(accuracy("cas_real", known.images, theirs[known.labels]))
     return scores

@@ -3,11 +3,13 @@
 Shapes: N samples, M real images, D feature dimensions, k neighbours.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maskgit.classes import are_numbers, match_classes
 from maskgit.evaluation.metrics import Interval
 from maskgit.evaluation.neighbours import nearest_neighbours
 from maskgit.evaluation.statistics import ImageStatistics
@@ -32,6 +34,49 @@ class ClassScore(NamedTuple):
     agreement: float
     interval: Interval
     real: float | None
+
+
+class Matched(NamedTuple):
+    """Which of a model's classes those of other data are.
+
+    Attributes:
+        numbers: int32 (classes of the data,), the model's; None where the classes do not match.
+        reason: why they do not, or what was assumed; empty where each name has its like.
+    """
+
+    numbers: NDArray[np.int32] | None
+    reason: str
+
+
+def matched_classes(
+    names: Sequence[str] | None, count: int, own: Sequence[str] | None, own_count: int, whose: str
+) -> Matched:
+    """Match classes to a model's by name, in whatever order; by number where one side has no names.
+
+    Args:
+        names: of the data's classes, or None, and `count` how many there are.
+        own: of the model's classes, or None, and `own_count` how many there are.
+        whose: the data, for the reason.
+    """
+    if count != own_count:
+        return Matched(None, f"{whose} has {count:,} classes, but the model has {own_count:,}.")
+    names = None if names is None or are_numbers(names) else names
+    own = None if own is None or are_numbers(own) else own
+    if names is None or own is None:
+        nameless = whose if names is None else "The model"
+        assumed = f"{nameless} does not say what its classes are called: they are taken by their numbers."
+        return Matched(np.arange(count, dtype=np.int32), assumed if (names is None) != (own is None) else "")
+    found = match_classes(names, own)
+    if found is None:
+        return Matched(
+            None, f"The classes of {whose} ({_some(names)}) are not called as the model's ({_some(own)})."
+        )
+    return Matched(np.array(found, np.int32), "")
+
+
+def _some(names: Sequence[str]) -> str:
+    first = ", ".join(name.split(",")[0] for name in names[:3])
+    return first + (", …" if len(names) > 3 else "")
 
 
 def class_agreement(

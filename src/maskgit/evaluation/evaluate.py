@@ -17,12 +17,19 @@ from numpy.typing import NDArray
 
 from maskgit.checks import check_range
 from maskgit.config import Config
+from maskgit.data.pictures import Pictures, check_share
 from maskgit.errors import ConfigError, DataError
 from maskgit.evaluation import memorisation
 from maskgit.evaluation.classification import classification_accuracy, kept_images
-from maskgit.evaluation.classwise import ClassScore, best_and_worst, class_agreement, wilson_interval
+from maskgit.evaluation.classwise import (
+    ClassScore,
+    Matched,
+    best_and_worst,
+    class_agreement,
+    matched_classes,
+    wilson_interval,
+)
 from maskgit.evaluation.features import FeatureNet
-from maskgit.evaluation.pictures import Pictures, check_share
 from maskgit.evaluation.references import Reference, evaluator_identity, reference_statistics
 from maskgit.evaluation.report import Picture, Point, Report
 from maskgit.evaluation.running import Progress, run_works
@@ -107,6 +114,14 @@ class SampleEvaluation:
         """
         side = self.model.config.image_size
         self.reference.check(self.net, (side, side))
+        if self.test is not None:
+            numbers, reason = self._matched(
+                self.test.class_names, self.test.num_classes, "The set of test images"
+            )
+            if numbers is None:
+                raise DataError(
+                    f"{reason} The classification accuracy score needs images of the model's classes."
+                )
         works: dict[str, Work] = {"samples": self._samples(self.images, {}, show=True)}
         for name, data in (("reference", self.reference.images), ("training", self.training)):
             if data is not None:
@@ -135,8 +150,12 @@ class SampleEvaluation:
         counts = None
         sources = [data for data in (self.training, self.reference.images) if data is not None]
         if images.labels == "dataset":
-            counted = [data for data in sources if data.num_classes]
-            counts = counted[0].count_labels() if counted else None
+            for data in sources:
+                numbers, _ = self._matched(data.class_names, data.num_classes, data.name)
+                if numbers is not None:
+                    counts = np.empty(len(numbers), np.int64)
+                    counts[numbers] = data.count_labels()
+                    break
         return Samples(
             self.model,
             self.net,
@@ -163,7 +182,9 @@ class SampleEvaluation:
         skipped: list[str] = []
         if self.reference.images is not None:
             measured, skipped = reference_statistics(units["reference"], self.reference.images, self.net)
-        reference, notes = self._labelled(self.reference.joined(measured))
+        reference, no_classes, notes = self._labelled(self.reference.joined(measured))
+        for data in (self.reference.images, self.training, self.test):
+            notes += [] if data is None else [f"{data.name}: {line}" for line in data.left_out]
         scores, cautions = self._scores(arrays, reference, names)
         agreement, classes = self._agreement(arrays, reference, names)
         copies, authenticity = self._copies(units, arrays, reference, names)
@@ -178,6 +199,7 @@ class SampleEvaluation:
             identities=self._identities(reference, names),
             skipped=skipped,
             classes=classes,
+            no_classes=no_classes,
             class_names=self.model.class_names or (),
             memorisation=copies,
             curves=self._curves(units, reference, names),
@@ -190,16 +212,29 @@ class SampleEvaluation:
         ]
         return replace(report, sheet=sheet, examples=self._examples(report, work, arrays["labels"]))
 
-    def _labelled(self, reference: ImageStatistics) -> tuple[ImageStatistics, list[str]]:
-        """Return the reference, without labels that are not of all the model's classes, and a caution."""
+    def _matched(self, names: tuple[str, ...] | None, count: int, whose: str) -> Matched:
+        """Return which of the model's classes those of other images are."""
         num_classes = self.model.config.transformer.num_classes
-        if reference.labels is None or np.array_equal(np.unique(reference.labels), np.arange(num_classes)):
-            return reference, []
-        caution = (
-            f"The reference's labels are not of the model's {num_classes:,} classes, so that samples are not "
-            "asked for their class."
+        return matched_classes(names, count, self.model.class_names, num_classes, whose)
+
+    def _labelled(self, reference: ImageStatistics) -> tuple[ImageStatistics, str, list[str]]:
+        """Return the reference with the model's labels, or why there are none, and cautions."""
+        if reference.labels is None:
+            return reference, "The reference's classes are not known.", []
+        names, present = reference.class_names, len(np.unique(reference.labels))
+        count = int(reference.labels.max()) + 1 if names is None else len(names)
+        numbers, reason = self._matched(names, count, "The reference")
+        if numbers is not None and present < count:
+            numbers, reason = None, f"The reference has images of {present:,} of the {count:,} classes alone."
+        if numbers is None:
+            reason += " So samples are not asked for their class."
+            return replace(reference, labels=None, class_names=None), reason, [reason]
+        labels = numbers[reference.labels]
+        return (
+            replace(reference, labels=labels, class_names=self.model.class_names),
+            "",
+            [reason] if reason else [],
         )
-        return replace(reference, labels=None), [caution]
 
     def _agreement(
         self, arrays: Arrays, reference: ImageStatistics, names: Names
@@ -245,6 +280,7 @@ class SampleEvaluation:
             self.test,
             names,
             num_classes=self.model.config.transformer.num_classes,
+            class_names=self.model.class_names,
             training=self.training,
             epochs=self.config.epochs,
             device=self.net.device,

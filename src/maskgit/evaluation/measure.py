@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from maskgit.checks import check_count
+from maskgit.data.pictures import Pictures, check_share
 from maskgit.errors import DataError
 from maskgit.evaluation.features import FeatureNet
-from maskgit.evaluation.pictures import Pictures, check_share
 from maskgit.evaluation.references import Reference
 from maskgit.evaluation.sampling import RealImages, joined
 from maskgit.evaluation.score_names import Names, Score
@@ -82,6 +82,7 @@ def measure(
         identity=net.identity,
         resolution=pictures.resolution,
         keep=keep,
+        class_names=pictures.class_names,
     )
     return Measured(statistics, skipped)
 

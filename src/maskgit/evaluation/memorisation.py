@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from maskgit.data.pictures import Pictures
 from maskgit.errors import DataError
 from maskgit.evaluation.classwise import wilson_interval
 from maskgit.evaluation.neighbours import Neighbours, nearest_neighbours
-from maskgit.evaluation.pictures import Pictures
 from maskgit.evaluation.score_names import Names, Score
 from maskgit.evaluation.statistics import ImageStatistics
 from maskgit.evaluation.units import Arrays
@@ -100,15 +100,18 @@ def search(
     nearest = nearest_neighbours(pooled, gallery)
     closest = np.argsort(nearest.distances[:, 0], kind="stable")[:NUM_ROWS]
 
-    def rows(indices: NDArray[np.int64]) -> list[Row]:
-        found = nearest_neighbours(pooled[indices], gallery, k=count)
-        made = []
-        for index, places, distances in zip(indices.tolist(), found.indices, found.distances, strict=True):
-            numbers = training["numbers"][places].tolist()
-            shown = [] if data is None else _pictures(data, numbers)
-            made.append(Row(index, picture(index), numbers, distances.tolist(), shown))
-        return made
-
+    sheets = shown[:: max(1, len(shown) // NUM_ROWS)][:NUM_ROWS], closest
+    neighbours = [nearest_neighbours(pooled[indices], gallery, k=count) for indices in sheets]
+    numbers = [training["numbers"][near.indices].tolist() for near in neighbours]
+    # All at once, since a stream may be read from its beginning each time.
+    pictures = {} if data is None else _pictures(data, {n for sheet in numbers for row in sheet for n in row})
+    random, nearest_rows = (
+        [
+            Row(index, picture(index), row, distances, [pictures[n] for n in row if data is not None])
+            for index, row, distances in zip(indices.tolist(), listed, near.distances.tolist(), strict=True)
+        ]
+        for indices, listed, near in zip(sheets, numbers, neighbours, strict=True)
+    )
     real_distance = real_share = None
     if reference is not None and reference.features is not None and len(reference.features) > 1:
         real = reference.features
@@ -118,8 +121,8 @@ def search(
     interval = wilson_interval(round(share * len(pooled)), len(pooled))
     found = Memorisation(
         len(gallery),
-        rows(shown[:: max(1, len(shown) // NUM_ROWS)][:NUM_ROWS]),
-        rows(closest),
+        random,
+        nearest_rows,
         float(np.median(nearest.distances)),
         real_distance,
         real_share,
@@ -140,8 +143,7 @@ def authentic_share(nearest: Neighbours, gallery: NDArray[np.float32]) -> float:
     return float(((found >= limit[back]) & (found > 0)).mean())
 
 
-def _pictures(data: Pictures, numbers: list[int]) -> list[NDArray[np.uint8]]:
-    """Return pictures in the order of their numbers, which the set reads in rising order."""
-    batch = data.read(sorted(set(numbers)))
-    by_number = dict(zip(batch.numbers.tolist(), batch.images, strict=True))
-    return [by_number[number] for number in numbers]
+def _pictures(data: Pictures, numbers: set[int]) -> dict[int, NDArray[np.uint8]]:
+    """Return pictures by their numbers."""
+    batch = data.read(sorted(numbers))
+    return dict(zip(batch.numbers.tolist(), batch.images, strict=True))

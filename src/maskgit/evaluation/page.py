@@ -24,7 +24,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 def render(report: Report) -> str:
     """Return a report's page, HTML."""
-    style = resources.files("maskgit").joinpath("data/report.css").read_text("utf-8")
+    style = resources.files("maskgit").joinpath("assets/report.css").read_text("utf-8")
     sections = [
         _sheet(report),
         _classes(report),

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from maskgit.checks import check_range
+from maskgit.data.pictures import Pictures, check_share
 from maskgit.evaluation.evaluate import EvaluationConfig
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.lpips import LPIPS
-from maskgit.evaluation.pictures import Pictures, check_share
 from maskgit.evaluation.references import evaluator_identity
 from maskgit.evaluation.report import Picture, Report
 from maskgit.evaluation.running import Progress, run_works
@@ -83,6 +83,7 @@ class ReconstructionEvaluation:
         check_share(self.data.name, done.work.count, found.skipped, self.data.max_bad_share)
         names = Names(self.features, self.net)
         scores, cautions = reconstruction_scores(found.arrays, names, splits=self.config.splits)
+        cautions += [f"{self.data.name}: {line}" for line in self.data.left_out]
         shown = found.arrays.get("shown", ())
         captions: Sequence[str] = ("original", "reconstruction") * (len(shown) // 2)
         identities: dict[str, dict[str, Any]] = {

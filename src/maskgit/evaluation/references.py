@@ -5,17 +5,22 @@ Shapes: D feature dimensions.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from maskgit.data.npz import open_npz
+from maskgit.data.picture_sets import MAX_BAD_SHARE, NpzPictures, open_pictures
+from maskgit.data.pictures import Pictures, check_share
+from maskgit.download import sha256
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.metrics import Gaussian
-from maskgit.evaluation.pictures import Pictures, check_share
 from maskgit.evaluation.score_names import Names
 from maskgit.evaluation.scores import MAX_KEPT, summarise
-from maskgit.evaluation.statistics import ImageStatistics, check_comparable
+from maskgit.evaluation.statistics import ImageStatistics, check_comparable, read_statistics
 from maskgit.evaluation.units import Arrays, Units
+from maskgit.files import expand
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,12 @@ class Reference:
         if measured is None:
             return self.statistics
         # As ADM has it: distances to the whole data set, precision and recall to a sample of it.
-        return replace(self.statistics, features=measured.features, labels=measured.labels)
+        return replace(
+            self.statistics,
+            features=measured.features,
+            labels=measured.labels,
+            class_names=measured.class_names,
+        )
 
     def identity(self, joined: ImageStatistics) -> dict[str, Any]:
         """Return what a report says of it."""
@@ -64,6 +74,31 @@ class Reference:
             "resolution": joined.resolution,
             "features": joined.identity,
         }
+
+
+def open_reference(
+    place: str | Path, *, size: int | None = None, max_bad_share: float = MAX_BAD_SHARE
+) -> Reference:
+    """Open statistics in an `.npz` file, or a set of images that are yet to be measured.
+
+    Args:
+        place: such a file, or what `open_pictures` takes.
+        size, max_bad_share: as for `open_pictures`, for images that are not in an `.npz` file.
+
+    Raises:
+        DataError: there is nothing, or nothing that can be read.
+    """
+    path = expand(place)
+    if path.suffix == ".npz":
+        with open_npz(path) as archive:
+            names = archive.names
+        statistics = read_statistics(path) if names & {"mu", "format"} else None
+        images = NpzPictures(path) if "arr_0" in names else None
+        if statistics is None and images is None:
+            read_statistics(path)  # which says what is wrong
+        return Reference(str(place), statistics, images, sha256(path))
+    pictures = open_pictures(place, size=size, max_bad_share=max_bad_share)
+    return Reference(pictures.name, None, pictures, pictures.fingerprint)
 
 
 def reference_statistics(
@@ -90,7 +125,12 @@ def reference_statistics(
 
     arrays = pieces()
     statistics = summarise(
-        arrays, total=units.work.count, identity=net.identity, resolution=data.resolution, keep=keep
+        arrays,
+        total=units.work.count,
+        identity=net.identity,
+        resolution=data.resolution,
+        keep=keep,
+        class_names=data.class_names,
     )
     check_share(data.name, units.work.count, skipped, data.max_bad_share)
     return statistics, skipped

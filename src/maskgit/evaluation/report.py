@@ -67,6 +67,7 @@ class Report:
             dictionary.
         skipped: sentences about images that could not be read.
         classes: how each class fares.
+        no_classes: why that is not said, where it is not.
         class_names: names by class number.
         examples: pictures of some classes, their first ones by index.
         memorisation: what the search for copies found.
@@ -85,6 +86,7 @@ class Report:
     pairs: bool = False
     skipped: list[str] = field(default_factory=list)
     classes: list[ClassScore] = field(default_factory=list)
+    no_classes: str = ""
     class_names: tuple[str, ...] = ()
     examples: dict[int, list[Picture]] = field(default_factory=dict)
     memorisation: Memorisation | None = None
@@ -114,6 +116,7 @@ class Report:
                 | {name: plain(value) for name, value in entry._asdict().items() if name != "label"}
                 for entry in self.classes
             ],
+            "no_classes": self.no_classes or None,
             "memorisation": None if self.memorisation is None else self.memorisation.to_dict(),
             "curves": [
                 {

@@ -18,11 +18,11 @@ from torch import Tensor
 from maskgit import noise
 from maskgit.checks import check_choice, check_range
 from maskgit.config import Config, SamplerConfig
+from maskgit.data.pictures import Pictures, as_floats
 from maskgit.errors import ConfigError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.lpips import LPIPS
 from maskgit.evaluation.metrics import SSIM_WINDOW, psnr, ssim
-from maskgit.evaluation.pictures import Pictures, as_floats
 from maskgit.evaluation.units import Arrays, Made, Units
 from maskgit.images import to_pil, to_uint8
 from maskgit.pipeline import MaskGIT

@@ -73,6 +73,7 @@ def summarise(
     identity: str,
     resolution: tuple[int, int],
     keep: int = MAX_KEPT,
+    class_names: tuple[str, ...] | None = None,
 ) -> ImageStatistics:
     """Return the statistics of images that come in pieces, and some of their features, spread evenly.
 
@@ -82,6 +83,7 @@ def summarise(
         identity: of the feature net.
         resolution: (height, width) in pixels.
         keep: how many images' features are kept.
+        class_names: of the labels.
 
     Raises:
         DataError: there were fewer than two images.
@@ -113,6 +115,7 @@ def summarise(
         resolution,
         np.concatenate(features) if keep else None,
         np.concatenate(labels) if keep and not classless else None,
+        class_names,
     )
 
 

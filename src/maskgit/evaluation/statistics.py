@@ -6,12 +6,14 @@ Two kinds of `.npz` files are read:
   over the whole data set, beside a sample of its images in `arr_0`; files with `mu` and `sigma` alone, such
   as those of pytorch-fid, too. They do not say which network made them.
 - our own: `format`, `mean`, `covariance`, `count`, `identity` (of the feature net), `resolution`, and, where
-  the net has them or they were asked for, `spatial_mean`, `spatial_covariance`, `features` and `labels`.
+  the net has them or they were asked for, `spatial_mean`, `spatial_covariance`, `features`, `labels` and
+  `class_names` (JSON).
 
 Shapes: B batch, N images, D feature dimensions, S spatial dimensions, H × W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,16 +24,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskgit.checks import check_count
+from maskgit.data.npz import MAX_SIDE, Archive, open_npz
+from maskgit.data.npz import open_samples as open_samples
 from maskgit.errors import DataError, ImageError, OutputError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.frechet import FeatureStatistics, FrechetReport, Gaussian, frechet_report
-from maskgit.evaluation.npz import Archive, open_npz
 from maskgit.files import expand, replacing
 
 FORMAT = 1
 MAX_DIM = 8192
-MAX_SIDE = 4096
 MAX_FEATURE_BYTES = 2**32
+MAX_NAMES_BYTES = 2**28
 # Vectors that are gathered before they are added up, since each addition costs D² however few they are.
 _GATHERED = 512
 
@@ -49,6 +52,7 @@ class ImageStatistics:
         features: float32 (n, D), pooled features of the first n images, for kernel distances and neighbours;
             None where none were kept.
         labels: int32 (n,), the classes of those images; None where they are not known.
+        class_names: a name for each class; None where classes are known by their numbers alone, or not at all.
     """
 
     pooled: Gaussian
@@ -57,6 +61,7 @@ class ImageStatistics:
     resolution: tuple[int, int] | None = None
     features: NDArray[np.float32] | None = None
     labels: NDArray[np.int32] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 class Collector:
@@ -150,7 +155,9 @@ def merge_statistics(parts: Sequence[ImageStatistics]) -> ImageStatistics:
     if len(spatial) not in (0, len(parts)):
         raise DataError("Only some of the statistics have spatial features: make them with one feature net.")
     kept = [part.features for part in parts if part.features is not None]
-    labels = [part.labels for part in parts if part.labels is not None]
+    same = all(part.class_names == first.class_names for part in parts)
+    # Numbers of classes with different names are not of one list.
+    labels = [part.labels for part in parts if part.labels is not None and same]
     return ImageStatistics(
         _merged([part.pooled for part in parts]),
         _merged(spatial) if spatial else None,
@@ -158,6 +165,7 @@ def merge_statistics(parts: Sequence[ImageStatistics]) -> ImageStatistics:
         first.resolution,
         np.concatenate(kept) if kept else None,
         np.concatenate(labels) if kept and len(labels) == len(kept) else None,
+        first.class_names if same else None,
     )
 
 
@@ -277,7 +285,22 @@ def _own(archive: Archive) -> ImageStatistics:
         labels = archive.read("labels", 4 * len(features))
         if labels.shape != (len(features),) or labels.dtype != np.int32:
             raise DataError(f"{archive.path}: 'labels' has the wrong shape or type: make it again.")
-    return ImageStatistics(pooled, spatial, str(identity), (height, width), features, labels)
+    names = None if labels is None else _class_names(archive, int(labels.max(initial=-1)) + 1)
+    return ImageStatistics(pooled, spatial, str(identity), (height, width), features, labels, names)
+
+
+def _class_names(archive: Archive, least: int) -> tuple[str, ...] | None:
+    """Return the names of at least so many classes; files of before have none."""
+    if "class_names" not in archive.names:
+        return None
+    text = archive.read("class_names", MAX_NAMES_BYTES)
+    try:
+        names = json.loads(str(text)) if text.dtype.kind == "U" and text.shape == () else None
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or len(names) < least or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{archive.path}: 'class_names' is no list of a name for each class: make it again.")
+    return tuple(names)
 
 
 def _vector(archive: Archive, name: str, size: int) -> NDArray[np.int64]:
@@ -340,51 +363,7 @@ def write_statistics(path: str | Path, statistics: ImageStatistics, *, overwrite
         arrays["features"] = statistics.features
         if statistics.labels is not None:
             arrays["labels"] = statistics.labels
+            if statistics.class_names is not None:
+                arrays["class_names"] = np.array(json.dumps(statistics.class_names))
     with replacing(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class SampleFile:
-    """The images of an ADM sample or reference batch, read in pieces.
-
-    Attributes:
-        path: the `.npz` file, whose `arr_0` is uint8 (N, H, W, 3).
-        num_images: N.
-        resolution: (height, width) in pixels.
-    """
-
-    path: Path
-    num_images: int
-    resolution: tuple[int, int]
-
-    def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
-        """Yield the images in order, float32 (B, 3, H, W) in [0, 1].
-
-        Raises:
-            DataError: the file is damaged or has been cut off.
-        """
-        with open_npz(self.path) as archive:
-            for rows in archive.rows("arr_0", batch_size):
-                yield torch.from_numpy(rows.transpose(0, 3, 1, 2).astype(np.float32) / 255)
-
-
-def open_samples(path: str | Path) -> SampleFile:
-    """Return the images of an ADM sample batch, of which nothing but the header is read yet.
-
-    Args:
-        path: an `.npz` file with `arr_0`, uint8 (N, H, W, 3).
-
-    Raises:
-        DataError: there is no such file, or it holds no such array.
-    """
-    with open_npz(path) as archive:
-        header = archive.header("arr_0")
-    shape = header.shape
-    fits = len(shape) == 4 and shape[3] == 3 and shape[0] > 0 and all(1 <= s <= MAX_SIDE for s in shape[1:3])
-    if not fits or header.dtype != np.uint8:
-        raise DataError(
-            f"{path}: 'arr_0' must be uint8 (N, H, W, 3), but is {header.dtype} of {shape}: "
-            "is it the right file?"
-        )
-    return SampleFile(expand(path), shape[0], (shape[1], shape[2]))

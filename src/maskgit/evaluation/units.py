@@ -120,17 +120,20 @@ class Units:
         Raises:
             OutputError: a unit cannot be written; whatever `Work.make` raises.
         """
+        missing = list(range(len(self)))
         while True:
-            missing = [number for number in range(len(self)) if not self.done(number)]
+            missing = [number for number in missing if not self.done(number)]
             if report is not None:
                 report(len(self) - len(missing), len(self))
             if not missing:
                 return
-            made = False
+            made, done = False, len(self) - len(missing)
             for number in missing:
-                made = self._try(number) or made
+                own = self._try(number)
+                made = made or own
+                done += own or self.done(number)
                 if report is not None and made:
-                    report(sum(map(self.done, range(len(self)))), len(self))
+                    report(done, len(self))
             if not made:
                 time.sleep(POLL_SECONDS)
 

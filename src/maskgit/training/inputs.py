@@ -2,14 +2,19 @@
 
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from maskgit import hub
+from maskgit.data.batches import ImageBatches, TokenBatches
+from maskgit.data.caches import ImageCache, TokenCache
+from maskgit.data.streaming import StreamedImages, StreamedTokens
 from maskgit.errors import ConfigError
+from maskgit.evaluation.classwise import matched_classes
 from maskgit.pipeline import MaskGIT
 from maskgit.tokenizer import Tokenizer
-from maskgit.training.caches import ImageCache, TokenCache
 from maskgit.training.checkpoint import weights_fingerprint
-from maskgit.training.data import ImageBatches, TokenBatches
-from maskgit.training.streaming import StreamedImages, StreamedTokens
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig
 
@@ -38,6 +43,11 @@ class ImageInputs(NamedTuple):
         known = (self.train.cache if isinstance(self.train, ImageBatches) else None, self.test_cache)
         return tuple(cache for cache in known if cache is not None)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the data that a user should know."""
+        return self.train.left_out if isinstance(self.train, StreamedImages) else ()
+
 
 class TokenInputs(NamedTuple):
     """What a run of the second stage reads.
@@ -47,12 +57,16 @@ class TokenInputs(NamedTuple):
         test_cache: those to evaluate on.
         tokenizer: what makes or made them.
         source: the model whose transformer training starts from.
+        test_classes: int64 (classes,), which of the classes each of those of `test_cache` is.
+        notes: sentences about the data that a user should know.
     """
 
     train: TokenBatches | StreamedTokens
     test_cache: TokenCache | None
     tokenizer: Tokenizer
     source: MaskGIT | None
+    test_classes: Tensor
+    notes: tuple[str, ...]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -132,7 +146,16 @@ def open_tokens(config: TransformerTrainingConfig, rank: int = 0, world: int = 1
     else:
         train = _stream_tokens(config, tokenizer, fingerprint, rank, world)
     test_cache = _open_token_cache(config, config.test_data, fingerprint) if config.test_data else None
-    return TokenInputs(train, test_cache, tokenizer, source)
+    notes = train.left_out if isinstance(train, StreamedTokens) else ()
+    classes = torch.arange(config.model.num_classes)
+    if test_cache is not None:
+        names, theirs = train.class_names, test_cache.class_names
+        found = matched_classes(theirs, len(theirs), names, len(names), "test_data")
+        if found.numbers is None:
+            notes += (f"{found.reason} They are taken by their numbers.",)
+        else:
+            classes = torch.from_numpy(found.numbers.astype(np.int64))
+    return TokenInputs(train, test_cache, tokenizer, source, classes, notes)
 
 
 def _check_codes(theirs: Tokenizer, tokenizer: Tokenizer) -> None:

@@ -34,11 +34,11 @@ from torch import Tensor, nn
 
 from maskgit.checks import check_choice
 from maskgit.config import Config
+from maskgit.data.caches import ImageCache, TokenCache
 from maskgit.devices import choose_device
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
 from maskgit.files import expand, write_bytes
 from maskgit.locks import locked
-from maskgit.training.caches import ImageCache, TokenCache
 from maskgit.training.checkpoint import Checkpoints
 from maskgit.training.losses import mean_over_processes
 from maskgit.training.progress import Logger, Throughput, peak_flops

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from maskgit.checks import check_choice, check_range
 from maskgit.config import Config, TokenizerConfig
+from maskgit.data.augment import AUGMENTATIONS
 from maskgit.errors import ConfigError
 from maskgit.evaluation.features import BUNDLED_NETS
-from maskgit.training.augment import AUGMENTATIONS
 from maskgit.training.discriminator import check_discriminator_size
 from maskgit.training.losses import ADVERSARIAL_LOSSES, ENTROPY_KINDS
 from maskgit.training.optim import LR_SCHEDULES

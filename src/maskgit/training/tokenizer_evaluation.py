@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maskgit.data.augment import centre_crop
+from maskgit.data.caches import ImageCache
 from maskgit.evaluation.features import load_feature_net
 from maskgit.evaluation.metrics import (
     SSIM_WINDOW,
@@ -19,8 +21,6 @@ from maskgit.evaluation.metrics import (
     ssim,
 )
 from maskgit.tokenizer import Tokenizer
-from maskgit.training.augment import centre_crop
-from maskgit.training.caches import ImageCache
 from maskgit.training.run import Distributed, autocast
 
 NUM_SHOWN = 32

@@ -130,6 +130,8 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
+    for sentence in inputs.notes:
+        logger.say(sentence)
     networks = (tokenizer, discriminator, perceptual)
     flops = {on: flops_per_image(config, *networks, size, adversarial=on) for on in (False, True)}
     throughput = Throughput(config.batch_size, peak=peak_flops(device, precision) * distributed.world)

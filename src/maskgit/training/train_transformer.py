@@ -131,6 +131,8 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
+    for sentence in inputs.notes:
+        logger.say(sentence)
     peak = peak_flops(device, precision) * distributed.world
     throughput = Throughput(config.batch_size, flops_per_image(config.model), peak)
     ratio_losses = RatioLosses(device)
@@ -200,6 +202,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                         network,
                         test_cache,
                         vocabulary,
+                        classes=inputs.test_classes,
                         seed=config.seed,
                         batch_size=config.batch_size,
                         mask_schedule=config.mask_schedule,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from maskgit.config import SamplerConfig
+from maskgit.data.batches import TokenBatches
+from maskgit.data.caches import TokenCache
 from maskgit.noise import ImageNoise
 from maskgit.sampler import decode
 from maskgit.tokenizer import Tokenizer
-from maskgit.training.caches import TokenCache
-from maskgit.training.data import TokenBatches
 from maskgit.training.losses import sequence_cross_entropies
 from maskgit.training.masking import Masks, draw_masks
 from maskgit.training.progress import Logger
@@ -92,6 +92,7 @@ def evaluate_loss(
     cache: TokenCache,
     vocabulary: Vocabulary,
     *,
+    classes: Tensor,
     seed: int,
     batch_size: int,
     mask_schedule: str,
@@ -100,7 +101,7 @@ def evaluate_loss(
 ) -> float:
     """Return the mean loss over a token cache, each image masked once and always alike; all must call it.
 
-    The labels are given and the targets are not smoothed. What does not fill a batch is left out, unless there
+    `classes` says which of the model's classes each of the cache's is, int64 (classes,). The labels are given and the targets are not smoothed. What does not fill a batch is left out, unless there
     is less than one, whose images then count repeatedly.
     """
     batches = TokenBatches(
@@ -116,7 +117,9 @@ def evaluate_loss(
     count = max(1, len(cache) // batch_size)
     with evaluating(transformer):
         for step in range(count):
-            tokens, labels, numbers = (t.to(distributed.device) for t in batches.batch(step))
+            batch = batches.batch(step)
+            batch = batch._replace(labels=classes[batch.labels])
+            tokens, labels, numbers = (t.to(distributed.device) for t in batch)
             masks = draw_masks(seed, numbers, vocabulary.grid_size, mask_schedule=mask_schedule)
             with autocast(distributed.device, precision):
                 logits = transformer(

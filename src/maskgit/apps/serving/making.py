@@ -15,6 +15,7 @@ from maskgit.apps.serving.inputs import picture_size
 from maskgit.apps.serving.outputs import Recipe
 from maskgit.apps.serving.service import Limits
 from maskgit.checks import check_count
+from maskgit.classes import class_query
 from maskgit.errors import RegionError
 from maskgit.photos import open_picture
 from maskgit.pipeline import MaskGIT
@@ -194,9 +195,10 @@ def recipe(model: MaskGIT, recorded: dict[str, Any], body: schemas.Shown, made: 
 
 
 def _named(model: MaskGIT, label: int | str) -> int | str:
-    """Return the first of a class's names, or its number if it has none."""
+    """Return the first of a class's names as a command takes it, or its number if it has none."""
     number = model.label(label)
-    return number if model.class_names is None else model.class_names[number].split(",")[0]
+    names = model.class_names
+    return number if names is None else class_query(names[number].split(",")[0], number, names)
 
 
 def _shared(body: schemas.Sampled, told: Callback | None) -> dict[str, Any]:

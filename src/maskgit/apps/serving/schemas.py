@@ -49,7 +49,11 @@ Mask = Annotated[
     ),
 ]
 Class = Annotated[
-    int | str | None, Field(alias="class", description="A class's name or number; null is no class.")
+    int | str | None,
+    Field(
+        alias="class",
+        description="A class's name or number (name:… or number:… says which); null is no class.",
+    ),
 ]
 Box = Annotated[list[int], Field(min_length=4, max_length=4, description="left, top, width, height")]
 Pair = Annotated[list[int], Field(min_length=2, max_length=2)]

@@ -25,7 +25,7 @@ class Boxer:
 
     def draw(self) -> None:
         """Make the photo in the present place of the page."""
-        data = resources.files("maskgit").joinpath("data/webui")
+        data = resources.files("maskgit").joinpath("assets/webui")
         self.canvas = gr.HTML(
             "",
             html_template=data.joinpath("boxer.html").read_text("utf-8"),

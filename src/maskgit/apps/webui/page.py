@@ -84,7 +84,7 @@ def mount(app: "FastAPI", pipe: MaskGIT, name: str, *, path: str = "/") -> "Fast
         pipe, name: as for `build_page`.
         path: where the page is.
     """
-    data = resources.files("maskgit").joinpath("data/webui")
+    data = resources.files("maskgit").joinpath("assets/webui")
     options: dict[str, Any] = {
         "server_name": "127.0.0.1",
         "footer_links": [],

@@ -19,6 +19,7 @@ from maskgit.apps.webui import pictures
 from maskgit.apps.webui.pictures import Saved, Shelf
 from maskgit.apps.webui.watching import Step
 from maskgit.checks import check_range
+from maskgit.classes import class_query
 from maskgit.errors import ConfigError, ImageError, MaskGITError
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Output
@@ -91,7 +92,8 @@ class Studio:
         """Return what a label is recorded as; it means the same to `MaskGIT.label`."""
         if label is None or isinstance(label, str):
             return label or NO_CLASS
-        return self.pipe.class_names[label] if self.pipe.class_names else str(label)
+        names = self.pipe.class_names
+        return class_query(names[label], label, names) if names else str(label)
 
     def decode(self, step: Step) -> list[Image.Image]:
         """Return what a step's tokens look like."""

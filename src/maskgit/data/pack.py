@@ -1,4 +1,4 @@
-"""Reading images with Hugging Face `datasets` and packing them into the cache that training reads.
+"""Reading images and packing them into the cache that training reads.
 
 A source is a folder (a sub folder for each class, or Parquet files, WebDataset tars or IDX files), one such
 file, a pattern of files, or the name of a data set on the hub. It is read as a stream: memory stays bounded,
@@ -16,13 +16,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from maskgit.checks import check_count, check_range
+from maskgit.classes import sort_names
+from maskgit.data.augment import resize_and_centre_crop
+from maskgit.data.caches import MAX_SIDE, ImageCache
+from maskgit.data.huggingface import AUTO
+from maskgit.data.rows import MAX_CLASSES, ClassNumbers, Picture, Row, Source
+from maskgit.data.sources import open_source
+from maskgit.data.writers import new_image_cache
 from maskgit.errors import DataError, ImageError
 from maskgit.files import expand
 from maskgit.images import read_image
-from maskgit.training.augment import resize_and_centre_crop
-from maskgit.training.caches import MAX_SIDE, ImageCache
-from maskgit.training.sources import AUTO, MAX_CLASSES, Picture, Row, Source, class_number, open_source
-from maskgit.training.writers import new_image_cache
 
 _CHUNK = 256
 _LISTED = 100
@@ -74,7 +77,7 @@ def pack_images(
     source = expand(source) if str(source).startswith("~") else source
     opened = open_source(source, split, config, image_column, label_column)
     names = opened.class_names if class_names is None else tuple(class_names)
-    labels = _Labels(names)
+    labels, classes = _Labels(names), ClassNumbers(names)
     with (
         new_image_cache(out, size) as writer,
         ThreadPoolExecutor(num_workers) as pool,
@@ -82,9 +85,9 @@ def pack_images(
     ):
         skipped: list[str] = []
         num_skipped = num_enlarged = 0
-        rows = iter(opened.rows)
+        rows = opened.rows()
         while chunk := list(itertools.islice(rows, _CHUNK)):
-            done = list(pool.map(lambda row: _decode(row, size, names), chunk))
+            done = list(pool.map(lambda row: _decode(row, size, classes), chunk))
             good = [found for found in done if isinstance(found, _Found)]
             bad = [reason for reason in done if isinstance(reason, str)]
             if good:
@@ -101,6 +104,7 @@ def pack_images(
             num_enlarged=num_enlarged,
             num_skipped=num_skipped,
             skipped=skipped,
+            left_out=list(opened.left_out),
         )
     return ImageCache.open(out)
 
@@ -125,10 +129,10 @@ class _Found:
     enlarged: bool
 
 
-def _decode(row: Row, size: int, class_names: tuple[str, ...] | None) -> _Found | str:
+def _decode(row: Row, size: int, classes: ClassNumbers) -> _Found | str:
     """Return what a row holds, or why it is left out."""
     try:
-        label = class_number(row, class_names)
+        label = classes.of(row)
         pixels, enlarged = decode_square(row.picture(), size)
     except (ImageError, OSError) as error:
         return row.complaint(error)
@@ -166,10 +170,10 @@ class _Labels:
         """Return the labels, int64 (N,), and the class names."""
         labels = np.array(self._numbers, np.int64)
         if self._texts:
-            names = sorted(self._texts)
+            names = sort_names(self._texts)
             new = np.empty(len(names), np.int64)
             new[[self._texts[name] for name in names]] = np.arange(len(names))
-            return new[labels], tuple(names)
+            return new[labels], names
         return labels, self._names or tuple(str(i) for i in range(labels.max() + 1))
 
 

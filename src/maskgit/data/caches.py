@@ -57,6 +57,7 @@ class ImageCache:
         num_enlarged: images whose shorter side was below S.
         num_skipped: images that could not be read.
         skipped: which ones and why, the first hundred.
+        left_out: a sentence for each reason why something else that lay there was not read.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class ImageCache:
     num_enlarged: int
     num_skipped: int
     skipped: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -93,6 +95,8 @@ class ImageCache:
                 int(meta["num_enlarged"]),
                 int(meta["num_skipped"]),
                 tuple(str(line) for line in meta["skipped"]),
+                # Caches of before do not say.
+                tuple(str(line) for line in meta.get("left_out", ())),
             )
 
     def __len__(self) -> int:

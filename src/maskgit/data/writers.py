@@ -20,11 +20,8 @@ from tqdm import tqdm
 
 from maskgit.checks import check_choice, check_count, check_seed
 from maskgit.config import MAX_CODES, MAX_GRID
-from maskgit.errors import ConfigError, DataError, OutputError
-from maskgit.files import destination, expand, output_error, replacing
-from maskgit.noise import uniform
-from maskgit.training.augment import NUM_DRAWS, VIEWS
-from maskgit.training.caches import (
+from maskgit.data.augment import NUM_DRAWS, VIEWS
+from maskgit.data.caches import (
     FORMAT,
     IMAGES,
     LABELS,
@@ -39,6 +36,9 @@ from maskgit.training.caches import (
     shard_name,
     token_fingerprint,
 )
+from maskgit.errors import ConfigError, DataError, OutputError
+from maskgit.files import destination, expand, output_error, replacing
+from maskgit.noise import uniform
 
 # The stream of `noise.uniform` that the crops of a token cache are drawn from.
 CROPS = 67

@@ -1,20 +1,27 @@
-"""Reading arrays out of `.npz` files of unknown origin: nothing is unpickled, and sizes are checked first.
+"""Reading arrays and images out of `.npz` files of unknown origin: nothing is unpickled, and sizes are checked first.
 
 An `.npz` file is a zip of `.npy` files; a member's header says its type and shape before any of it is read.
+
+Shapes: B batch, N images, H × W pixels.
 """
 
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from maskgit.errors import DataError, MaskGITError
 from maskgit.files import expand
+
+MAX_SIDE = 4096
 
 
 class Header(NamedTuple):
@@ -133,3 +140,49 @@ def open_npz(path: str | Path) -> Iterator[Archive]:
         if isinstance(error, MaskGITError):
             raise
         raise DataError(f"{path} holds an array that is damaged: fetch or make it again.") from error
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """The images of an ADM sample or reference batch, read in pieces.
+
+    Attributes:
+        path: the `.npz` file, whose `arr_0` is uint8 (N, H, W, 3).
+        num_images: N.
+        resolution: (height, width) in pixels.
+    """
+
+    path: Path
+    num_images: int
+    resolution: tuple[int, int]
+
+    def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
+        """Yield the images in order, float32 (B, 3, H, W) in [0, 1].
+
+        Raises:
+            DataError: the file is damaged or has been cut off.
+        """
+        with open_npz(self.path) as archive:
+            for rows in archive.rows("arr_0", batch_size):
+                yield torch.from_numpy(rows.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+
+
+def open_samples(path: str | Path) -> SampleFile:
+    """Return the images of an ADM sample batch, of which nothing but the header is read yet.
+
+    Args:
+        path: an `.npz` file with `arr_0`, uint8 (N, H, W, 3).
+
+    Raises:
+        DataError: there is no such file, or it holds no such array.
+    """
+    with open_npz(path) as archive:
+        header = archive.header("arr_0")
+    shape = header.shape
+    fits = len(shape) == 4 and shape[3] == 3 and shape[0] > 0 and all(1 <= s <= MAX_SIDE for s in shape[1:3])
+    if not fits or header.dtype != np.uint8:
+        raise DataError(
+            f"{path}: 'arr_0' must be uint8 (N, H, W, 3), but is {header.dtype} of {shape}: "
+            "is it the right file?"
+        )
+    return SampleFile(expand(path), shape[0], (shape[1], shape[2]))

@@ -48,6 +48,8 @@ class Pictures(Protocol):
         fingerprint: SHA-256 of what identifies its content, in hexadecimal.
         resolution: (height, width) in pixels.
         num_classes: how many classes its labels are of; 0 where it has none.
+        class_names: a name for each of them; None where there are none, or they have numbers alone.
+        left_out: a sentence for each reason why something that lies there is not read.
         max_bad_share: the largest share of images that may be unreadable.
     """
 
@@ -55,6 +57,8 @@ class Pictures(Protocol):
     fingerprint: str
     resolution: tuple[int, int]
     num_classes: int
+    class_names: tuple[str, ...] | None
+    left_out: tuple[str, ...]
     max_bad_share: float
 
     def __len__(self) -> int:

@@ -25,12 +25,8 @@ import numpy as np
 import torch
 
 from maskgit.checks import check_choice, check_count, check_range, check_seed
-from maskgit.errors import ConfigError, DataError, ImageError
-from maskgit.files import expand
-from maskgit.noise import uniform
-from maskgit.tokenizer import Tokenizer
-from maskgit.training.augment import AUGMENTATIONS, NUM_DRAWS
-from maskgit.training.data import (
+from maskgit.data.augment import AUGMENTATIONS, NUM_DRAWS
+from maskgit.data.batches import (
     AUGMENT,
     ImageBatch,
     Shuffler,
@@ -39,9 +35,15 @@ from maskgit.training.data import (
     image_batch,
     sample_numbers,
 )
-from maskgit.training.idx import SPLITS, find_idx
-from maskgit.training.ingest import decode_square
-from maskgit.training.sources import AUTO, Columns, Row, class_number, load_stream, read_rows, schema_names
+from maskgit.data.huggingface import AUTO
+from maskgit.data.idx import SPLITS, find_idx
+from maskgit.data.pack import decode_square
+from maskgit.data.rows import ClassNumbers, Row
+from maskgit.data.sources import open_source
+from maskgit.errors import ConfigError, DataError, ImageError
+from maskgit.files import expand
+from maskgit.noise import uniform
+from maskgit.tokenizer import Tokenizer
 
 # Below this many images the share of bad ones says little.
 _FEW = 1000
@@ -52,12 +54,13 @@ _ENCODED = 64
 
 
 class StreamedImages:
-    """The batches of a run that reads its images from their source; in use like `data.ImageBatches`.
+    """The batches of a run that reads its images from their source; in use like `batches.ImageBatches`.
 
     Attributes:
         class_names: a name for each class.
         num_images: None, for the number is not known.
         size: pixels a side of the images given.
+        left_out: a sentence for each reason why something that lies in the source is not read.
     """
 
     num_images: None = None
@@ -120,21 +123,20 @@ class StreamedImages:
             raise DataError(
                 f"{source} holds IDX files, which are not streamed: pack them with `maskgit pack`."
             )
-        stream = load_stream(source, split, config, folder_labels=label_column is not None, revision=revision)
-        self._dataset, self.name, self._files = stream.dataset, stream.name, stream.files
-        self._local = stream.local
-        _check_lanes(lanes, global_batch, world, self._dataset.num_shards)
-        self._columns = Columns.find(self._dataset, self.name, image_column, label_column)
-        names = class_names or self._columns.class_names or schema_names(source, self._columns)
+        self._source = open_source(source, split, config, image_column, label_column, revision)
+        self.name, self.left_out = self._source.name, self._source.left_out
+        _check_lanes(lanes, global_batch, world, self._source.num_shards)
+        names = class_names or self._source.class_names
         if names is None:
             raise DataError(
                 f"{self.name} does not say what its classes are called; give their names with class_names."
             )
         self.class_names = tuple(names)
+        self._classes = ClassNumbers(self.class_names)
         self.seed, self.global_batch, self.rank, self.world = seed, global_batch, rank, world
         self.lanes, self.max_bad_share, self.num_workers = lanes, max_bad_share, num_workers
         # A folder is sorted by class, and a buffer smaller than a class would not mix them.
-        whole = len(self._files) if shuffle_buffer and stream.of_pictures else 0
+        whole = len(self._source.files) if shuffle_buffer and self._source.of_pictures else 0
         self.shuffle_buffer = max(shuffle_buffer, whole)
         self.num_bad = self.num_read = 0
         self._augment = AUGMENTATIONS[augment]
@@ -143,8 +145,8 @@ class StreamedImages:
     def fingerprint(self) -> str:
         """The sha256 of what `files_fingerprint` sees of the source and how it is cut, as hexadecimal digits."""
         described = [
-            files_fingerprint(self._files),
-            self._dataset.num_shards,
+            files_fingerprint(self._source.files),
+            self._source.num_shards,
             self.lanes,
             self.decoded_size,
             list(self.class_names),
@@ -171,7 +173,7 @@ class StreamedImages:
 
     def _lane_rows(self, lane: int, start: int, closed: Event) -> Iterator[Row]:
         """Give the rows of a lane for ever, epoch after epoch, from the row numbered `start` on."""
-        shards = range(lane, self._dataset.num_shards, self.lanes)
+        shards = range(lane, self._source.num_shards, self.lanes)
         shuffler = Shuffler(len(shards), self.seed, shuffle=self.shuffle_buffer > 0)
         epoch = position = 0
         while True:
@@ -192,8 +194,7 @@ class StreamedImages:
 
     def _shard_rows(self, shards: Sequence[int], closed: Event) -> Iterator[Row]:
         for shard in shards:
-            part = self._dataset.shard(num_shards=self._dataset.num_shards, index=shard)
-            for row in read_rows(part, self._columns, self.name, self._local):
+            for row in self._source.rows(shard):
                 if closed.is_set():
                     # Nobody hears it, for who would have asked for the batch is gone.
                     raise DataError(f"{self.name} is no longer read.")
@@ -220,7 +221,7 @@ class StreamedImages:
     def _decode(self, row: Row) -> tuple[np.ndarray, int] | str:
         """Return a row's pixels and class, or why there are none."""
         try:
-            label = class_number(row, self.class_names)
+            label = self._classes.of(row)
             assert isinstance(label, int)
             return decode_square(row.picture(), self.decoded_size)[0], label
         except (ImageError, OSError) as error:
@@ -245,10 +246,11 @@ class StreamedImages:
 
 
 class StreamedTokens:
-    """The tokens of streamed images, encoded as they come; in use like `data.TokenBatches`.
+    """The tokens of streamed images, encoded as they come; in use like `batches.TokenBatches`.
 
     Attributes:
         class_names: a name for each class.
+        left_out: as of the images.
         num_images: None, for the number is not known.
         fingerprint: the sha256 of the images' and the tokenizer's fingerprints, as hexadecimal digits.
     """
@@ -263,7 +265,7 @@ class StreamedTokens:
             tokenizer: what encodes it, in evaluation mode, on whatever device it is on by then.
             tokenizer_fingerprint: sha256 of the tokenizer's weights.
         """
-        self.class_names = images.class_names
+        self.class_names, self.left_out = images.class_names, images.left_out
         described = json.dumps([images.fingerprint, tokenizer_fingerprint])
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
         self._images = images

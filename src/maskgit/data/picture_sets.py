@@ -5,28 +5,30 @@ Shapes: n images read, H × W pixels.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from maskgit.checks import check_range
+from maskgit.classes import sort_names
+from maskgit.data.caches import META, ImageCache
+from maskgit.data.npz import open_npz, open_samples
+from maskgit.data.pack import decode_square
+from maskgit.data.pictures import Batch, Pictures
+from maskgit.data.rows import ClassNumbers, Row, Source, Unlabelled
+from maskgit.data.rows import Picture as Encoded
+from maskgit.data.sources import open_source
 from maskgit.download import sha256
 from maskgit.errors import DataError, ImageError
-from maskgit.evaluation.npz import open_npz
-from maskgit.evaluation.pictures import Batch, Pictures
-from maskgit.evaluation.references import Reference
-from maskgit.evaluation.statistics import open_samples, read_statistics
 from maskgit.files import expand
 from maskgit.images import read_image
-from maskgit.training.caches import META, ImageCache
-from maskgit.training.ingest import decode_square
-from maskgit.training.sources import IMAGE_SUFFIXES, Row, class_number, open_source
-from maskgit.training.sources import Picture as Encoded
 
 # Threads that decode.
 NUM_WORKERS = 4
@@ -43,9 +45,8 @@ def open_pictures(
     """Open a set of images by where it lies.
 
     Args:
-        place: a folder that `maskgit pack` made; a folder of pictures, of one class a sub folder or of none;
-            an `.npz` file of images; or what `maskgit pack` reads: Parquet, WebDataset and IDX files, and
-            names on the hub.
+        place: a folder that `maskgit pack` made, an `.npz` file of images, or what `maskgit pack` reads, where
+            pictures need have no classes.
         split: which part of a source that has several.
         size: cut the middle square of each picture and resize it to so many pixels a side; None takes
             pictures as they are, which must then be of one size.
@@ -57,45 +58,27 @@ def open_pictures(
     max_bad_share = check_range("max_bad_share", max_bad_share, 0, 1)
     path = expand(place)
     if (path / META).is_file() or path.suffix == ".npz":
-        made: Pictures = _Packed(path) if path.is_dir() else _Arrays(path)
+        made: Pictures = PackedPictures(path) if path.is_dir() else NpzPictures(path)
+        if split is not None:
+            raise DataError(f"{path} has no split {split!r}, and no splits at all: name none.")
         if size is not None and made.resolution != (size, size):
             raise DataError(
                 f"{path} holds images of {made.resolution[0]} × {made.resolution[1]} pixels, which are taken "
                 f"as they are: leave --size out, or pack the source again with --size {size}."
             )
         return made
-    loose = _loose_pictures(path) if path.is_dir() else []
-    if loose:
-        return _Folder(path, loose, size, max_bad_share)
-    return _Streamed(str(place), split, size, max_bad_share)
+    text = str(path) if path.exists() else str(place)
+    labelled = True
+    try:
+        source = open_source(text, split)
+    except DataError:
+        # It may be a set without labels, or none at all, which the second try then says.
+        labelled = False
+        source = open_source(text, split, label_column=None)
+    return SourcePictures(text, split, source, labelled=labelled, size=size, max_bad_share=max_bad_share)
 
 
-def open_reference(
-    place: str | Path, *, size: int | None = None, max_bad_share: float = MAX_BAD_SHARE
-) -> Reference:
-    """Open statistics in an `.npz` file, or a set of images that are yet to be measured.
-
-    Args:
-        place: such a file, or what `open_pictures` takes.
-        size, max_bad_share: as for `open_pictures`, for images that are not in an `.npz` file.
-
-    Raises:
-        DataError: there is nothing, or nothing that can be read.
-    """
-    path = expand(place)
-    if path.suffix == ".npz":
-        with open_npz(path) as archive:
-            names = archive.names
-        statistics = read_statistics(path) if names & {"mu", "format"} else None
-        images = _Arrays(path) if "arr_0" in names else None
-        if statistics is None and images is None:
-            read_statistics(path)  # which says what is wrong
-        return Reference(str(place), statistics, images, sha256(path))
-    pictures = open_pictures(place, size=size, max_bad_share=max_bad_share)
-    return Reference(pictures.name, None, pictures, pictures.fingerprint)
-
-
-class _Packed:
+class PackedPictures:
     """A packed image cache."""
 
     def __init__(self, path: Path) -> None:
@@ -104,6 +87,8 @@ class _Packed:
         self.fingerprint = self._cache.fingerprint
         self.resolution = (self._cache.size, self._cache.size)
         self.num_classes = self._cache.num_classes
+        self.class_names: tuple[str, ...] | None = self._cache.class_names
+        self.left_out: tuple[str, ...] = ()
         # What could not be read was left out when it was packed.
         self.max_bad_share = 0.0
 
@@ -118,7 +103,7 @@ class _Packed:
         return np.bincount(self._cache.labels, minlength=self.num_classes)
 
 
-class _Arrays:
+class NpzPictures:
     """An `.npz` file of images, which is read from its beginning."""
 
     def __init__(self, path: Path) -> None:
@@ -127,6 +112,8 @@ class _Arrays:
         self.fingerprint = sha256(path)
         self.resolution = self._file.resolution
         self.num_classes = 0
+        self.class_names: tuple[str, ...] | None = None
+        self.left_out: tuple[str, ...] = ()
         self.max_bad_share = 0.0
         self._rows: Iterator[NDArray[np.uint8]] | None = None
         self._next = 0
@@ -213,118 +200,99 @@ def _find_resolution(decoder: _Decoder, pictures: Iterator[Encoded | None]) -> t
     )
 
 
-def _loose_pictures(folder: Path) -> list[Path]:
-    """Return the pictures in a folder and below, unless it holds a data set of another kind."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        suffix = path.suffix.lower()
-        if suffix in (".parquet", ".tar"):
-            return []
-        if suffix in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
-            found.append(path)
-    return found
+class SourcePictures:
+    """What training reads from its source: gone through once for its labels, then read by numbers.
 
+    Pictures in a folder are read in any order, all else best in rising order.
+    """
 
-class _Folder:
-    """Pictures in a folder; where all lie in sub folders, these are the classes."""
-
-    def __init__(self, folder: Path, paths: list[Path], size: int | None, max_bad_share: float) -> None:
-        self._paths = paths
-        self.name, self.max_bad_share = str(folder), max_bad_share
-        names = sorted({path.parent.name for path in paths})
-        sorted_into_classes = all(path.parent != folder for path in paths)
-        self.num_classes = len(names) if sorted_into_classes else 0
-        self._labels = np.array(
-            [names.index(path.parent.name) if sorted_into_classes else -1 for path in paths], np.int32
-        )
-        listed = [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in paths]
-        self.fingerprint = hashlib.sha256(json.dumps([listed, size]).encode()).hexdigest()
-        self.resolution = _find_resolution(_Decoder(self.name, size), iter(paths))
-        self._decoder = _Decoder(self.name, size, self.resolution)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def read(self, numbers: Sequence[int]) -> Batch:
-        with ThreadPoolExecutor(NUM_WORKERS) as pool:
-            done = list(pool.map(self._decode, numbers))
-        return _batch(numbers, done, self._labels[np.asarray(numbers, np.int64)], self.resolution)
-
-    def _decode(self, number: int) -> NDArray[np.uint8] | str:
-        try:
-            return self._decoder.pixels(self._paths[number])
-        except (ImageError, OSError) as error:
-            text = str(error).rstrip(".")
-            name = self._paths[number].name
-            return text if name in text else f"{name}: {text}"
-
-    def count_labels(self) -> NDArray[np.int64]:
-        return np.bincount(self._labels[self._labels >= 0], minlength=self.num_classes)
-
-
-class _Streamed:
-    """What training reads as a stream: it is gone through once for its labels, then read in rising order."""
-
-    def __init__(self, place: str, split: str | None, size: int | None, max_bad_share: float) -> None:
-        self._place, self._split, self.max_bad_share = place, split, max_bad_share
-        self._column: str | None = "auto"
-        try:
-            source = open_source(place, split)
-        except DataError:
-            # It may be a set without labels, or none at all, which the second try then says.
-            self._column = None
-            source = open_source(place, split, label_column=None)
-        self.name = source.name
-        labels: list[int | str] = []
-        for row in source.rows:
-            labels.append(-1 if self._column is None else self._label(row, source.class_names))
-        texts = sorted({label for label in labels if isinstance(label, str)})
-        numbers = [texts.index(label) if isinstance(label, str) else label for label in labels]
-        self._labels = np.array(numbers, np.int32)
-        known = source.class_names if self._column is not None else None
-        self.num_classes = len(known or texts) or int(self._labels.max(initial=-1)) + 1
-        files = [[file.name, file.stat().st_size] for file in sorted(_files(place))]
-        described = [files or place, split, len(labels), size]
-        self.fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    def __init__(
+        self,
+        place: str,
+        split: str | None,
+        source: Source,
+        *,
+        labelled: bool,
+        size: int | None,
+        max_bad_share: float,
+    ) -> None:
+        self._source = source
+        self.name, self.left_out, self.max_bad_share = source.name, source.left_out, max_bad_share
+        rows: Iterable[Row] = source.rows()
+        self._files: list[Row] | None = None
+        if source.of_pictures:
+            # In the order in which the fingerprints of before have them.
+            rows = self._files = sorted(rows, key=lambda row: row.name.split(os.sep))
+        names = source.class_names if labelled else None
+        classes = ClassNumbers(names)
+        found = [_class_of(row, classes) if labelled else -1 for row in rows]
+        texts = sort_names({label for label in found if isinstance(label, str)})
+        numbers = {text: number for number, text in enumerate(texts)}
+        labels = [numbers[label] if isinstance(label, str) else label for label in found]
+        self._labels = np.array(labels, np.int32)
+        self.class_names: tuple[str, ...] | None = names or texts or None
+        self.num_classes = len(self.class_names or ()) or int(self._labels.max(initial=-1)) + 1
+        self.fingerprint = self._identify(place, split, size, texts)
         self._rows: Iterator[Row] | None = None
         self._next = 0
-        self.resolution = _find_resolution(_Decoder(self.name, size), map(_picture, self._open()))
-        self._decoder = _Decoder(self.name, size, self.resolution)
+        decoder = _Decoder(self.name, size)
+        self.resolution = _find_resolution(decoder, map(_picture, self._files or source.rows()))
+        self._decoder = replace(decoder, resolution=self.resolution)
+
+    def _identify(self, place: str, split: str | None, size: int | None, texts: tuple[str, ...]) -> str:
+        """Return the SHA-256 of names, sizes and number of files; of classes too, where these are not as before."""
+        described: list[Any]
+        if self._files is not None:
+            paths = [row.name for row in self._files]
+            root = os.path.abspath(place)
+            described = [[[os.path.relpath(path, root), os.path.getsize(path)] for path in paths], size]
+            usual = sorted({os.path.basename(os.path.dirname(path)) for path in paths})
+            names = list(self.class_names or ())
+        else:
+            files = [[file.name, file.stat().st_size] for file in sorted(_files(place))]
+            described = [files or place, split, len(self._labels), size]
+            usual, names = sorted(texts), list(texts)
+        if names and names != usual:
+            described += [names, self._labels.tolist()]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def _open(self) -> Iterator[Row]:
-        return iter(open_source(self._place, self._split, label_column=self._column).rows)
-
-    @staticmethod
-    def _label(row: Row, class_names: tuple[str, ...] | None) -> int | str:
-        try:
-            return class_number(row, class_names)
-        except ImageError:
-            return -1
-
     def read(self, numbers: Sequence[int]) -> Batch:
-        rows = []
-        for number in numbers:
-            if self._rows is None or number < self._next:
-                self._rows, self._next = self._open(), 0
-            while self._next <= number:
-                row = next(self._rows)
-                self._next += 1
-            rows.append(row)
+        rows = self._take(numbers) if self._files is None else [self._files[number] for number in numbers]
         with ThreadPoolExecutor(NUM_WORKERS) as pool:
             done = list(pool.map(self._decode, rows))
         return _batch(numbers, done, self._labels[np.asarray(numbers, np.int64)], self.resolution)
 
+    def _take(self, numbers: Sequence[int]) -> list[Row]:
+        rows = []
+        for number in numbers:
+            if self._rows is None or number < self._next:
+                self._rows, self._next = self._source.rows(), 0
+            while self._next <= number:
+                row = next(self._rows)
+                self._next += 1
+            rows.append(row)
+        return rows
+
     def _decode(self, row: Row) -> NDArray[np.uint8] | str:
         try:
+            if isinstance(row.label, Unlabelled):
+                raise ImageError(row.label.reason)
             return self._decoder.pixels(row.picture())
         except (ImageError, OSError) as error:
             return row.complaint(error)
 
     def count_labels(self) -> NDArray[np.int64]:
         return np.bincount(self._labels[self._labels >= 0], minlength=self.num_classes)
+
+
+def _class_of(row: Row, classes: ClassNumbers) -> int | str:
+    try:
+        return classes.of(row)
+    except ImageError:
+        return -1
 
 
 def _picture(row: Row) -> Encoded | None:

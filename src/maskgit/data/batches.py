@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from maskgit.checks import check_choice, check_count, check_seed
+from maskgit.data.augment import AUGMENTATIONS, NUM_DRAWS
+from maskgit.data.caches import ImageCache, TokenCache
 from maskgit.errors import ConfigError
 from maskgit.noise import uniform
-from maskgit.training.augment import AUGMENTATIONS, NUM_DRAWS
-from maskgit.training.caches import ImageCache, TokenCache
 
 # The streams of `noise.uniform` that training data draws from.
 AUGMENT, VIEW = 64, 65

@@ -1,0 +1,1 @@
+"""Images and tokens on disk: what evaluation and training read, through one door."""

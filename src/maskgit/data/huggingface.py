@@ -1,0 +1,240 @@
+"""Parquet files, WebDataset tars and data sets on the hub, as Hugging Face `datasets` reads them."""
+
+import glob
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from maskgit.data.folders import describe, pick_split
+from maskgit.data.rows import UNLABELLED, Row, Source
+from maskgit.errors import DataError, MaskGITError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+AUTO = "auto"
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+LABEL_COLUMNS = ("label", "labels", "cls", "class")
+# What `datasets` calls the readers of each kind of file.
+READERS = {".parquet": "parquet", ".tar": "webdataset"}
+# A Parquet file is otherwise read a row group at a time, which may be all of it.
+OPTIONS = {"parquet": {"batch_size": 256}}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a stream hold the images and labels.
+
+    Attributes:
+        image: the column of images.
+        label: the column of labels, or None if all images have class 0.
+        class_names: the names that the stream itself gives for integer labels.
+    """
+
+    image: str
+    label: str | None
+    class_names: tuple[str, ...] | None
+
+    @classmethod
+    def find(cls, dataset: "IterableDataset", name: str, image: str, label: str | None) -> "Columns":
+        """Find the columns, by name if one is asked for and by kind and usual names if it is "auto".
+
+        Raises:
+            DataError: there is no such column; those that there are are listed.
+        """
+        import datasets
+
+        features = dataset.features or dict.fromkeys(guard(name, lambda: next(iter(dataset), {})))
+        pictures = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+        image = pick_column(
+            "images", image, pictures + list(IMAGE_COLUMNS), list(features), name, "--image-column"
+        )
+        if label is None:
+            return cls(image, None, UNLABELLED)
+        label = pick_column("labels", label, LABEL_COLUMNS, list(features), name, "--label-column")
+        kind = features[label]
+        return cls(image, label, tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None)
+
+
+class Wanted(NamedTuple):
+    """Which part of a source is read; see `sources.open_source`."""
+
+    split: str | None
+    config: str | None
+    image_column: str
+    label_column: str | None
+
+
+def open_stream(
+    source: str,
+    reader: str,
+    options: dict[str, Any],
+    wanted: Wanted,
+    *,
+    local: bool,
+    own_files: Sequence[str] = (),
+) -> Source:
+    """Open files, or a name on the hub, as a stream whose images are not decoded.
+
+    Args:
+        source: what they are called.
+        reader: the name under which `datasets` reads them, and `options` the settings for it.
+        wanted: which part of them.
+        local: whether they lie here, so that rows may name files here.
+        own_files: all files here that are to be read, where `datasets` tells splits by their names.
+
+    Raises:
+        DataError: it is missing, empty or unreadable, or has no such split or column.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            "Reading data sets needs the package `datasets`: pip install 'maskgit-torch[train]'."
+        ) from error
+    name = source if local else f"{source} is no file or folder here, and on the hub it"
+    builder = guard(name, lambda: datasets.load_dataset_builder(reader, wanted.config, **options))
+    splits = guard(name, builder.as_streaming_dataset)
+    parts = {str(part): tuple(map(str, files)) for part, files in (builder.config.data_files or {}).items()}
+    left_out = _check_parts(source, own_files, parts, wanted.split)
+    split = pick_split(source, wanted.split, list(splits))
+    dataset, name = splits[split].decode(False), f"{source} ({split})"
+    columns = Columns.find(dataset, name, wanted.image_column, wanted.label_column)
+
+    def read(shard: int | None) -> Iterator[Row]:
+        part = dataset if shard is None else dataset.shard(num_shards=dataset.num_shards, index=shard)
+        return read_rows(part, columns, name, local)
+
+    return Source(
+        name,
+        columns.class_names or schema_names(source, columns),
+        read,
+        dataset.num_shards,
+        parts.get(split, ()),
+        left_out=tuple(left_out),
+    )
+
+
+def _check_parts(
+    source: str, files: Sequence[str], parts: dict[str, tuple[str, ...]], split: str | None
+) -> list[str]:
+    """Return a sentence about files that no split holds.
+
+    Raises:
+        DataError: there are some, and no split is asked for.
+    """
+    known = {Path(file) for held in parts.values() for file in held}
+    rest = [file for file in files if Path(file) not in known]
+    if not rest:
+        return []
+    if split is None:
+        raise DataError(
+            f"Some files of {source} are called after splits ({', '.join(parts)}), but {rest[0]} is not. Name a "
+            f"split, or give the files by a pattern, such as '{source}/*{Path(rest[0]).suffix}', to read all."
+        )
+    return describe("in no split", rest)
+
+
+def pattern_reader(source: str) -> tuple[str, dict[str, Any]] | None:
+    """Return the reader of the files that a path or pattern means, and its settings; None where there are none.
+
+    Raises:
+        DataError: they are of a kind that is not read.
+    """
+    files = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
+    suffixes = {Path(file).suffix.lower() for file in files}
+    if files and len(suffixes) == 1 and suffixes <= READERS.keys():
+        reader = READERS[suffixes.pop()]
+        return reader, {"data_files": files, **OPTIONS.get(reader, {})}
+    if files:
+        raise DataError(
+            f"{source} is of a kind that is not read here: give a folder of images, "
+            f"or {', '.join(READERS)} files."
+        )
+    return None
+
+
+def is_hub_name(source: str) -> bool:
+    """Return whether a data set on the hub may be called so."""
+    return _HUB_NAME.fullmatch(source) is not None and source.count("/") <= 1
+
+
+def pick_column(
+    what: str, wanted: str, usual: Iterable[str], columns: list[str], name: str, flag: str
+) -> str:
+    """Return the column that holds images or labels; see `Columns.find`."""
+    found = next((column for column in usual if column in columns), None) if wanted == AUTO else wanted
+    if found not in columns:
+        lacking = f"no column of {what}" if found is None else f"no column {wanted!r}"
+        hint = "" if what == "images" else ", or none to give all images one class"
+        raise DataError(
+            f"{name} has {lacking}. Its columns are: {', '.join(columns)}. Name one with {flag}{hint}."
+        )
+    assert found is not None
+    return found
+
+
+def read_rows(dataset: "IterableDataset", columns: Columns, name: str, local: bool) -> Iterator[Row]:
+    """Give the rows of a stream once, from its beginning.
+
+    Args:
+        dataset: the stream.
+        columns: which of its columns to read.
+        name: what it is, in words.
+        local: whether it lies here, so that its rows may name files here.
+
+    Raises:
+        DataError: the stream breaks.
+    """
+    wanted = [columns.image] + ([columns.label] if columns.label is not None else [])
+    if dataset.features is not None:
+        # Read no column but these, and the samples' names that WebDataset gives.
+        dataset = dataset.select_columns(wanted + [key for key in ("__key__",) if key in dataset.features])
+    rows = iter(dataset)
+    for number in itertools.count():
+        row = guard(name, lambda: next(rows, None))
+        if row is None:
+            return
+        value = row.get(columns.image)
+        label = 0 if columns.label is None else row.get(columns.label)
+        path = row.get("__key__") or (value.get("path") if isinstance(value, dict) else None)
+        yield Row(value, label, path or f"image {number}", local)
+
+
+def schema_names(source: str | Path, columns: Columns) -> tuple[str, ...] | None:
+    """Return the class names that a Parquet file's schema holds as `label_names`: JSON, or between commas."""
+    path = Path(source)
+    found = path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(str(source), recursive=True))
+    file = next(iter(sorted(found)), None)
+    if columns.label is None or file is None or file.suffix.lower() != ".parquet":
+        return None
+    names = guard(str(file), lambda: _read_names(file))
+    return tuple(str(name).strip() for name in names) or None
+
+
+def _read_names(file: Path) -> list[Any]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    metadata = pyarrow.parquet.read_schema(file).metadata or {}
+    text = metadata.get(b"label_names", b"").decode()
+    if text.startswith("["):
+        return list(json.loads(text))
+    return text.split(",") if text else []
+
+
+def guard(name: str, read: Callable[[], T]) -> T:
+    """Return what `read` does, any failure beneath it told as a `DataError` that names the source."""
+    try:
+        return read()
+    except MaskGITError:
+        raise
+    # The readers of a dozen formats and of the network lie beneath, and raise errors of any kind.
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise DataError(f"{name} cannot be read: {type(error).__name__}: {text}") from error

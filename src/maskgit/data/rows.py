@@ -1,0 +1,160 @@
+"""The images of a source, not yet decoded, and what a source says of itself."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maskgit.errors import ImageError
+
+MAX_CLASSES = 1_000_000
+# The class of images without labels.
+UNLABELLED = ("image",)
+REMOTE = frozenset(("hf", "zip", "tar", "gzip"))
+
+# Bytes of an image file, a path to one, or pixels, uint8 (H, W) or (H, W, 3).
+Picture = bytes | Path | np.ndarray
+
+
+class Unlabelled(NamedTuple):
+    """The label of an image that lacks one among images that have them.
+
+    Attributes:
+        reason: why, in words that follow the image's name.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a source, not yet decoded.
+
+    Attributes:
+        value: what the source holds for it.
+        label: its class as a number or as text, `Unlabelled`, or whatever else the source holds.
+        name: what to call it in a message.
+        local: whether its source lies here, so that it may name files here.
+    """
+
+    value: Any
+    label: Any
+    name: str
+    local: bool = False
+
+    def picture(self) -> Picture:
+        """Return what can be decoded, fetching it if it lies elsewhere.
+
+        Raises:
+            ImageError: the source holds no image here.
+            OSError: it cannot be fetched.
+        """
+        value = self.value
+        if isinstance(value, Path):
+            return value
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+            if isinstance(value, str):
+                return _fetch(value, self.local)
+        if isinstance(value, list | np.ndarray):
+            return _pixels(value)
+        if isinstance(value, bytes):
+            return value
+        raise ImageError("there is no image")
+
+    def complaint(self, error: Exception) -> str:
+        """Return why this row cannot be used, with its name."""
+        text = str(error).rstrip(".")
+        return text if self.name in text else f"{self.name}: {text}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that can be read again and again.
+
+    Attributes:
+        name: what it is, in words.
+        class_names: the names of its integer labels, or None if it has none.
+        read: gives the images of one of its shards, or all of them for None, in a fixed order.
+        num_shards: parts that can be read side by side.
+        files: what it is read from: paths, or addresses on the hub, which name the commit.
+        of_pictures: whether each of these files is one image.
+        left_out: a sentence for each reason why something that lies there is not read.
+    """
+
+    name: str
+    class_names: tuple[str, ...] | None
+    read: Callable[[int | None], Iterator[Row]]
+    num_shards: int = 1
+    files: tuple[str, ...] = ()
+    of_pictures: bool = False
+    left_out: tuple[str, ...] = ()
+
+    def rows(self, shard: int | None = None) -> Iterator[Row]:
+        """Give the images once, from the beginning, of one shard or of all."""
+        return self.read(shard)
+
+
+class ClassNumbers:
+    """Tells the classes of rows."""
+
+    def __init__(self, class_names: Sequence[str] | None) -> None:
+        """Take the names of the classes, or None where nothing says which text has which number."""
+        self._numbers: dict[str, int] | None = None
+        self._limit = MAX_CLASSES
+        if class_names is not None:
+            self._limit = len(class_names)
+            # Of equal names the first counts.
+            self._numbers = {name: i for i, name in reversed(list(enumerate(class_names)))}
+
+    def of(self, row: Row) -> int | str:
+        """Return a row's class: a number, or text where nothing says which number it has.
+
+        Raises:
+            ImageError: the row has no label, or one that is no class.
+        """
+        label = row.label
+        if isinstance(label, Unlabelled):
+            raise ImageError(label.reason)
+        if isinstance(label, str):
+            if self._numbers is None:
+                return label
+            if label in self._numbers:
+                return self._numbers[label]
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < self._limit:
+            raise ImageError(
+                f"its label is {label!r}, which is no class name and no class number below {self._limit:,}"
+            )
+        return label
+
+
+def _fetch(path: str, local: bool) -> Picture:
+    """Return a file that `datasets` names: a path here, or a place on the hub or in an archive there."""
+    kinds = {part.split("://")[0] for part in path.split("::") if "://" in part}
+    # A row may name any address, and must not make this machine fetch it.
+    if not kinds <= REMOTE:
+        raise ImageError(f"it lies at {path}, which is not fetched")
+    # A row of someone else's must not make private pictures part of a data set.
+    if not local and not path.split("::")[-1].startswith("hf://"):
+        raise ImageError(f"it is said to be {path}, which is a file here, not one of the data set's")
+    if not kinds:
+        return Path(path)
+    import fsspec  # type: ignore[import-untyped]
+
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def _pixels(value: list | np.ndarray) -> np.ndarray:
+    """Return the pixels of an array column, uint8 (H, W) or (H, W, 3)."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ImageError("its rows differ in length") from error
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or array.size == 0:
+        raise ImageError(f"its shape is {array.shape}, not (H, W) or (H, W, 3)")
+    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
+        raise ImageError("its values are not whole numbers from 0 to 255")
+    return array.astype(np.uint8)
