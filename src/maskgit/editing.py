@@ -199,8 +199,8 @@ def _renew(
         for side in (window.side, size)
     )
     blended = blend(before, made.images, torch.from_numpy(small))
-    if window.side == size and photo.alpha is None:
-        # Nothing is to be resized: the photos show the blended images to the bit.
+    if window.side == size and photo.alpha is None and photo.profile is None:
+        # Nothing is to be resized or converted: the photos show the blended images to the bit.
         layers, large = to_pil(blended), np.where(small > 0, 255, 0).astype(np.uint8)
     else:
         layers = to_pil(made.images)

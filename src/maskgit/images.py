@@ -1,7 +1,7 @@
 """Files, PIL pictures and arrays ↔ float (B, 3, H, W) in [0, 1]: the only owner of ranges, sizes and formats.
 
 Shapes: B batch, H × W pixels, C channels; rows from the top, columns from the left, colours red, green, blue.
-A picture is sRGB: embedded colour profiles are not applied.
+Tensors are sRGB: a picture in other colours is converted (see `profiles`).
 """
 
 import io

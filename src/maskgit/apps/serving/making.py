@@ -74,7 +74,7 @@ def inpaint(model: MaskGIT, body: schemas.Inpaint, told: Callback | None) -> Out
 def outpaint(model: MaskGIT, body: schemas.Outpaint, told: Callback | None) -> Output:
     """Go on beyond the edges."""
     return model.outpaint(
-        images.read_image(body.image),
+        open_picture(body.image, "photo"),
         left=body.left,
         right=body.right,
         top=body.top,
