@@ -139,9 +139,7 @@ def _binary(source: Source) -> Any:
     return nullcontext(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
-def read(
-    source: Source, max_pixels: int, convert: Callable[[Image.Image, str], Image.Image]
-) -> Image.Image:
+def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
     """Read a picture of one frame, turned the way it is meant to be seen.
 
     Args:
@@ -255,12 +253,16 @@ def _upright_exif(image: Image.Image, name: str) -> bytes:
         for tag in exif:
             if tag not in _OF_THE_FILE:
                 kept[tag] = exif[tag]
-        for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-            if part in exif:
-                kept.get_ifd(part).update(exif.get_ifd(part))
-        # They may be turned now, and what is made may be larger.
-        for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
-            kept.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
+        if ExifTags.IFD.GPSInfo in exif:
+            kept[ExifTags.IFD.GPSInfo] = exif.get_ifd(ExifTags.IFD.GPSInfo)
+        if ExifTags.IFD.Exif in exif:
+            taken = dict(exif.get_ifd(ExifTags.IFD.Exif))
+            # It may be turned now, and what is made of it may be larger.
+            for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
+                taken.pop(tag, None)
+            if ExifTags.IFD.Interop in taken:
+                taken[ExifTags.IFD.Interop] = exif.get_ifd(ExifTags.IFD.Interop)
+            kept[ExifTags.IFD.Exif] = taken
         return kept.tobytes() if len(kept) else b""
     except _DECODE_ERRORS:
         note(f"{name} has broken EXIF metadata, which are left out of what is made of it.")
@@ -285,11 +287,16 @@ def to_rgb(image: Image.Image, name: str = "The picture") -> Image.Image:
     picture, profile = _in_own_colours(image, name)
     picture = profiles.to_srgb(picture, profile)
     if picture.mode == "RGBA":
-        white = Image.new("RGBA", picture.size, "white")
-        white.alpha_composite(picture)
-        picture = white.convert("RGB")
+        picture = over_white(picture)
     picture.info = {}
     return picture
+
+
+def over_white(picture: Image.Image) -> Image.Image:
+    """Return an RGBA picture over white, mode RGB."""
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture)
+    return white.convert("RGB")
 
 
 def keep_alpha(image: Image.Image, name: str = "The picture") -> Image.Image:

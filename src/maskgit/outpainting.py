@@ -22,6 +22,7 @@ from maskgit.canvas import Window, decode_canvas, encode_canvas, plan_windows
 from maskgit.config import SamplerConfig, check_count, check_range
 from maskgit.errors import ConfigError, RegionError
 from maskgit.photos import Photo
+from maskgit.provenance import EDITED
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def outpaint(
             picture.info = dict(whole.rgb.info)
     before = torch.full((1, *pixels.shape[1:]), EMPTY)
     before[..., top : top + height, left : left + width] = photo
-    return Output(pixels, tokens, token_mask=unknown, before=before, photos=kept)
+    return Output(pixels, tokens, token_mask=unknown, before=before, photos=kept, source=EDITED)
 
 
 def panorama(
@@ -335,7 +336,7 @@ def _tint(pixels: Tensor, photo: Tensor, margins: tuple[int, int, int, int], siz
     The tokenizer changes colours a little, which would show as a step around the photo. What it changed there
     is taken back in the new parts as well, blurred, and the less the farther from the photo.
     """
-    left, right, top, bottom = margins
+    left, _, top, _ = margins
     height, width = photo.shape[2:]
     lost = photo - pixels[..., top : top + height, left : left + width]
     radius = size // 16

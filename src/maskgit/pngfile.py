@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import ImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from maskgit.notes import note

@@ -42,7 +42,7 @@ _GAMMA_THRESHOLD = 0.05
 _INKS = {"CMYK": "CMYK", "LAB": "Lab"}
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     """A profile cannot be used; the message says why."""
 
 
@@ -66,7 +66,7 @@ def of(image: Image.Image, mode: str, name: str) -> bytes | None:
             _converters(profile, mode)
             return profile
         return None if _is_srgb(profile) else profile
-    except Broken as error:
+    except BrokenError as error:
         note(f"{name} {error}; its colours are taken as sRGB.")
         return None
 
@@ -78,7 +78,9 @@ def _said(image: Image.Image, mode: str) -> bytes | None:
         primaries, curve = _PRIMARIES.get(points[0]), _TRANSFERS.get(points[1])
         if primaries and curve:
             return matrix_profile(primaries, curve)
-        raise Broken(f"is in colours that are not known here (primaries {points[0]}, transfer {points[1]})")
+        raise BrokenError(
+            f"is in colours that are not known here (primaries {points[0]}, transfer {points[1]})"
+        )
     icc = info.get("icc_profile")
     if isinstance(icc, bytes) and icc:
         return _checked(icc, mode)
@@ -94,13 +96,13 @@ def _said(image: Image.Image, mode: str) -> bytes | None:
 def _checked(icc: bytes, mode: str) -> bytes:
     """Return a profile that fits a mode; of grey, turned into one of RGB."""
     if len(icc) > MAX_PROFILE:
-        raise Broken(f"has a colour profile of {len(icc):,} bytes, above {MAX_PROFILE:,}")
+        raise BrokenError(f"has a colour profile of {len(icc):,} bytes, above {MAX_PROFILE:,}")
     space, wanted = icc[16:20].decode("latin-1").strip(), _INKS.get(mode, "RGB")
     if mode == "L" and space == "GRAY":
         return _grey_as_rgb(icc)
     # Grey with a profile of colours is a mistake that many programs make, and no doubt of what is meant.
     if space != wanted:
-        raise Broken(f"has a colour profile for {space!r:.10}, though its pixels are {mode}")
+        raise BrokenError(f"has a colour profile for {space!r:.10}, though its pixels are {mode}")
     return icc
 
 
@@ -113,7 +115,7 @@ def _grey_as_rgb(icc: bytes) -> bytes:
                 return matrix_profile(_SRGB, icc[start : start + length])
     except struct.error:
         pass
-    raise Broken("has a grey colour profile without a tone curve")
+    raise BrokenError("has a grey colour profile without a tone curve")
 
 
 def _from_chunks(gamma: Any, chromaticity: Any) -> bytes | None:
@@ -121,7 +123,7 @@ def _from_chunks(gamma: Any, chromaticity: Any) -> bytes | None:
     curve: tuple[float, ...] = _SRGB_CURVE
     if gamma is not None:
         if not 0.01 < gamma < 100:
-            raise Broken(f"says a gamma of {gamma}")
+            raise BrokenError(f"says a gamma of {gamma}")
         if abs(gamma * 2.2 - 1) > _GAMMA_THRESHOLD:
             curve = (1 / gamma,)
     primaries = _SRGB
@@ -139,7 +141,7 @@ def _exif_says_adobe(image: Image.Image) -> bool:
         exif = image.getexif()
         space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
         index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
-    # Broken metadata says nothing.
+    # BrokenError metadata says nothing.
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, struct.error):
         return False
     return space == 2 or (space != 1 and isinstance(index, str) and index.strip("\0 ") == "R03")
@@ -161,7 +163,7 @@ def _converters(icc: bytes, mode: str) -> _Converters:
         own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB")
         forth = ImageCms.buildTransform(own, srgb, mode, "RGB", relative, flags)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        raise Broken("has a broken colour profile") from error
+        raise BrokenError("has a broken colour profile") from error
     try:
         back = ImageCms.buildTransform(srgb, own, "RGB", mode, relative, flags)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -174,7 +176,7 @@ def _is_srgb(icc: bytes) -> bool:
     """Return whether an RGB profile's colours are sRGB's.
 
     Raises:
-        Broken: it cannot be used.
+        BrokenError: it cannot be used.
     """
     levels = np.linspace(0, 255, 18).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 1, 3)
@@ -246,7 +248,7 @@ def matrix_profile(
         name: what the profile is called.
 
     Raises:
-        Broken: the primaries span no colours.
+        BrokenError: the primaries span no colours.
     """
     matrix, adapted = _matrix(primaries)
     if isinstance(curve, tuple):
@@ -271,11 +273,11 @@ def _matrix(primaries: tuple[tuple[float, ...], ...]) -> tuple[np.ndarray, np.nd
         matrix = columns[:, :3] * np.linalg.solve(columns[:, :3], white)
         cones = (_BRADFORD @ _D50) / (_BRADFORD @ white)
     except (ZeroDivisionError, ValueError, np.linalg.LinAlgError) as error:
-        raise Broken("names primary colours that span no space") from error
+        raise BrokenError("names primary colours that span no space") from error
     adapted = np.linalg.inv(_BRADFORD) @ (cones[:, None] * _BRADFORD)
     matrix = adapted @ matrix
     if not (np.isfinite(matrix).all() and np.abs(matrix).max() < 100 and np.linalg.det(matrix) > 1e-3):
-        raise Broken("names primary colours that span no space")
+        raise BrokenError("names primary colours that span no space")
     return matrix, adapted
 
 
@@ -307,7 +309,9 @@ def _assembled(tags: Mapping[bytes, bytes]) -> bytes:
             data += value + bytes(-len(value) % 4)
         table += struct.pack(">4sII", tag, places[value], len(value))
     date = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
-    head = struct.pack(">I4sI4s4s4s", 128 + len(table) + len(data), b"", 0x04300000, b"mntr", b"RGB ", b"XYZ ")
+    head = struct.pack(
+        ">I4sI4s4s4s", 128 + len(table) + len(data), b"", 0x04300000, b"mntr", b"RGB ", b"XYZ "
+    )
     head += date + b"acsp" + bytes(4 + 4 + 4 + 4 + 8) + struct.pack(">I", 1)
     head += b"".join(_fixed(float(value)) for value in _D50)
     return head.ljust(128, b"\0") + table + data

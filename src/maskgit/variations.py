@@ -18,6 +18,7 @@ from maskgit.config import SamplerConfig, check_count, check_range
 from maskgit.editing import GUESS, resolve
 from maskgit.plans import plan_steps
 from maskgit.policies import make_policy
+from maskgit.provenance import EDITED
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def vary(
         return_steps=return_steps,
         callback=callback,
     )
-    return replace(made, token_mask=token_mask, before=before, class_guess=guess)
+    return replace(made, token_mask=token_mask, before=before, class_guess=guess, source=EDITED)
 
 
 def interpolate_classes(
@@ -193,7 +194,7 @@ def interpolate_images(
         return_steps=return_steps,
         callback=callback,
     )
-    return replace(made, token_mask=token_mask)
+    return replace(made, token_mask=token_mask, source=EDITED)
 
 
 def resumed(config: SamplerConfig, share: float, num_tokens: int) -> tuple[SamplerConfig, int]:

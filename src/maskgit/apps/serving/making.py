@@ -63,6 +63,7 @@ def inpaint(model: MaskGIT, body: schemas.Inpaint, told: Callback | None) -> Out
         open_picture(body.image, "photo"),
         body.mask,
         body.class_,
+        invert=body.invert,
         share=body.share,
         dilate=body.dilate,
         start_step=body.start_step,

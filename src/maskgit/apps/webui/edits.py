@@ -146,7 +146,7 @@ OPERATIONS = {
 
 
 # What the command line can set and the page cannot.
-UNSET = {"rule": "cover", "start_step": None, "canvas": None, "position": None}
+UNSET = {"rule": "cover", "invert": False, "start_step": None, "canvas": None, "position": None}
 
 
 def chosen_of(settings: dict[str, Any]) -> dict[str, Any]:
