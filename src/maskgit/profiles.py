@@ -139,9 +139,11 @@ def _exif_says_adobe(image: Image.Image) -> bool:
         return False
     try:
         exif = image.getexif()
-        space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
-        index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
-    # BrokenError metadata says nothing.
+        taken = exif.get_ifd(ExifTags.IFD.Exif)
+        space = taken.get(ExifTags.Base.ColorSpace)
+        has_index = ExifTags.IFD.Interop in taken
+        index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) if has_index else None
+    # Broken metadata say nothing.
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, struct.error):
         return False
     return space == 2 or (space != 1 and isinstance(index, str) and index.strip("\0 ") == "R03")
