@@ -20,8 +20,8 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/activate
 	$(PIP) -e '.[test]'
 	@touch $@
 
-# Tests need a browser for the page, a C++ compiler for torch.compile and ExifTool to read metadata. Where this may, it installs what is
-# missing; elsewhere, do it by hand.
+# Tests need a browser for the page, a C++ compiler for torch.compile and ExifTool to read metadata. Where this
+# may, it installs what is missing; elsewhere, do it by hand.
 PACKAGES := chromium fonts-dejavu-core g++ libimage-exiftool-perl
 $(VENV)/.packages: | $(BIN)/activate
 	@if ! { command -v chromium && command -v g++ && command -v exiftool; } >/dev/null \

@@ -167,7 +167,9 @@ def cmyk_profile():
     table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0])
     table += struct.pack(">9i", *(65_536 * (row == column) for row in range(3) for column in range(3)))
     table += bytes(range(256)) * 4
-    table += b"".join(bytes([round(2.55 * lab[0]), round(lab[1] + 128), round(lab[2] + 128)]) for lab in corners)
+    table += b"".join(
+        bytes([round(2.55 * lab[0]), round(lab[1] + 128), round(lab[2] + 128)]) for lab in corners
+    )
     table += bytes(range(256)) * 3
     start = 132 + 12
     head = struct.pack(">I4sI4s4s4s", start + len(table), b"", 0x02400000, b"prtr", b"CMYK", b"Lab ")
@@ -182,7 +184,11 @@ def lab_to_srgb(lab):
     f = np.stack([f + lab[..., 1] / 500, f, f - lab[..., 2] / 200], -1)
     xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * (0.96422, 1, 0.82521)
     to_d65 = np.array(
-        [[0.9555766, -0.0230393, 0.0631636], [-0.0282895, 1.0099416, 0.0210077], [0.0122982, -0.020483, 1.3299098]]
+        [
+            [0.9555766, -0.0230393, 0.0631636],
+            [-0.0282895, 1.0099416, 0.0210077],
+            [0.0122982, -0.020483, 1.3299098],
+        ]
     )
     return 255 * curved(xyz @ to_d65.T @ np.linalg.inv(to_xyz(SRGB)).T)
 
@@ -357,7 +363,9 @@ def test_a_jpeg_that_lacks_some_of_its_picture_is_refused(progressive):
         # At the end of each scan but the last, nothing is cut short, but bits are missing.
         places = [i for i in range(len(data)) if data[i : i + 2] == b"\xff\xda"]
         for place in places[2:]:
-            before = max(i for i in range(place) if data[i] == 0xFF and data[i + 1] in (0xC4, 0xDA) and i < place)
+            before = max(
+                i for i in range(place) if data[i] == 0xFF and data[i + 1] in (0xC4, 0xDA) and i < place
+            )
             cut = before if data[before + 1] == 0xC4 else place
             with pytest.raises(ImageError):
                 images.read_image(data[:cut])

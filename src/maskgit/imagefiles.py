@@ -23,7 +23,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from maskgit import pngfile, profiles
+from maskgit import pngfile, profiles, provenance
 from maskgit.errors import ImageError, MaskGITError
 from maskgit.notes import note
 
@@ -160,6 +160,8 @@ def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], 
         turned.info = {key: info[key] for key in METADATA if key in info}
         if "exif" in turned.info:
             turned.info["exif"] = _upright_exif(decoded, name)
+        if "xmp" in turned.info:
+            turned.info["xmp"] = provenance.refreshed(turned.info["xmp"])
         turned.info = {key: value for key, value in turned.info.items() if value}
         return turned
 
@@ -309,7 +311,7 @@ def keep_alpha(image: Image.Image, name: str = "The picture") -> Image.Image:
     if profile is not None and not profiles.can_be_written(profile):
         note(f"{name} has a colour profile that can be read and not written; what is made of it is sRGB.")
         picture, profile = profiles.to_srgb(picture, profile), None
-    info = {key: image.info[key] for key in ("exif", "xmp") if key in image.info}
+    info: dict[str | tuple[int, int], Any] = {k: image.info[k] for k in ("exif", "xmp") if k in image.info}
     if isinstance(image, TiffImageFile):
         # Its tags are EXIF's.
         info["exif"] = b"tags"

@@ -244,7 +244,7 @@ def encode(
         info = picture.info
         picture = imagefiles.over_white(picture)
         picture.info = info
-    known = dict(picture.info)
+    known = {key: picture.info[key] for key in imagefiles.METADATA if key in picture.info}
     if mark and source is not None:
         known["xmp"] = provenance.packet(source, known.get("xmp"))
     if form == "jpeg":

@@ -115,7 +115,7 @@ def opened(file: BinaryIO, name: str) -> tuple[BinaryIO, Facts]:
     header = spans[0][0], min(spans[0][1], 33)
     spans = [header, *texts.values(), (header[1], spans[0][1]), *spans[1:]]
     file.seek(0)
-    return io.BufferedReader(_Parts(file, spans, tail), 2**16), facts  # type: ignore[return-value]
+    return io.BufferedReader(_Parts(file, spans, tail), 2**16), facts
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:

@@ -32,6 +32,8 @@ _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _XMP = "http://ns.adobe.com/xap/1.0/"
 _IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 _OURS = ((_IPTC, "DigitalSourceType"), (_XMP, "CreatorTool"))
+# What is not true any more of a photo that was turned upright and edited; small copies show what is gone.
+_STALE = (("http://ns.adobe.com/tiff/1.0/", "Orientation"), (_XMP, "Thumbnails"))
 
 
 def say(pictures: Iterable[Image.Image], source: str | None) -> None:
@@ -72,6 +74,22 @@ def packet(source: str, own: bytes | None = None) -> bytes:
     ).encode()
 
 
+def refreshed(own: bytes) -> bytes:
+    """Return a photo's XMP without what is not true of it any more once it is read upright, to be edited.
+
+    XMP that cannot be read comes back as none, which a note says.
+    """
+    if not any(name.encode() in own for _, name in _STALE):
+        return own
+    try:
+        document, root = _parsed(own)
+        _remove(root, _STALE)
+        return _text(document)
+    except _UnreadableError as error:
+        note(f"The picture's own XMP metadata {error}; they are left out.")
+        return b""
+
+
 class _UnreadableError(Exception):
     """The message says why."""
 
@@ -84,6 +102,26 @@ def _attributes(source: str) -> str:
 
 
 def _merged(own: bytes, source: str) -> bytes:
+    document, root = _parsed(own)
+    # All descriptions are of one thing, and so is ours.
+    about = _remove(root, _OURS)
+    added = document.createElementNS(_RDF, "rdf:Description")
+    # In a file that calls the name spaces otherwise, ours are named on the spot.
+    for name, value in (
+        ("xmlns:rdf", _RDF),
+        ("rdf:about", about),
+        ("xmlns:xmp", _XMP),
+        ("xmp:CreatorTool", TOOL),
+        ("xmlns:Iptc4xmpExt", _IPTC),
+        ("Iptc4xmpExt:DigitalSourceType", source),
+    ):
+        added.setAttribute(name, value)
+    root.appendChild(added)
+    return _text(document)
+
+
+def _parsed(own: bytes) -> tuple[minidom.Document, minidom.Element]:
+    """Return XMP as a document, and the element whose children describe the picture."""
     if len(own) > MAX_XMP:
         raise _UnreadableError(f"have {len(own):,} bytes, above {MAX_XMP:,}")
     try:
@@ -97,35 +135,33 @@ def _merged(own: bytes, source: str) -> bytes:
     try:
         document = minidom.parseString(text.encode())
         (root,) = document.getElementsByTagNameNS(_RDF, "RDF")
-        _add(document, root, source)
-        # The bytes of a mark at the start would be characters inside.
-        return document.toxml().partition("?>")[2].encode()
     except (ExpatError, ValueError, RecursionError, LookupError, AttributeError) as error:
         raise _UnreadableError("cannot be read") from error
+    return document, root
 
 
-def _add(document: minidom.Document, root: minidom.Element, source: str) -> None:
+def _text(document: minidom.Document) -> bytes:
+    try:
+        # Without the declaration, which a packet has none of.
+        return document.toxml().partition("?>")[2].encode()
+    except (RecursionError, ValueError) as error:
+        raise _UnreadableError("are nested too deep") from error
+
+
+def _remove(root: minidom.Element, names: Sequence[tuple[str, str]]) -> str:
+    """Remove properties from all descriptions, and return what these are about."""
     about = ""
-    for described in root.getElementsByTagNameNS(_RDF, "Description"):
-        if described.parentNode is not root:
+    for described in root.childNodes:
+        if (described.namespaceURI, described.localName) != (_RDF, "Description"):
             continue
-        # All descriptions are of one thing, and so is ours.
         about = described.getAttributeNS(_RDF, "about") or about
-        for space, name in _OURS:
+        for space, name in names:
             if described.hasAttributeNS(space, name):
                 described.removeAttributeNS(space, name)
             for child in list(described.childNodes):
                 if (child.namespaceURI, child.localName) == (space, name):
                     described.removeChild(child)
-    added = document.createElementNS(_RDF, "rdf:Description")
-    # In a file that calls the name spaces otherwise, ours are named on the spot.
-    added.setAttribute("xmlns:rdf", _RDF)
-    added.setAttribute("rdf:about", about)
-    added.setAttribute("xmlns:xmp", _XMP)
-    added.setAttribute("xmp:CreatorTool", TOOL)
-    added.setAttribute("xmlns:Iptc4xmpExt", _IPTC)
-    added.setAttribute("Iptc4xmpExt:DigitalSourceType", source)
-    root.appendChild(added)
+    return about
 
 
 def into_gif(data: bytes, xmp: bytes) -> bytes:

@@ -105,12 +105,17 @@ class Output:
     indices: Tensor | None = None
     source: str = provenance.GENERATED
 
+    def __post_init__(self) -> None:
+        provenance.say(self.photos or (), self.source)
+
     def to_pil(self) -> list[Image.Image]:
         """Return the photos, or else the images as 8-bit RGB pictures.
 
         Their `info` says what they are; `maskgit.images.save_png` writes it.
         """
-        pictures = images.to_pil(self.images) if self.photos is None else list(self.photos)
+        if self.photos is not None:
+            return list(self.photos)
+        pictures = images.to_pil(self.images)
         provenance.say(pictures, self.source)
         return pictures
 
