@@ -288,7 +288,9 @@ def save_animation(
     written = data.getvalue()
     if xmp and form == "gif":
         written = provenance.into_gif(written, xmp)
-    files.write_bytes(path, written if sign is None else sign(written, f"image/{form}", source))
+    if sign is not None and source is not None:
+        written = sign(written, f"image/{form}", source)
+    files.write_bytes(path, written)
 
 
 def _trace(made: Output) -> Trace:

@@ -231,7 +231,7 @@ def encode(
         form: png, jpeg or webp.
         settings: JSON values, which a PNG holds as `save_png` says.
         mark: whether to say in XMP what the picture is, and this tool's name.
-        sign: makes a signed file of the file.
+        sign: makes a signed file of the file, if the picture says what it is.
 
     Raises:
         ConfigError: the settings are no JSON values, or too long.
@@ -257,7 +257,9 @@ def encode(
         options |= {"xmp": known.get("xmp", b""), "quality": _QUALITY[form]}
     data = io.BytesIO()
     picture.save(data, form.upper(), **options)
-    return data.getvalue() if sign is None else sign(data.getvalue(), f"image/{form}", source)
+    if sign is None or source is None:
+        return data.getvalue()
+    return sign(data.getvalue(), f"image/{form}", source)
 
 
 _QUALITY = {"jpeg": 95, "webp": 90}

@@ -21,8 +21,8 @@ GENERATED: Final = _SCHEME + "trainedAlgorithmicMedia"
 EDITED: Final = _SCHEME + "compositeWithTrainedAlgorithmicMedia"
 # Where a PIL image's `info` says which of them it is; writers go by it.
 KEY = "digital_source_type"
-# Makes a signed file of a file: its bytes, its media type, and `GENERATED`, `EDITED` or None.
-Sign = Callable[[bytes, str, str | None], bytes]
+# Makes a signed file of a file: its bytes, its media type, and `GENERATED` or `EDITED`.
+Sign = Callable[[bytes, str, str], bytes]
 TOOL = f"maskgit {__version__}"
 
 # Bytes of XMP that are read, and marks in it: what is parsed takes some hundred times as much memory.
@@ -152,7 +152,7 @@ def _remove(root: minidom.Element, names: Sequence[tuple[str, str]]) -> str:
     """Remove properties from all descriptions, and return what these are about."""
     about = ""
     for described in root.childNodes:
-        if (described.namespaceURI, described.localName) != (_RDF, "Description"):
+        if not isinstance(described, minidom.Element) or described.localName != "Description":
             continue
         about = described.getAttributeNS(_RDF, "about") or about
         for space, name in names:

@@ -6,6 +6,7 @@ Source: C2PA Technical Specification 2.2: §18.14 actions, §14.5 certificates.
 import io
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,18 @@ class Signer:
     def of(self, photo: bytes | None) -> Sign:
         """Return what signs pictures that were made from a photo, whose file is named as what was opened."""
 
-        def sign(data: bytes, media_type: str, source: str | None) -> bytes:
+        def sign(data: bytes, media_type: str, source: str) -> bytes:
             return self.sign(data, media_type, source, photo)
 
         return sign
 
-    def sign(self, data: bytes, media_type: str, source: str | None, photo: bytes | None = None) -> bytes:
+    def sign(self, data: bytes, media_type: str, source: str, photo: bytes | None = None) -> bytes:
         """Return a file with a signed manifest in it: what was done to the picture, and with what.
 
         Args:
             data: a PNG, JPEG, WebP or GIF file.
             media_type: of it.
-            source: `provenance.GENERATED`, `EDITED`, or None, which says no more than that it was created.
+            source: `provenance.GENERATED` or `EDITED`.
             photo: the file that an edit began from, with what it says of itself.
 
         Raises:
@@ -108,47 +109,49 @@ class Signer:
         import c2pa
 
         kind = _kind(photo) if photo is not None and source == EDITED else None
+        try:
+            if kind is not None and photo is not None:
+                # c2pa reads files more strictly than we do.
+                with suppress(c2pa.C2paError), self._builder(media_type, source, opened=True) as builder:
+                    parent = {"title": "photo", "relationship": "parentOf", "label": _PHOTO}
+                    builder.add_ingredient(parent, kind, io.BytesIO(photo))
+                    return self._finish(builder, data, media_type)
+            with self._builder(media_type, source, opened=False) as builder:
+                return self._finish(builder, data, media_type)
+        except c2pa.C2paError as error:
+            raise OutputError(f"The picture cannot be signed: {str(error).strip().rstrip('.')}.") from error
+
+    def _builder(self, media_type: str, source: str, *, opened: bool) -> Any:
+        import c2pa
+
+        # An edit whose photo is not at hand is a picture created from several sources.
+        actions: list[dict[str, Any]] = [{"action": "c2pa.created", "digitalSourceType": source}]
+        if opened:
+            actions = [
+                {"action": "c2pa.opened", "parameters": {"ingredientIds": [_PHOTO]}},
+                {"action": "c2pa.edited", "digitalSourceType": source},
+            ]
         manifest = {
             "claim_generator_info": [{"name": "maskgit", "version": __version__}],
             "format": media_type,
-            "assertions": [
-                {"label": "c2pa.actions.v2", "data": {"actions": _actions(source, kind is not None)}}
-            ],
+            "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": actions}}],
         }
+        return c2pa.Builder(json.dumps(manifest), self._context)
+
+    def _finish(self, builder: Any, data: bytes, media_type: str) -> bytes:
+        import c2pa
+
         info = c2pa.C2paSignerInfo(
             alg=self._algorithm, sign_cert=self._chain, private_key=self._key, ta_url=None
         )
         signed = io.BytesIO()
-        try:
-            with (
-                c2pa.Signer.from_info(info) as signer,
-                c2pa.Builder(json.dumps(manifest), self._context) as builder,
-            ):
-                if kind is not None:
-                    assert photo is not None, "it has a kind"
-                    builder.add_ingredient(
-                        {"title": "photo", "relationship": "parentOf", "label": _PHOTO},
-                        kind,
-                        io.BytesIO(photo),
-                    )
-                builder.sign(signer, media_type, io.BytesIO(data), signed)
-        except c2pa.C2paError as error:
-            raise OutputError(f"The picture cannot be signed: {str(error).strip().rstrip('.')}.") from error
+        with c2pa.Signer.from_info(info) as signer:
+            builder.sign(signer, media_type, io.BytesIO(data), signed)
         return signed.getvalue()
 
 
+# What the manifest calls the photo.
 _PHOTO = "photo"
-
-
-def _actions(source: str | None, opened: bool) -> list[dict[str, Any]]:
-    """Return what was done. An edit whose photo is not at hand is a picture created from several sources."""
-    made: dict[str, Any] = {} if source is None else {"digitalSourceType": source}
-    if opened:
-        return [
-            {"action": "c2pa.opened", "parameters": {"ingredientIds": [_PHOTO]}},
-            {"action": "c2pa.edited", **made},
-        ]
-    return [{"action": "c2pa.created", **made}]
 
 
 def _kind(photo: bytes) -> str | None:
