@@ -63,7 +63,7 @@ def run_pipeline(pipe: MaskGIT, count: int, seed: int, steps: int, batch_size: i
         labels = [index % pipe.vocabulary.num_classes for index in range(first, first + batch_size)]
         made = pipe.generate(labels, seed=seed, first_index=first, steps=steps, batch_size=batch_size)
         for picture in made.to_pil():
-            images.png_bytes(picture)
+            images.encode(picture)
     return time.perf_counter() - started
 
 

@@ -43,3 +43,9 @@ def tiny():
     from maskgit.convert import load_official
 
     return load_official(GOLDEN / "tiny_tokenizer.msgpack", GOLDEN / "tiny_transformer.msgpack")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny, tmp_path_factory) -> Path:
+    """The tiny golden model as a folder."""
+    return Path(tiny.save_pretrained(tmp_path_factory.mktemp("tiny") / "model"))

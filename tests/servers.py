@@ -13,6 +13,7 @@ import httpx
 import uvicorn
 
 from maskgit import MaskGIT
+from maskgit.apps.flags import Marking
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.server import bind
 from maskgit.apps.serving.service import Limits, Service
@@ -28,10 +29,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 @contextlib.contextmanager
 def in_thread(
-    limits: Limits, keys: tuple[str, ...] = (), model: MaskGIT | None = None
+    limits: Limits,
+    keys: tuple[str, ...] = (),
+    model: MaskGIT | None = None,
+    marking: Marking | None = None,
 ) -> Iterator[tuple[httpx.Client, Service]]:
     """Give a client of a real server, with the bundled model if no other is given, and the service behind it."""
-    service = Service(model or MaskGIT.from_pretrained(), "cifar10", limits)
+    service = Service(model or MaskGIT.from_pretrained(), "cifar10", limits, marking=marking)
     config = uvicorn.Config(create_app(service, keys), log_config=None, log_level="error", lifespan="on")
     server = uvicorn.Server(config)
     with bind("127.0.0.1", 0) as listener:

@@ -265,7 +265,7 @@ def test_wrong_arguments_are_told(named, arguments, error, message):
 
 
 def test_wrong_pictures_and_panoramas_are_told(named, tiny, tmp_path):
-    with pytest.raises(ImageError, match="but is a int"):
+    with pytest.raises(ImageError, match="must be a path, a PIL image, an array or a tensor, but is 3"):
         outpaint(named, 3, right=4, label=0)
     with pytest.raises(RegionError, match="at least 4 pixels a side"):
         outpaint(named, noise(3, 40), left=8)

@@ -24,6 +24,7 @@ from maskgit.images import to_pil
 from maskgit.likelihood import guess_class
 from maskgit.model import Label, Model, Picture
 from maskgit.photos import Photo, Window
+from maskgit.provenance import EDITED
 from maskgit.regions import Box, blend
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, ClassGuess, Output
 
@@ -103,6 +104,7 @@ def inpaint(
     mask: Any,
     label: Label = GUESS,
     *,
+    invert: bool = False,
     share: float = 0.0,
     dilate: int = 0,
     start_step: int = 0,
@@ -124,6 +126,7 @@ def inpaint(
             `maskgit.masks.read_mask`.
         label: what the photo is of: a class name or number, None for no class, which takes a model trained
             with label dropout; "guess" is the class that the model finds likeliest given what is known.
+        invert: whether all that the mask does not mark is to be made new, as where black is.
         share: what share of a token's pixels must be painted for it to be masked, up to 1; 0 is any. A pixel
             belongs to the token that its middle lies in.
         dilate: tokens by which the mask then grows in every direction.
@@ -142,7 +145,7 @@ def inpaint(
     """
     config = model.sampler_config(**settings)
     photo = photos.read_photo(image)
-    painted = masks.read_mask(mask, photo)
+    painted = masks.read_mask(mask, photo, invert=invert)
     window = photos.window_around(painted, model.config.image_size)
     grid = model.vocabulary.grid_size
     token_mask = photos.painted_tokens(painted, window, grid, share, dilate)
@@ -199,14 +202,20 @@ def _renew(
         for side in (window.side, size)
     )
     blended = blend(before, made.images, torch.from_numpy(small))
-    if window.side == size and photo.alpha is None:
-        # Nothing is to be resized: the photos show the blended images to the bit.
+    if window.side == size and photo.alpha is None and photo.profile is None:
+        # Nothing is to be resized or converted: the photos show the blended images to the bit.
         layers, large = to_pil(blended), np.where(small > 0, 255, 0).astype(np.uint8)
     else:
         layers = to_pil(made.images)
     whole = [photos.paste(photo, window, layer, large) for layer in layers]
     return replace(
-        made, images=blended, token_mask=token_mask, before=before, photos=whole, class_guess=guess
+        made,
+        images=blended,
+        token_mask=token_mask,
+        before=before,
+        photos=whole,
+        class_guess=guess,
+        source=EDITED,
     )
 
 

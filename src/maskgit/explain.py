@@ -15,9 +15,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from maskgit import files, images
+from maskgit import files, images, provenance
 from maskgit.checks import check_choice, check_count
 from maskgit.errors import ConfigError, ImageError, OutputError
+from maskgit.provenance import Sign
 from maskgit.results import Output, Trace
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def explain(
     _legend(sheet, draw, (lefts[1], top, width), bar, [str(i + 1) for i in range(steps)])
     smooth = colours(np.linspace(0, 1, width), CONFIDENCE_MAP)
     _legend(sheet, draw, (lefts[2], top, width), smooth, ["0.1", "1", "10", "100"])
+    provenance.say([sheet], made.source)
     return sheet
 
 
@@ -236,6 +238,7 @@ def animation(
         sheet = sheet.crop((6, 6, sheet.width - 6, sheet.height - 6))
         fixed = 1 - float(unknown[:, step].sum() / unknown[:, 0].sum().clamp(min=1))
         frames.append(_frame(sheet, f"step {step} of {steps}", fixed))
+    provenance.say(frames, made.source)
     return frames
 
 
@@ -246,6 +249,8 @@ def save_animation(
     milliseconds: int = 250,
     hold: int = 2000,
     overwrite: bool = True,
+    mark: bool = True,
+    sign: Sign | None = None,
 ) -> None:
     """Write frames as an animation that repeats for ever, whole or not at all.
 
@@ -255,6 +260,7 @@ def save_animation(
         milliseconds: how long a frame is shown.
         hold: how long the last one is.
         overwrite: whether a file of that name may be replaced.
+        mark, sign: as for `images.encode`.
 
     Raises:
         ConfigError, ImageError: a number is out of range, or there are no frames.
@@ -273,8 +279,17 @@ def save_animation(
     durations = [milliseconds] * (len(frames) - 1) + [hold]
     data = io.BytesIO()
     rest = list(frames[1:])
+    form, source = options["format"].lower(), provenance.source_of(frames)
+    xmp = provenance.packet(source) if mark and source is not None else None
+    if xmp and form == "webp":
+        options = options | {"xmp": xmp}
     frames[0].save(data, save_all=True, append_images=rest, duration=durations, loop=0, **options)
-    files.write_bytes(path, data.getvalue(), overwrite=overwrite)
+    written = data.getvalue()
+    if xmp and form == "gif":
+        written = provenance.into_gif(written, xmp)
+    if sign is not None and source is not None:
+        written = sign(written, f"image/{form}", source)
+    files.write_bytes(path, written, overwrite=overwrite)
 
 
 def _trace(made: Output) -> Trace:

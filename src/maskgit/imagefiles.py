@@ -24,8 +24,10 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from maskgit import pngfile, profiles, provenance
 from maskgit.errors import ImageError, MaskGITError
 from maskgit.files import expand
+from maskgit.notes import note
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
 
@@ -81,6 +83,11 @@ _DECODE_ERRORS = (
     Image.DecompressionBombWarning,
 )
 
+# What is known of a picture beside its pixels, and stays with it.
+METADATA = ("icc_profile", "exif", "xmp")
+# A JPEG that lacks its end is read once more, whole; larger ones are refused.
+MAX_JPEG = 2**28
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -132,7 +139,15 @@ def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.Ima
         reader = _reader(name, start)
         if reader is None:
             raise ImageError(f"{name} is not a picture that can be read; convert it to {_FORMATS}.")
+        facts = pngfile.Facts()
+        if reader is PngImageFile:
+            file, facts = pngfile.opened(file, name)
         image = reader(file)
+        if facts.profile:
+            image.info["icc_profile"] = facts.profile
+        for key, value in (("code_points", facts.code_points), ("significant_bits", facts.bits)):
+            if value:
+                image.info[key] = value
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(
@@ -173,12 +188,12 @@ def _binary(source: Source) -> Any:
     return nullcontext(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
-def read(source: Source, max_pixels: int, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Read a picture of one frame, turned the way it is meant to be seen and without metadata.
+def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
+    """Read a picture of one frame, turned the way it is meant to be seen.
 
     Args:
         source, max_pixels: as in `opened`.
-        convert: brings the pixels to another mode, before the picture's metadata is removed.
+        convert: `to_rgb`, or `keep_alpha`, with which the picture's metadata stay in its `info`.
 
     Raises:
         ImageError: as in `opened`, or it is animated.
@@ -187,8 +202,88 @@ def read(source: Source, max_pixels: int, convert: Callable[[Image.Image], Image
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
             raise ImageError(f"{name} is animated or has pages ({frames} frames); extract one frame first.")
+        decoded = _decoded(image, name)
+        result = convert(decoded, name)
+        info = result.info
+        turned = upright(result, orientation(decoded))
+        turned.info = {key: info[key] for key in METADATA if key in info}
+        if "exif" in turned.info:
+            turned.info["exif"] = _upright_exif(decoded, name)
+        if "xmp" in turned.info:
+            turned.info["xmp"] = provenance.refreshed(turned.info["xmp"])
+        turned.info = {key: value for key, value in turned.info.items() if value}
+        return turned
+
+
+def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
+    """Return a picture with its pixels read, deep ones of colour brought to 8 bits."""
+    if isinstance(image, PngImageFile) and pngfile.is_deep(image) and _needs_depth(image):
+        return _from_deep(image, name)
+    try:
         image.load()
-        return upright(convert(image), orientation(image))
+    except OSError:
+        if not isinstance(image, JpegImageFile):
+            raise
+        whole = _without_end(image)
+        if whole is None:
+            raise
+        note(f"{name} lacks the marker at its end; its picture is whole.")
+        return whole
+    return image
+
+
+def _without_end(image: JpegImageFile) -> Image.Image | None:
+    """Return a JPEG that lacks its end marker alone, or None if some of its picture is missing, too."""
+    file = image.fp
+    if file is None:
+        # It was read to its end, and something in it is wrong.
+        return None
+    file.seek(0)
+    data = file.read(MAX_JPEG + 1)
+    if len(data) > MAX_JPEG or not _all_scans(data):
+        return None
+    # The last byte may be the first half of the marker.
+    data = data.removesuffix(b"\xff")
+    end = b"\xff\xd9"
+    # Whatever stands after a whole picture, no pixel changes; where data are missing, these are taken for them.
+    readings = []
+    for filler in (b"", b"\x55" * 256, b"\xaa" * 256):
+        with JpegImageFile(io.BytesIO(data + filler + end)) as reading:
+            reading.load()
+            readings.append(reading.copy())
+            readings[-1].info = dict(image.info)
+    first, *others = (reading.tobytes() for reading in readings)
+    return readings[0] if all(other == first for other in others) else None
+
+
+def _all_scans(data: bytes) -> bool:
+    """Return whether a JPEG's scans bring each coefficient of each component to its last bit.
+
+    Source: ITU-T T.81, B.2.2, B.2.3 and G.1.1.1.
+    """
+    place, wanted, found = 2, set[int](), dict[tuple[int, int], int]()
+    progressive = False
+    while place + 4 <= len(data):
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        segment = data[place + 4 : place + 2 + length]
+        if data[place] != 0xFF or length < 2:
+            return False
+        place += 2 + length
+        if marker in (0xC0, 0xC1, 0xC2) and len(segment) >= 6 + 3 * segment[5]:
+            progressive = marker == 0xC2
+            wanted = {segment[6 + 3 * i] for i in range(segment[5])}
+        elif marker == 0xDA and segment and len(segment) >= 4 + 2 * segment[0]:
+            first, last, bits = segment[-3:]
+            for i in range(segment[0]):
+                for coefficient in range(first, min(last, 63) + 1) if progressive else range(64):
+                    found[segment[1 + 2 * i], coefficient] = bits & 15 if progressive else 0
+            # The scan's own data end at the next marker.
+            following = _MARKER.search(data, place)
+            place = following.start() if following else len(data)
+    return bool(wanted) and all(found.get((c, k)) == 0 for c in wanted for k in range(64))
+
+
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 def orientation(image: Image.Image) -> int:
@@ -201,6 +296,36 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
+def _upright_exif(image: Image.Image, name: str) -> bytes:
+    """Return a picture's EXIF for the picture turned upright, without its thumbnail and what describes a TIFF."""
+    try:
+        exif = image.getexif()
+        kept = Image.Exif()
+        for tag in exif:
+            if tag not in _OF_THE_FILE:
+                kept[tag] = exif[tag]
+        if ExifTags.IFD.GPSInfo in exif:
+            kept[ExifTags.IFD.GPSInfo] = exif.get_ifd(ExifTags.IFD.GPSInfo)
+        if ExifTags.IFD.Exif in exif:
+            taken = dict(exif.get_ifd(ExifTags.IFD.Exif))
+            # It may be turned now, and what is made of it may be larger.
+            for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
+                taken.pop(tag, None)
+            if ExifTags.IFD.Interop in taken:
+                taken[ExifTags.IFD.Interop] = exif.get_ifd(ExifTags.IFD.Interop)
+            kept[ExifTags.IFD.Exif] = taken
+        return kept.tobytes() if len(kept) else b""
+    except _DECODE_ERRORS:
+        note(f"{name} has broken EXIF metadata, which are left out of what is made of it.")
+        return b""
+
+
+# Tags of TIFF's own that say how pixels are stored, the orientation, and what stands elsewhere: IPTC and
+# Photoshop's data, the ICC profile, XMP.
+_OF_THE_FILE = {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 317, 320, 322, 323}
+_OF_THE_FILE |= {324, 325, 330, 338, 339, 347, 513, 514, 529, 530, 531, 532, 700, 33723, 34377, 34675}
+
+
 def upright(image: Image.Image, orientation: int) -> Image.Image:
     """Return a picture turned the way it is meant to be seen, with its metadata removed."""
     image = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
@@ -208,47 +333,144 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture of any mode in RGB: transparency over white, deep grey scaled to 8 bits."""
+def to_rgb(image: Image.Image, name: str = "The picture") -> Image.Image:
+    """Return a picture of any mode as sRGB, mode RGB: transparency over white, deep grey scaled to 8 bits."""
+    picture, profile = _in_own_colours(image, name)
+    picture = profiles.to_srgb(picture, profile)
+    if picture.mode == "RGBA":
+        picture = over_white(picture)
+    picture.info = {}
+    return picture
+
+
+def over_white(picture: Image.Image) -> Image.Image:
+    """Return an RGBA picture over white, mode RGB."""
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture)
+    return white.convert("RGB")
+
+
+def keep_alpha(image: Image.Image, name: str = "The picture") -> Image.Image:
+    """Return a picture of any mode in RGBA if it has transparency, else in RGB, in its own colours.
+
+    Its `info` holds its metadata alone; an "icc_profile" is of the result's numbers, which are sRGB if there
+    is none. Where a profile is of no RGB, or for reading alone, the picture becomes sRGB.
+    """
+    picture, profile = _in_own_colours(image, name)
+    if profile is not None and not profiles.can_be_written(profile):
+        note(f"{name} has a colour profile that can be read and not written; what is made of it is sRGB.")
+        picture, profile = profiles.to_srgb(picture, profile), None
+    info: dict[str | tuple[int, int], Any] = {k: image.info[k] for k in ("exif", "xmp") if k in image.info}
+    if isinstance(image, TiffImageFile):
+        # Its tags are EXIF's.
+        info["exif"] = b"tags"
+    if not isinstance(info.get("xmp", b""), bytes):
+        del info["xmp"]
+    picture.info = info | ({"icc_profile": profile} if profile else {})
+    return picture
+
+
+def _in_own_colours(image: Image.Image, name: str) -> tuple[Image.Image, bytes | None]:
+    """Return a picture of any mode in RGB or RGBA, a copy, and the ICC profile of its numbers, None for sRGB."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return _shallow(image).convert("RGB")
+        return _shallow(image, name), profiles.of(image, "L", name)
+    if image.mode in ("CMYK", "LAB"):
+        profile = profiles.of(image, image.mode, name)
+        return (image.convert("RGB") if profile is None else profiles.to_srgb(image, profile)), None
+    grey = image.mode in ("1", "L", "LA", "La")
+    profile = profiles.of(image, "L" if grey else "RGB", name)
     if image.mode == "La":
         # Pillow turns only the coloured premultiplied mode into a plain one.
-        grey, alpha = image.split()
-        image = Image.merge("RGBa", (grey, grey, grey, alpha))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(rgba)
-        image = white
-    return image.convert("RGB")
+        level, alpha = image.split()
+        image = Image.merge("RGBa", (level, level, level, alpha))
+    clear = image.has_transparency_data
+    picture = image.convert("RGBA" if clear else "RGB")
+    return (picture.copy() if picture is image else picture), profile
 
 
-def keep_alpha(image: Image.Image) -> Image.Image:
-    """Return a picture of any mode in RGBA if it has transparency, else in RGB; see `to_rgb`."""
-    if image.mode == "La":
-        grey, alpha = image.split()
-        image = Image.merge("RGBa", (grey, grey, grey, alpha))
-    deep = image.mode == "F" or image.mode.startswith("I")
-    return image.convert("RGBA") if image.has_transparency_data and not deep else to_rgb(image)
+def _shallow(image: Image.Image, name: str) -> Image.Image:
+    """Return deep grey (16 bits, or floats) as 8 bits, mode RGB, or RGBA if one level of it is transparent.
 
-
-def _shallow(image: Image.Image) -> Image.Image:
-    """Return deep grey (16 bits, or floats) as 8 bits; Pillow's own conversion clips instead of scaling."""
+    Pillow's own conversion clips instead of scaling.
+    """
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F":
         if not (low >= 0 and high <= 1):
             raise ImageError(f"Floating-point grey must be within [0, 1], but runs from {low} to {high}.")
-        grey = np.rint(values * 255)
-    else:
-        if low < 0 or high > 65_535:
-            raise ImageError(
-                f"Grey must be of 8 or 16 bits, within [0, 65535], but runs from {low} to {high}."
-            )
-        # The nearest of 256 levels: 65535 = 257 · 255.
-        grey = (values.astype(np.int32) + 128) // 257
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, int):
-            grey[values == transparent] = 255
-    return Image.fromarray(grey.astype(np.uint8))
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
+    if low < 0 or high > 65_535:
+        raise ImageError(f"Grey must be of 8 or 16 bits, within [0, 65535], but runs from {low} to {high}.")
+    grey = Image.fromarray(_eight_bits(values, _bits(image), name)).convert("RGB")
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _bits(image: Image.Image) -> int:
+    """Return the significant bits of deep grey, as its file says."""
+    if isinstance(image, TiffImageFile):
+        # Pillow reads 12 bits as they are.
+        stored = image.tag_v2.get(258, (16,))
+        return min(int(stored[0] if isinstance(stored, tuple) else stored), 16)
+    said = image.info.get("significant_bits")
+    return said[0] if said and 0 < said[0] <= 16 else 16
+
+
+def _eight_bits(values: np.ndarray, bits: int, name: str) -> np.ndarray:
+    """Return 16-bit numbers as the nearest of 256 levels, uint8.
+
+    Data of fewer bits ought to be spread over all 16, as PNG's standard has it; many programs only say how
+    many bits they wrote.
+
+    Args:
+        values: whole numbers in [0, 65535].
+        bits: that are significant, as the file says.
+        name: for notes.
+    """
+    numbers = np.arange(65_536)
+    # The nearest of 256 levels: 65535 = 257 · 255.
+    levels = (numbers + 128) // 257
+    high = int(values.max())
+    if bits < 16 and high < 2**bits:
+        top = 2**bits - 1
+        step = 65_535 / top
+        used = np.zeros(len(numbers), np.bool_)
+        used[values] = True
+        # How far numbers are from those that spread data can have.
+        if np.abs(numbers - np.rint(numbers / step) * step)[used].max() >= 1:
+            note(f"{name} holds {bits}-bit numbers in 16 bits, as it says itself; {top:,} is taken as white.")
+            levels = np.minimum((numbers * 510 + top) // (2 * top), 255)
+    elif bits == 16 and 0 < high < 4096:
+        note(
+            f"The numbers in {name} end at {high:,}, as those of 12 bits do, and it does not say so; they are "
+            "taken as 16 bits, which is nearly black. Scale them to 65,535 first, or add an sBIT chunk."
+        )
+    return levels.astype(np.uint8)[values]
+
+
+def _needs_depth(image: PngImageFile) -> bool:
+    """Return whether the upper 8 bits of a picture of 16 bits a channel are not enough to understand it."""
+    return "transparency" in image.info or min(image.info.get("significant_bits", (16,))) < 16
+
+
+def _from_deep(image: PngImageFile, name: str) -> Image.Image:
+    """Return a PNG of 16 bits a channel in 8, mode L, RGB, LA or RGBA."""
+    values = pngfile.deep(image)
+    colours = values.shape[2] - (values.shape[2] in (2, 4))
+    said = image.info.get("significant_bits", ())
+    bits = [max(said[:colours], default=16), *said[colours:]]
+    parts = [_eight_bits(values[..., :colours], bits[0], name)]
+    if colours < values.shape[2]:
+        parts.append(_eight_bits(values[..., colours:], bits[1] if len(bits) > 1 else 16, name))
+    clear = image.info.get("transparency")
+    if colours == values.shape[2] and clear is not None:
+        hidden = (values == np.array(clear)).all(2, keepdims=True)
+        parts.append(np.where(hidden, 0, 255).astype(np.uint8))
+    # Its metadata may stand after its pixels.
+    image.load()
+    pixels = np.concatenate(parts, 2)
+    result = Image.fromarray(pixels)
+    result.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    return result

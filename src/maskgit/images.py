@@ -1,7 +1,7 @@
 """Files, PIL pictures and arrays ↔ float (B, 3, H, W) in [0, 1]: the only owner of ranges, sizes and formats.
 
 Shapes: B batch, H × W pixels, C channels; rows from the top, columns from the left, colours red, green, blue.
-A picture is sRGB: embedded colour profiles are not applied.
+Tensors are sRGB: a picture in other colours is converted (see `profiles`).
 """
 
 import io
@@ -17,10 +17,12 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
-from maskgit import files, imagefiles
+from maskgit import files, imagefiles, provenance
 from maskgit.checks import check_count
 from maskgit.errors import ConfigError, ImageError, OutputError
-from maskgit.imagefiles import Source, decoding, opened, to_rgb, upright
+from maskgit.imagefiles import Source, decoding, opened, to_rgb
+from maskgit.notes import note
+from maskgit.provenance import Sign
 
 MAX_PIXELS = 100_000_000
 MAX_SETTINGS_CHARS = 2**20
@@ -183,14 +185,17 @@ def save_png(
     *,
     settings: dict[str, Any] | None = None,
     overwrite: bool = True,
+    mark: bool = True,
+    sign: Sign | None = None,
 ) -> None:
     """Write a PNG, whole or not at all, with the settings that made it.
 
     Args:
         path: a name that ends in .png; missing folders are made.
-        image: a PIL image of any mode, written as RGB, or as RGBA if it is that.
+        image: as for `encode`.
         settings: JSON values, kept in a text chunk under the key "maskgit"; `read_settings` returns them.
         overwrite: whether a file of that name may be replaced.
+        mark, sign: as for `encode`.
 
     Raises:
         ConfigError: the settings are no JSON values, or too long.
@@ -203,21 +208,82 @@ def save_png(
         raise OutputError(f"{path} must end in .png, the only format that pictures are written in.")
     if not overwrite and path.exists():
         raise OutputError(f"{path} exists already; choose another name or allow it to be overwritten.")
-    files.write_bytes(path, png_bytes(image, settings), overwrite=overwrite)
+    files.write_bytes(path, encode(image, settings=settings, mark=mark, sign=sign), overwrite=overwrite)
 
 
-def png_bytes(image: Image.Image, settings: dict[str, Any] | None = None) -> bytes:
-    """Return a picture as a PNG file's bytes, with the settings that made it; see `save_png`.
+def encode(
+    image: Image.Image,
+    form: str = "png",
+    *,
+    settings: dict[str, Any] | None = None,
+    mark: bool = True,
+    sign: Sign | None = None,
+) -> bytes:
+    """Return a picture as a file's bytes, with what is known of it.
+
+    Its `info` may hold an "icc_profile", "exif" and "xmp", as a photo's does that was edited, and what the
+    picture is (`provenance.KEY`), as those of `Output.to_pil` do.
+
+    Args:
+        image: a PIL image of any mode, written as RGB, or as RGBA if it is that; a JPEG shows transparency over
+            white.
+        form: png, jpeg or webp.
+        settings: JSON values, which a PNG holds as `save_png` says.
+        mark: whether to say in XMP what the picture is, and this tool's name.
+        sign: makes a signed file of the file, if the picture says what it is.
 
     Raises:
         ConfigError: the settings are no JSON values, or too long.
     """
+    source = image.info.get(provenance.KEY)
+    picture = imagefiles.keep_alpha(image)
+    if picture.mode == "RGBA" and image.mode != "RGBA":
+        picture = to_rgb(image)
+    if picture.mode == "RGBA" and form == "jpeg":
+        info = picture.info
+        picture = imagefiles.over_white(picture)
+        picture.info = info
+    known = {key: picture.info[key] for key in imagefiles.METADATA if key in picture.info}
+    if mark and source is not None:
+        known["xmp"] = provenance.packet(source, known.get("xmp"))
+    if form == "jpeg":
+        _fit_segments(known, source if mark else None)
+    picture.info = {}
+    options = {"icc_profile": known.get("icc_profile"), "exif": known.get("exif", b"")}
+    if form == "png":
+        options["pnginfo"] = _chunks(settings, known.get("xmp"))
+    else:
+        options |= {"xmp": known.get("xmp", b""), "quality": _QUALITY[form]}
+    data = io.BytesIO()
+    picture.save(data, form.upper(), **options)
+    if sign is None or source is None:
+        return data.getvalue()
+    return sign(data.getvalue(), f"image/{form}", source)
+
+
+_QUALITY = {"jpeg": 95, "webp": 90}
+# Bytes of one segment of a JPEG, without its length and the name of XMP.
+_SEGMENT, _XMP_SEGMENT = 65_533, 65_533 - 29
+
+
+def _fit_segments(known: dict[str, bytes], source: str | None) -> None:
+    """Make metadata fit into a JPEG, whose segments are short."""
+    if len(known.get("exif", b"")) > _SEGMENT:
+        note("The picture's EXIF metadata are too long for a JPEG, and are left out.")
+        del known["exif"]
+    if len(known.get("xmp", b"")) > _XMP_SEGMENT:
+        note("The picture's XMP metadata are too long for a JPEG, and are left out.")
+        known["xmp"] = b"" if source is None else provenance.packet(source)
+
+
+def _chunks(settings: dict[str, Any] | None, xmp: bytes | None) -> PngInfo:
     chunks = PngInfo()
     if settings is not None:
         chunks.add_text(SETTINGS_KEY, _dump(settings))
-    data = io.BytesIO()
-    (image if image.mode == "RGBA" else upright(to_rgb(image), 1)).save(data, "PNG", pnginfo=chunks)
-    return data.getvalue()
+    if xmp:
+        text = xmp.decode("utf-8", "replace")
+        chunks.add_itxt("XML:com.adobe.xmp", text)
+    return chunks
 
 
 def _dump(settings: dict[str, Any]) -> str:
@@ -307,7 +373,8 @@ def contact_sheet(
     """Lay images out in a grid on white, row by row.
 
     Args:
-        images: float (B, 3, H, W) in [0, 1], or PIL images; smaller ones stand in the middle of their cell.
+        images: float (B, 3, H, W) in [0, 1], or PIL images; smaller ones stand in the middle of their cell. If
+            these say what they are (`maskgit.provenance`), so does the sheet.
         columns: images a row; None makes the sheet nearly square.
         padding: white pixels around each image.
         captions: a line under each image, cut to its width; None for no captions.
@@ -320,6 +387,7 @@ def contact_sheet(
         ConfigError: a setting is out of range, or the captions are not as many as the images.
         ImageError: there are no images, or the sheet would have more than 100 million pixels.
     """
+    source = None if isinstance(images, Tensor) else provenance.source_of(images)
     pictures = to_pil(images) if isinstance(images, Tensor) else [to_rgb(image) for image in images]
     if not pictures:
         raise ImageError("A contact sheet needs at least one image.")
@@ -354,6 +422,7 @@ def contact_sheet(
             text = shorten(captions[i], draw, font, width * scale)
             middle = (left + width * scale / 2, top + height * scale + line / 2)
             draw.text(middle, text, "black", font, anchor="mm")
+    provenance.say([sheet], source)
     return sheet
 
 

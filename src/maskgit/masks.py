@@ -11,14 +11,18 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit.errors import RegionError
+from maskgit.notes import note
 from maskgit.photos import Photo, open_picture
 from maskgit.regions import Box, check_box
 
 # Grey; red, green and blue; and with alpha.
 _CHANNELS = (1, 3, 4)
 
+# A mask of more than this share of a photo is likelier an inverted one.
+MOST = 0.9
 
-def read_mask(mask: Any, photo: Photo) -> np.ndarray:
+
+def read_mask(mask: Any, photo: Photo, *, invert: bool = False) -> np.ndarray:
     """Read a painted mask.
 
     Args:
@@ -28,36 +32,26 @@ def read_mask(mask: Any, photo: Photo) -> np.ndarray:
             pixel; the brightest colour counts, and transparent parts count as black. The word "alpha" is the
             photo's own transparency: all pixels that are not opaque.
         photo: what it belongs to.
+        invert: whether what is not masked is meant, as where black is to be made new. A note asks for it where
+            hardly anything would be kept, or nothing made new.
 
     Returns:
         bool (H, W).
 
     Raises:
         ImageError: the picture cannot be read.
-        RegionError: the size, type or range is another one, or the photo has no transparency.
+        RegionError: the size, type or range is another one, or the photo has no transparency, or is opaque in
+            spite of it.
     """
-    if isinstance(mask, str) and mask == "alpha":
-        if photo.alpha is None:
-            raise RegionError("The photo has no transparency that could be filled in; give a painted mask.")
-        return np.asarray(photo.alpha) < 255
-    if isinstance(mask, Tensor):
-        mask = mask.detach().cpu()
-        mask = (mask.float() if mask.is_floating_point() else mask).numpy()
-    if isinstance(mask, np.ndarray):
-        painted = _painted(mask, photo.size)
-    else:
-        picture = open_picture(mask, "mask")
-        if picture.mode == "RGBA":
-            black = Image.new("RGB", picture.size)
-            black.paste(picture, mask=picture)
-            picture = black
-        painted = _threshold(np.asarray(picture).max(2))
+    painted = _read(mask, photo)
     if painted.shape != photo.size[::-1]:
         size = " × ".join(str(side) for side in painted.shape[::-1])
         raise RegionError(
             f"The mask has {size} pixels, but the photo, as it is seen, has {photo.size[0]} × "
             f"{photo.size[1]}; paint the mask on the photo itself."
         )
+    painted = ~painted if invert else painted
+    _hint(float(painted.mean()), invert)
     return painted
 
 
@@ -79,6 +73,42 @@ def _painted(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         f"A mask must be of shape (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4, or a batch of one such, but is "
         f"{mask.shape}."
     )
+
+
+def _read(mask: Any, photo: Photo) -> np.ndarray:
+    if isinstance(mask, str) and mask == "alpha":
+        if photo.alpha is None:
+            raise RegionError("The photo has no transparency that could be filled in; give a painted mask.")
+        if photo.alpha.getextrema()[0] == 255:
+            raise RegionError(
+                "The photo has an alpha channel, but is opaque everywhere, so that there is nothing to fill in; "
+                "erase what is to be made new, or give a painted mask."
+            )
+        return np.asarray(photo.alpha) < 255
+    if isinstance(mask, Tensor):
+        mask = mask.detach().cpu()
+        mask = (mask.float() if mask.is_floating_point() else mask).numpy()
+    if isinstance(mask, np.ndarray):
+        return _painted(mask, photo.size)
+    picture = open_picture(mask, "mask")
+    if picture.mode == "RGBA":
+        black = Image.new("RGB", picture.size)
+        black.paste(picture, mask=picture)
+        picture = black
+    return _threshold(np.asarray(picture).max(2))
+
+
+def _hint(share: float, inverted: bool) -> None:
+    """Ask whether a mask is meant the other way round, where its share of the photo makes that likely."""
+    cure = "leave out invert" if inverted else "ask for invert (--invert)"
+    made = "black" if inverted else "white"
+    if share == 0:
+        note(f"The mask marks nothing: {made} is made new, and there is none. If the rest is meant, {cure}.")
+    elif share > MOST:
+        note(
+            f"The mask marks {share:.0%} of the photo: {made} is made new, the rest is kept. If it is meant the "
+            f"other way round, {cure}."
+        )
 
 
 def _threshold(values: np.ndarray) -> np.ndarray:

@@ -7,24 +7,25 @@ image index  window number · 2⁴⁰ + index,  which is the same in any batch.
 Shapes: B images, R × C the canvas's tokens, H × W pixels.
 """
 
-import io
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from maskgit import images
+from maskgit import images, photos, profiles
 from maskgit.canvas import Window, decode_canvas, encode_canvas, plan_windows
 from maskgit.checks import check_count, check_range, plain
 from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError, RegionError
 from maskgit.filling import fill
 from maskgit.model import Label, Model, Picture
+from maskgit.photos import Photo
+from maskgit.provenance import EDITED
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
 
 MAX_PIXELS = images.MAX_PIXELS
@@ -76,8 +77,9 @@ def outpaint(
             int64 (B,) and the window's tokens int64 (B, h, w).
 
     Returns:
-        `Output`: images (B, 3, H, W) of exactly the size asked for; before (1, 3, H, W), the image in its place
-        and `EMPTY` around it; tokens (B, R, C) and token_mask (R, C) of the canvas, which is at least the
+        `Output`: images (B, 3, H, W) of exactly the size asked for; photos, where the image has transparency,
+        which stays, or a profile or metadata of its own; before (1, 3, H, W), the image in its place and `EMPTY`
+        around it; tokens (B, R, C) and token_mask (R, C) of the canvas, which is at least the
         model's grid and holds whole patches, and so may reach beyond.
 
     Raises:
@@ -86,8 +88,9 @@ def outpaint(
     num_images = check_count("num_images", num_images, 1, 1_000_000)
     config = model.sampler_config(**settings)
     number = model.label(label)
-    photo = _read(image, model.config.image_size, model.tokenizer.patch_size)
-    height, width = photo.shape[2:]
+    whole = _scaled(photos.read_photo(image), model.config.image_size, model.tokenizer.patch_size)
+    photo = _seen(whole)
+    width, height = whole.size
     added = {"left": left, "right": right, "top": top, "bottom": bottom}
     left, right, top, bottom = _margins(added, canvas, position, width, height)
     new_width, new_height = left + width + right, top + height + bottom
@@ -110,10 +113,21 @@ def outpaint(
 
     x, y = before_x * patch - left, before_y * patch - top
     pixels = decode_canvas(model.tokenizer, tokens, side)[..., y : y + new_height, x : x + new_width].clone()
-    _lay_over(pixels, photo, (left, right, top, bottom), model.config.image_size, feather)
+    margins = (left, right, top, bottom)
+    _tint(pixels, photo, margins, model.config.image_size)
+    weights = _weights(photo, margins, model.config.image_size / 16 if feather is None else feather)
+    kept = None
+    if whole.alpha is not None or whole.profile is not None:
+        kept = [_laid_into(whole, margins, new, weights) for new in images.to_pil(pixels)]
+    part = pixels[..., top : top + height, left : left + width]
+    part.copy_(weights * photo + (1 - weights) * part)
+    if kept is None and whole.rgb.info:
+        kept = images.to_pil(pixels)
+        for picture in kept:
+            picture.info = dict(whole.rgb.info)
     before = torch.full((1, *pixels.shape[1:]), EMPTY)
     before[..., top : top + height, left : left + width] = photo
-    return Output(pixels, tokens, token_mask=unknown, before=before)
+    return Output(pixels, tokens, token_mask=unknown, before=before, photos=kept, source=EDITED)
 
 
 def panorama(
@@ -219,23 +233,37 @@ def _fill(
             window.write(batch, made.tokens)
 
 
-def _read(image: Picture, size: int, patch: int) -> Tensor:
-    """Return a picture as float32 (1, 3, H, W) in [0, 1], its shorter side no longer than `size`."""
-    if isinstance(image, Tensor):
-        image = images.to_array(image)
-    if isinstance(image, str | bytes | os.PathLike | io.IOBase):
-        image = images.read_image(image)
-    pixels = images.to_tensor(image)
-    height, width = pixels.shape[2:]
-    shorter = min(height, width)
-    if shorter > size:
-        scaled = (max(size, round(width * size / shorter)), max(size, round(height * size / shorter)))
-        pixels = images.to_tensor(images.to_pil(pixels)[0].resize(scaled, Image.Resampling.BICUBIC))
-    elif shorter < patch:
+def _scaled(photo: Photo, size: int, patch: int) -> Photo:
+    """Return a photo whose shorter side is no longer than `size`."""
+    width, height = photo.size
+    shorter = min(width, height)
+    if shorter < patch:
         raise RegionError(
             f"An image must be at least {patch} pixels a side, which is one token, but is {width} × {height}."
         )
-    return pixels
+    if shorter <= size:
+        return photo
+    scaled = (max(size, round(width * size / shorter)), max(size, round(height * size / shorter)))
+    # With transparency, so that colours under it count for nothing.
+    rgb = photo.rgb.copy()
+    if photo.alpha is not None:
+        rgb.putalpha(photo.alpha)
+    rgb = rgb.resize(scaled, Image.Resampling.BICUBIC)
+    if photo.alpha is None:
+        return Photo(rgb)
+    return Photo(rgb.convert("RGB"), rgb.getchannel("A"))
+
+
+def _seen(photo: Photo) -> Tensor:
+    """Return what the model sees of a photo, float32 (1, 3, H, W) in [0, 1], sRGB."""
+    if photo.exact is not None:
+        return photo.exact
+    picture = photo.rgb
+    if photo.alpha is not None:
+        picture = picture.copy()
+        picture.putalpha(photo.alpha)
+        picture = photos.grown(picture)
+    return images.to_tensor(profiles.to_srgb(picture, photo.profile))
 
 
 def _margins(
@@ -301,18 +329,15 @@ def _check_size(num_images: int, width: int, height: int, num_tokens: int) -> No
         )
 
 
-def _lay_over(
-    pixels: Tensor, photo: Tensor, margins: tuple[int, int, int, int], size: int, feather: float | None
-) -> None:
-    """Lay a photo (1, 3, h, w) over decoded canvases (B, 3, H, W), in place.
+def _tint(pixels: Tensor, photo: Tensor, margins: tuple[int, int, int, int], size: int) -> None:
+    """Take back around a photo (1, 3, h, w) what the tokenizer changed in it, in canvases (B, 3, H, W), in place.
 
     The tokenizer changes colours a little, which would show as a step around the photo. What it changed there
     is taken back in the new parts as well, blurred, and the less the farther from the photo.
     """
-    left, right, top, bottom = margins
+    left, _, top, _ = margins
     height, width = photo.shape[2:]
-    inside = pixels[..., top : top + height, left : left + width]
-    lost = photo - inside
+    lost = photo - pixels[..., top : top + height, left : left + width]
     radius = size // 16
     for _ in range(2):
         lost = F.avg_pool2d(lost, 2 * radius + 1, 1, radius, count_include_pad=False)
@@ -322,12 +347,34 @@ def _lay_over(
     near_rows, near_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
     distance = torch.hypot((rows - near_rows)[:, None].float(), (columns - near_columns).float())
     tint = lost[..., near_rows[:, None], near_columns] * _smooth(1 - distance / max(1, reach))
-    soft = size / 16 if feather is None else feather
-    weights = _fade(height, top, bottom, soft)[:, None] * _fade(width, left, right, soft)
     around = pixels[..., top + int(rows[0]) : top + int(rows[-1]) + 1, left + int(columns[0]) :]
     around = around[..., : len(columns)]
     around.add_(tint).clamp_(0, 1)
-    inside.copy_(weights * photo + (1 - weights) * inside)
+
+
+def _weights(photo: Tensor, margins: tuple[int, int, int, int], feather: float) -> Tensor:
+    """Return the weights of a photo (1, 3, h, w) over what is new, float32 (h, w)."""
+    left, right, top, bottom = margins
+    height, width = photo.shape[2:]
+    return _fade(height, top, bottom, feather)[:, None] * _fade(width, left, right, feather)
+
+
+def _laid_into(
+    photo: Photo, margins: tuple[int, int, int, int], new: Image.Image, weights: Tensor
+) -> Image.Image:
+    """Return a photo over a new picture of the canvas's size, in the photo's own colours."""
+    left, right, top, bottom = margins
+    canvas = Image.new("RGB", new.size)
+    canvas.paste(photo.rgb, (left, top))
+    canvas.info = dict(photo.rgb.info)
+    alpha = None
+    if photo.alpha is not None:
+        alpha = Image.new("L", new.size)
+        alpha.paste(photo.alpha, (left, top))
+    of_new = np.full(new.size[::-1], 255, np.uint8)
+    inside = np.rint(255 * (1 - weights.numpy())).astype(np.uint8)
+    of_new[top : new.height - bottom, left : new.width - right] = inside
+    return photos.lay(Photo(canvas, alpha), (0, 0), new, of_new)
 
 
 def _fade(length: int, before: int, after: int, feather: float) -> Tensor:

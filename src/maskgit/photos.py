@@ -1,7 +1,8 @@
 """Photos as they are: of any size, turned as they are meant to be seen, transparent or grey.
 
 The model sees a square window around what is to be made new, scaled down to its own size; the result is put
-back into the photo with a soft edge, and every pixel outside that edge keeps its bytes.
+back into the photo with a soft edge, and every pixel outside that edge keeps its bytes. A photo in colours of
+its own keeps them: what the model sees is sRGB, and what it makes is brought into the photo's profile.
 
 Shapes: W × H pixels of the photo, S × S of the model's image, h × w its tokens. Positions are pixels of the
 photo as seen, from its top left corner; a mask is True where something new is to be made.
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from maskgit import imagefiles, images
+from maskgit import imagefiles, images, profiles
 from maskgit.errors import ImageError, RegionError
 from maskgit.regions import Box, boxes_to_token_mask, cell_shares, shares_to_token_mask, soft_mask
 
@@ -37,7 +38,8 @@ class Photo(NamedTuple):
     """A photo in 8 bits.
 
     Attributes:
-        rgb: mode RGB; colours under transparency are as in the file.
+        rgb: mode RGB, in the photo's own colours; those under transparency are as in the file. Its `info` holds
+            what the photo's file says: "icc_profile" (sRGB if there is none), "exif", "xmp", each as bytes.
         alpha: mode L, 255 for opaque, or None.
         exact: float32 (1, 3, H, W) in [0, 1], the same unrounded, where it was given as an opaque array or
             tensor of another type than uint8; else None.
@@ -46,6 +48,11 @@ class Photo(NamedTuple):
     rgb: Image.Image
     alpha: Image.Image | None = None
     exact: Tensor | None = None
+
+    @property
+    def profile(self) -> bytes | None:
+        """The ICC profile of its colours; None is sRGB."""
+        return self.rgb.info.get("icc_profile")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,7 +78,8 @@ def read_photo(image: "Picture") -> Photo:
 
     Args:
         image: a path to a file, which is turned as its EXIF orientation says; or a PIL image, an array or a
-            tensor, taken as its pixels lie (see `maskgit.images.to_tensor`).
+            tensor, taken as its pixels lie (see `maskgit.images.to_tensor`). A file's colours are as its
+            profile says, a PIL image's as that in its `info` does, and else sRGB.
 
     Returns:
         A `Photo` of at most 100 million pixels.
@@ -95,13 +103,15 @@ def read_photo(image: "Picture") -> Photo:
 def open_picture(image: Any, name: str) -> Image.Image:
     """Return a file, turned as it is meant to be seen, or a PIL image, as its pixels lie, as RGB or RGBA.
 
+    It is in its own colours, and its `info` is as `Photo` has it.
+
     Raises:
         ImageError: it is something else, cannot be read, is animated or too large.
     """
     if isinstance(image, Image.Image):
         _check_pixels(image.size)
         with imagefiles.decoding(f"The {name}"):
-            return imagefiles.keep_alpha(image)
+            return imagefiles.keep_alpha(image, f"The {name}")
     if isinstance(image, str | bytes | os.PathLike) or hasattr(image, "read"):
         return imagefiles.read(image, MAX_PIXELS, imagefiles.keep_alpha)
     raise ImageError(f"A {name} must be a path, a PIL image, an array or a tensor, but is {image!r:.80}.")
@@ -194,7 +204,7 @@ def _shown(picture: Image.Image, window: Window) -> np.ndarray:
 
 
 def cut(photo: Photo, window: Window, size: int) -> Tensor:
-    """Return what the model sees of a photo: float32 (1, 3, S, S) in [0, 1].
+    """Return what the model sees of a photo: float32 (1, 3, S, S) in [0, 1], sRGB.
 
     Transparent parts show the colours around them, so that nothing of what lies under them is seen.
     """
@@ -205,24 +215,24 @@ def cut(photo: Photo, window: Window, size: int) -> Tensor:
         part.putalpha(Image.fromarray(_shown(photo.alpha, window)))
     if window.side != size:
         part = part.resize((size, size), Image.Resampling.BICUBIC)
-    return images.to_tensor(part if photo.alpha is None else _grow(part))
+    return images.to_tensor(profiles.to_srgb(part if photo.alpha is None else grown(part), photo.profile))
 
 
-def _grow(picture: Image.Image) -> Image.Image:
-    """Return an RGBA picture in RGB, its transparent parts filled with the colours near them."""
+def grown(picture: Image.Image) -> Image.Image:
+    """Return an RGBA picture as RGB, its transparent parts filled with the colours near them."""
     # Each half-size copy reaches twice as far; from the coarsest to the finest, each is laid over the last.
     levels = [picture]
     while max(levels[-1].size) > 1:
         half = (max(1, levels[-1].width // 2), max(1, levels[-1].height // 2))
         levels.append(levels[-1].resize(half, Image.Resampling.BOX))
-    grown = Image.new("RGBA", levels[-1].size, "grey")
+    filled = Image.new("RGBA", levels[-1].size, "grey")
     for level in reversed(levels):
         # Half-transparent means half known in a smaller copy, whose colour is sure all the same.
         known = level if level is picture else level.copy()
         if level is not picture:
             known.putalpha(level.getchannel("A").point(lambda a: min(255, 4 * a)))
-        grown = Image.alpha_composite(grown.resize(level.size, Image.Resampling.BILINEAR), known)
-    return grown.convert("RGB")
+        filled = Image.alpha_composite(filled.resize(level.size, Image.Resampling.BILINEAR), known)
+    return filled.convert("RGB")
 
 
 def painted_tokens(mask: np.ndarray, window: Window, grid: int, share: float, dilate: int) -> Tensor:
@@ -315,33 +325,45 @@ def paste(photo: Photo, window: Window, new: Image.Image, weights: np.ndarray) -
     Args:
         photo: it is left as it was.
         window: where the new picture belongs.
-        new: mode RGB, S × S.
+        new: mode RGB, sRGB, S × S.
         weights: uint8 (side, side), of the new picture.
 
     Returns:
-        RGB, or RGBA if the photo has transparency: what is new is opaque. A pixel of weight 0 keeps its
-        bytes.
+        RGB, or RGBA if the photo has transparency: what is new is opaque. It is in the photo's colours, with the
+        photo's `info`, and a pixel of weight 0 keeps its bytes.
     """
     left, top, right, bottom = _inside(window, photo.size)
     within = (left - window.left, top - window.top, right - window.left, bottom - window.top)
     weights = weights[within[1] : within[3], within[0] : within[2]]
+    if new.size != (window.side, window.side):
+        scale = new.width / window.side
+        source = (within[0] * scale, within[1] * scale, within[2] * scale, within[3] * scale)
+        new = new.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box=source)
+    else:
+        new = new.crop(within)
+    return lay(photo, (left, top), new, weights)
+
+
+def lay(photo: Photo, place: tuple[int, int], new: Image.Image, weights: np.ndarray) -> Image.Image:
+    """Lay a picture over a copy of a photo; see `paste`.
+
+    Args:
+        place: (left, top) of the picture, which lies inside the photo.
+        new: mode RGB, sRGB, w × h.
+        weights: uint8 (h, w), of the new picture.
+    """
+    left, top = place
+    box = (left, top, left + new.width, top + new.height)
     result = photo.rgb.copy()
     if weights.any():
-        if new.size != (window.side, window.side):
-            scale = new.width / window.side
-            source = (within[0] * scale, within[1] * scale, within[2] * scale, within[3] * scale)
-            new = new.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box=source)
-        else:
-            new = new.crop(within)
-        if photo.alpha is None:
-            result.paste(new, (left, top), Image.fromarray(weights))
-        else:
-            shown = _over(weights, np.asarray(photo.alpha.crop((left, top, right, bottom))))
-            result.paste(new, (left, top), Image.fromarray(shown))
+        new = profiles.from_srgb(new, photo.profile)
+        shown = weights if photo.alpha is None else _over(weights, np.asarray(photo.alpha.crop(box)))
+        result.paste(new, place, Image.fromarray(shown))
     if photo.alpha is not None:
         alpha = photo.alpha.copy()
-        alpha.paste(255, (left, top, right, bottom), Image.fromarray(weights))
+        alpha.paste(255, box, Image.fromarray(weights))
         result.putalpha(alpha)
+    result.info = dict(photo.rgb.info)
     return result
 
 

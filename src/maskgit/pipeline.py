@@ -31,6 +31,7 @@ from maskgit.errors import ConfigError
 from maskgit.guidance import PredictLogits
 from maskgit.model import Label, Picture
 from maskgit.policies import POLICIES
+from maskgit.provenance import EDITED
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, join_outputs
 from maskgit.sampler import StepFunction, decode_step
 from maskgit.tokenizer import Tokenizer
@@ -311,7 +312,7 @@ class MaskGIT:
             ImageError: the image cannot be read.
         """
         tokens = self.encode_pixels(self.prepare(image))
-        return Output(self.decode_tokens(tokens), tokens)
+        return Output(self.decode_tokens(tokens), tokens, source=EDITED)
 
     def prepare(self, image: Picture) -> Tensor:
         """Return a picture as float32 (1, 3, image_size, image_size) in [0, 1], cut and resized to fit.

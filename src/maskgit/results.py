@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskgit import images
+from maskgit import images, provenance
 
 # Called with the step's number, the indices int64 (B,) of the images and their tokens int64 (B, h, w) so far.
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -91,6 +91,7 @@ class Output:
         class_guess: which class an edit found, where it was asked to guess, or None.
         scores: float32 (B,), of the images chosen by score, or None.
         indices: int64 (B,), by which each of those can be made again alone (`first_index`), or None.
+        source: what files of them say that they are, `provenance.GENERATED` or `provenance.EDITED`.
     """
 
     images: Tensor
@@ -102,10 +103,21 @@ class Output:
     class_guess: ClassGuess | None = None
     scores: Tensor | None = None
     indices: Tensor | None = None
+    source: str = provenance.GENERATED
+
+    def __post_init__(self) -> None:
+        provenance.say(self.photos or (), self.source)
 
     def to_pil(self) -> list[Image.Image]:
-        """Return the photos, or else the images as 8-bit RGB pictures."""
-        return images.to_pil(self.images) if self.photos is None else list(self.photos)
+        """Return the photos, or else the images as 8-bit RGB pictures.
+
+        Their `info` says what they are; `maskgit.images.save_png` writes it.
+        """
+        if self.photos is not None:
+            return list(self.photos)
+        pictures = images.to_pil(self.images)
+        provenance.say(pictures, self.source)
+        return pictures
 
 
 def join_outputs(batches: list[Output]) -> Output:

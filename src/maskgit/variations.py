@@ -21,6 +21,7 @@ from maskgit.filling import fill
 from maskgit.model import Label, Model, Picture
 from maskgit.plans import plan_steps
 from maskgit.policies import make_policy
+from maskgit.provenance import EDITED
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
 
 
@@ -80,7 +81,7 @@ def vary(
         return_steps=return_steps,
         callback=callback,
     )
-    return replace(made, token_mask=token_mask, before=before, class_guess=guess)
+    return replace(made, token_mask=token_mask, before=before, class_guess=guess, source=EDITED)
 
 
 def interpolate_classes(
@@ -196,7 +197,7 @@ def interpolate_images(
         return_steps=return_steps,
         callback=callback,
     )
-    return replace(made, token_mask=token_mask)
+    return replace(made, token_mask=token_mask, source=EDITED)
 
 
 def resumed(config: SamplerConfig, share: float, num_tokens: int) -> tuple[SamplerConfig, int]:

@@ -82,7 +82,7 @@ def test_its_patience_ends(kind):
 
 
 def test_a_stream_that_breaks_is_not_begun_anew(kind):
-    preview = {"step": 0, "index": 0, "image": base64.b64encode(images.png_bytes(PHOTO)).decode()}
+    preview = {"step": 0, "index": 0, "image": base64.b64encode(images.encode(PHOTO)).decode()}
     part = f"event: preview\ndata: {json.dumps(preview)}\n\nevent: something-new\ndata: {{}}\n\n".encode()
     failed = (
         b'event: error\ndata: {"error": {"type": "deadline", "message": "The request was not done."}}\n\n'

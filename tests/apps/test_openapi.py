@@ -28,7 +28,7 @@ PHOTO = Image.fromarray((np.random.default_rng(0).random((18, 20, 3)) * 255).ast
 def with_pictures() -> dict:
     """Return the document with base64 fields narrowed down to a few, so that some requests reach the model."""
     made = json.loads(COMMITTED.read_text("utf-8"))
-    good = base64.b64encode(images.png_bytes(PHOTO)).decode()
+    good = base64.b64encode(images.encode(PHOTO)).decode()
     for request in ("Edit", "Inpaint", "Outpaint", "Reconstruct", "Tokenize"):
         fields = made["components"]["schemas"][request]["properties"]
         for name in {"image", "mask"} & set(fields):

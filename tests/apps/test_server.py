@@ -43,7 +43,7 @@ def client(server):
 
 
 def png(picture) -> bytes:
-    return images.png_bytes(picture)
+    return images.encode(picture)
 
 
 def b64(data: bytes) -> str:

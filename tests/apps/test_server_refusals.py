@@ -30,7 +30,7 @@ def client():
 
 
 def png(picture) -> bytes:
-    return images.png_bytes(picture)
+    return images.encode(picture)
 
 
 def b64(data: bytes) -> str:

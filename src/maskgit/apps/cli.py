@@ -19,7 +19,7 @@ from maskgit import __version__
 from maskgit.apps.editing_commands import edit, inpaint, interpolate, outpaint, panorama, vary
 from maskgit.apps.evaluation_commands import compare, evaluate, stats
 from maskgit.apps.export_commands import export
-from maskgit.apps.flags import Model, Sampler
+from maskgit.apps.flags import Marking, Model, Sampler
 from maskgit.apps.output import (
     MAX_COLUMNS,
     MAX_SHEET,
@@ -39,6 +39,7 @@ from maskgit.apps.tuning_commands import tune
 from maskgit.apps.webui_commands import page
 from maskgit.errors import ConfigError, MaskGITError, OutputError
 from maskgit.files import expand_argument
+from maskgit.notes import listening
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,7 +86,10 @@ def generate(
         return
     settings = model.recorded("generate") | config.to_dict()
     sheet: list[Image.Image] = []
-    with Progress(config.steps, len(paths), making) as progress, Writer(making.overwrite) as writer:
+    with (
+        Progress(config.steps, len(paths), making) as progress,
+        Writer(making.overwrite, making.marking.writing()) as writer,
+    ):
         # Each batch is written as soon as it is made, so that an interrupt loses little.
         batches = pipe.generate_batches(
             labels,
@@ -107,7 +111,7 @@ def generate(
             if made.trace is not None and number == len(pictures):
                 save_explained(pipe, made, making)
     columns = making.num_images if len(classes) > 1 and 1 < making.num_images <= MAX_COLUMNS else None
-    save_sheet(sheet, len(paths), making.out, columns=columns)
+    save_sheet(sheet, len(paths), making.out, making.marking.writing(), columns=columns)
 
 
 def _generate_best(
@@ -137,10 +141,11 @@ def _generate_best(
         )
     assert made.indices is not None, "the best say which they are"
     settings = model.recorded("generate") | config.to_dict() | {"candidates": candidates, "seed": making.seed}
+    writing = making.marking.writing()
     for path, picture, name, index in zip(paths, made.to_pil(), names, made.indices.tolist(), strict=True):
         recorded = settings | {"class": name, "index": index}
-        images.save_png(path, picture, settings=recorded, overwrite=making.overwrite)
-    save_sheet(made.to_pil()[:MAX_SHEET], len(paths), making.out)
+        images.save_png(path, picture, settings=recorded, overwrite=making.overwrite, **writing)
+    save_sheet(made.to_pil()[:MAX_SHEET], len(paths), making.out, writing)
 
 
 for editing in (edit, inpaint, outpaint, panorama, vary, interpolate):
@@ -151,6 +156,7 @@ for editing in (edit, inpaint, outpaint, panorama, vary, interpolate):
 def reconstruct(
     photos: Positional[tuple[Path, ...]],
     model: Model,
+    marking: Marking,
     out: Path = Path("out"),
     overwrite: bool = False,
 ) -> None:
@@ -165,6 +171,7 @@ def reconstruct(
 
     if not photos:
         raise ConfigError("Give at least one picture.")
+    marking.writing()
     pipe = model.load()
     before = [pipe.prepare(photo) for photo in photos]
     paths = picture_paths(out, overwrite, [f"{slug(photo.stem)}-reconstructed" for photo in photos])
@@ -172,12 +179,14 @@ def reconstruct(
     for photo, pixels, path in zip(photos, before, paths, strict=True):
         made = pipe.reconstruct(pixels).to_pil()
         settings = model.recorded("reconstruct")
-        images.save_png(path, made[0], settings=settings | {"photo": photo.name}, overwrite=overwrite)
+        settings["photo"] = photo.name
+        images.save_png(path, made[0], settings=settings, overwrite=overwrite, **marking.writing(photo))
         sheet += [*images.to_pil(pixels), *made][: MAX_SHEET - len(sheet)]
     save_sheet(
         sheet,
         2 * len(photos),
         out,
+        marking.writing(),
         columns=2,
         captions=(["original", "reconstruction"] * len(photos))[: len(sheet)],
     )
@@ -293,6 +302,10 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _say(text: str) -> None:
+    print(f"maskgit: {text}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code (2: a wrong input, told in one sentence)."""
     arguments = [expand_argument(argument) for argument in (sys.argv[1:] if argv is None else argv)]
@@ -306,13 +319,14 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _stop)
     try:
         try:
-            app.cli(
-                prog="maskgit",
-                description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",
-                args=arguments,
-                sort_subcommands=False,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+            with listening(_say):
+                app.cli(
+                    prog="maskgit",
+                    description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",
+                    args=arguments,
+                    sort_subcommands=False,
+                    config=(tyro.conf.OmitArgPrefixes,),
+                )
         finally:
             # What nobody reads any more is found out here, and not at exit.
             sys.stdout.flush()

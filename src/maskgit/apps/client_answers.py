@@ -79,12 +79,14 @@ class Pictures:
         model: its name.
         settings: what made them.
         class_guess: which class an edit found, where it was asked to guess, or None.
+        notes: what the server has to say of how it understood the request.
     """
 
     pictures: list[Picture]
     model: str
     settings: dict[str, Any]
     class_guess: ClassName | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def images(self) -> list[Image.Image]:
@@ -237,7 +239,7 @@ def _pictures(body: schemas.Pictures) -> Pictures:
     for shown in body.images:
         image, data = _decoded(shown.image)
         made.append(Picture(image, data, shown.media_type, shown.seed, shown.index, shown.tokens))
-    return Pictures(made, body.model, body.settings, body.class_guess)
+    return Pictures(made, body.model, body.settings, body.class_guess, tuple(body.notes))
 
 
 def _decoded(text: str) -> tuple[Image.Image, bytes]:

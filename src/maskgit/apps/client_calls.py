@@ -143,6 +143,7 @@ def inpaint(
     mask: Source | Literal["alpha"],
     label: Label = "guess",
     *,
+    invert: bool = False,
     share: float = 0.0,
     dilate: int = 0,
     start_step: int = 0,
@@ -155,6 +156,7 @@ def inpaint(
         image: a path, a file's bytes or a PIL image.
         mask: the same, white where the photo is to be made new; "alpha" is where it is transparent.
         label: a class name or number, None for no class, "guess" for the likeliest.
+        invert: whether all that the mask does not mark is to be made new.
         share: of a token's pixels that must be painted, in [0, 1].
         dilate: tokens by which the mask grows.
         start_step: the step to begin decoding at.
@@ -163,6 +165,8 @@ def inpaint(
     """
     fields = {"class": label, "share": share, "dilate": dilate, "start_step": start_step, **making}
     fields |= _given(feather=feather)
+    # A server of before does not know the field.
+    fields |= {"invert": True} if invert else {}
     files = {"image": _file(image)}
     if isinstance(mask, str) and mask == "alpha":
         fields["mask"] = mask

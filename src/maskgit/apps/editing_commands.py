@@ -77,6 +77,7 @@ def inpaint(
     sampler: Sampler,
     making: Making,
     class_: Annotated[str, arg(name="class", metavar="NAME|NUMBER")] = "guess",
+    invert: bool = False,
     share: float = 0.0,
     dilate: int = 0,
     start_step: int = 0,
@@ -90,6 +91,7 @@ def inpaint(
             photo's own transparent parts.
         class_: What the photo is of; "guess" takes the class that the model finds likeliest, "none" no class;
             "name:guess" is a class of that name.
+        invert: Make new what the mask does not mark: what is black, or opaque.
         share: What share of a token's pixels must be painted for it to be made new; 0 is any.
         dilate: Tokens by which the mask grows.
         start_step: The step to begin decoding at.
@@ -101,6 +103,7 @@ def inpaint(
             photo,
             mask,
             _label_or_guess(pipe, class_),
+            invert=invert,
             share=share,
             dilate=dilate,
             start_step=start_step,
@@ -110,6 +113,7 @@ def inpaint(
     chosen = {
         "class": class_,
         "mask": Path(mask).name,
+        "invert": invert,
         "share": share,
         "dilate": dilate,
         "start_step": start_step,
@@ -285,16 +289,16 @@ def _made(
         settings |= {"photo": photo.name, "photo_sha256": sha256(photo)}
     if made.class_guess is not None:
         settings["class"] = _say_guess(pipe, made)
+    writing = making.marking.writing(photo)
     for number, (path, picture) in enumerate(zip(paths, made.to_pil(), strict=True)):
-        images.save_png(
-            path, picture, settings=settings | making.recorded(number), overwrite=making.overwrite
-        )
+        recorded = settings | making.recorded(number)
+        images.save_png(path, picture, settings=recorded, overwrite=making.overwrite, **writing)
     if explain:
         save_explained(pipe, made, making)
     if made.before is None:
         pictures = made.to_pil()[:MAX_SHEET]
         wide = pictures[0].width > pictures[0].height
-        save_sheet(pictures, len(paths), making.out, columns=1 if wide else None)
+        save_sheet(pictures, len(paths), making.out, making.marking.writing(), columns=1 if wide else None)
     return made
 
 
@@ -317,15 +321,17 @@ def _edited(
 
 def _save_before_after(made: "Output", mask: "Tensor", making: Making) -> None:
     """Write the before / mask / after sheet; the mask is of tokens or of pixels."""
-    from maskgit import images
+    from maskgit import images, provenance
 
     assert made.before is not None, "an edit says what it began with"
     after: list[Image.Image] = images.to_pil(made.images)[: MAX_COLUMNS - 2]
+    provenance.say(after, made.source)
     row = [*images.to_pil(made.before), images.overlay_mask(made.before, mask), *after]
     captions = ["before", "mask", *["after"] * len(after)]
     # Wide ones are read from the top down.
     columns = 1 if row[0].width > 2 * row[0].height else len(row)
-    save_sheet(row, len(row), making.out, columns=columns, captions=captions)
+    writing = making.marking.writing()
+    save_sheet(row, len(row), making.out, writing, columns=columns, captions=captions)
 
 
 def _is_picture(name: str) -> bool:

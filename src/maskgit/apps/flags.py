@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from maskgit import __version__
 from maskgit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from maskgit.apps.signing import Signer
     from maskgit.pipeline import MaskGIT
 
 
@@ -91,6 +93,46 @@ class Model:
             "dtype": dtype,
             "reuse": self.speed.reuse,
         }
+
+
+@dataclass(frozen=True)
+class Marking:
+    """What files say of where their pictures come from."""
+
+    mark: bool = True
+    """Say in XMP that a picture is made by AI (IPTC's digital source type), and by this tool."""
+    c2pa_cert: Annotated[
+        Path | None, arg(metavar="FILE", help_behavior_hint="(default: MASKGIT_C2PA_CERT, or unsigned)")
+    ] = None
+    """Certificates, PEM, the signer's own first: sign every picture with a C2PA manifest."""
+    c2pa_key: Annotated[
+        Path | None, arg(metavar="FILE", help_behavior_hint="(default: MASKGIT_C2PA_KEY)")
+    ] = None
+    """The private key of the first certificate, PEM."""
+
+    @cached_property
+    def signer(self) -> "Signer | None":
+        """What signs files, or None.
+
+        Raises:
+            ConfigError: only one of certificate and key is given, or they do not serve.
+        """
+        from maskgit.apps import signing
+
+        cert = self.c2pa_cert or signing.from_environment("MASKGIT_C2PA_CERT")
+        key = self.c2pa_key or signing.from_environment("MASKGIT_C2PA_KEY")
+        if cert is None and key is None:
+            return None
+        if cert is None or key is None:
+            raise ConfigError("Signing takes both a certificate and its key: --c2pa-cert and --c2pa-key.")
+        return signing.Signer(cert, key)
+
+    def writing(self, photo: Path | bytes | None = None) -> dict[str, Any]:
+        """Return the arguments `mark` and `sign` of what writes pictures made from a photo, or from nothing."""
+        if self.signer is None:
+            return {"mark": self.mark, "sign": None}
+        data = photo.read_bytes() if isinstance(photo, Path) else photo
+        return {"mark": self.mark, "sign": self.signer.of(data)}
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from maskgit.apps.flags import Marking
 from maskgit.checks import check_count
 from maskgit.errors import OutputError
 
@@ -41,9 +42,11 @@ class Making:
     """The folder for the pictures; made if needed."""
     overwrite: bool = False
     """Replace pictures that are there."""
+    marking: Marking = field(default_factory=Marking)
 
     def check(self) -> None:
-        """Raise a `ConfigError` if a number is out of range."""
+        """Raise a `ConfigError` if a number is out of range, or pictures cannot be signed as asked."""
+        self.marking.writing()
         check_count("num_images", self.num_images, 1, 1_000_000)
         check_count("seed", self.seed, 0, 2**64 - 1)
         check_count("first_index", self.first_index, 0, 2**62)
@@ -79,8 +82,9 @@ class Writer:
     # Pictures that wait to be written, at most.
     WAITING = 64
 
-    def __init__(self, overwrite: bool) -> None:
-        self.overwrite = overwrite
+    def __init__(self, overwrite: bool, writing: dict[str, Any]) -> None:
+        """Write with arguments of `images.save_png`: whether to overwrite, and `Marking.writing`."""
+        self.options = {"overwrite": overwrite} | writing
 
     def __enter__(self) -> "Writer":
         self.pool = ThreadPoolExecutor(1)
@@ -94,9 +98,7 @@ class Writer:
         if len(self.waiting) == self.WAITING:
             self.waiting.popleft().result()
         self.waiting.append(
-            self.pool.submit(
-                images.save_png, path, picture, settings=dict(settings), overwrite=self.overwrite
-            )
+            self.pool.submit(images.save_png, path, picture, settings=dict(settings), **self.options)
         )
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -134,11 +136,17 @@ def picture_paths(out: Path, overwrite: bool, stems: list[str], explain: bool = 
     return paths
 
 
-def save_sheet(pictures: "list[Image.Image]", made: int, out: Path, **layout: Any) -> None:
-    """Write the sheet and print its path; `made` counts the pictures that were written."""
+def save_sheet(
+    pictures: "list[Image.Image]", made: int, out: Path, writing: dict[str, Any], **layout: Any
+) -> None:
+    """Write the sheet and print its path; `made` counts the pictures that were written.
+
+    Args:
+        writing: see `Marking.writing`.
+    """
     from maskgit import images
 
-    images.save_png(out / SHEET, images.contact_sheet(pictures, **layout))
+    images.save_png(out / SHEET, images.contact_sheet(pictures, **layout), **writing)
     print(out / SHEET if made <= len(pictures) else f"{out / SHEET} (the first {len(pictures)} of {made})")
 
 
@@ -162,8 +170,9 @@ def save_explained(pipe: "MaskGIT", made: "Output", making: Making) -> None:
         trace=Trace(trace.tokens[:count], trace.unknown[:count], trace.confidence[:count]),
         photos=None,
     )
-    images.save_png(making.out / EXPLAINED, explain.explain(first), overwrite=making.overwrite)
-    explain.save_animation(making.out / FORMING, explain.animation(pipe, first), overwrite=making.overwrite)
+    options: dict[str, Any] = {"overwrite": making.overwrite} | making.marking.writing()
+    images.save_png(making.out / EXPLAINED, explain.explain(first), **options)
+    explain.save_animation(making.out / FORMING, explain.animation(pipe, first), **options)
     print(making.out / EXPLAINED)
     print(making.out / FORMING)
 

@@ -6,12 +6,13 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from maskgit.apps.flags import Model
+from maskgit.apps.flags import Marking, Model
 from maskgit.errors import ConfigError
 
 
 def serve(
     model: Model,
+    marking: Marking,
     host: str = "127.0.0.1",
     port: int = 8000,
     queue_size: int = 64,
@@ -51,13 +52,13 @@ def serve(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with bind(host, port) as listener:
         pipe = model.load()
-        service = Service(pipe, model.model, limits, recorded=model.recorded("serve"))
+        service = Service(pipe, model.model, limits, recorded=model.recorded("serve"), marking=marking)
         mounted = None
         if page and not keys and find_spec("gradio"):
             from maskgit.apps.webui.page import mount
 
             # Its pictures are made beside the batches of requests, by a model that shares the weights.
-            mounted = partial(mount, pipe=copy(pipe), name=model.model)
+            mounted = partial(mount, pipe=copy(pipe), name=model.model, marking=marking)
         announce = partial(_announce, model.model)
         run(service, listener, keys, announce, mounted)
 

@@ -4,11 +4,12 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from maskgit.apps.flags import Model
+from maskgit.apps.flags import Marking, Model
 
 
 def page(
     model: Model,
+    marking: Marking,
     port: Annotated[int, arg(metavar="INT")] = 7860,
     host: str = "127.0.0.1",
 ) -> None:
@@ -29,4 +30,4 @@ def page(
         raise ConfigError(
             f"The page needs the package {error.name}; install it with pip install 'maskgit-torch[app]'."
         ) from error
-    serving.serve(model, host, port)
+    serving.serve(model, host, port, marking)

@@ -27,6 +27,7 @@ from maskgit.apps.serving.metrics import MEDIA_TYPE, Counted, Metrics
 from maskgit.apps.serving.outputs import Answer
 from maskgit.apps.serving.service import Accepted, Service
 from maskgit.errors import ConfigError, ImageError, MaskGITError, RegionError
+from maskgit.notes import listening
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Callback
 
@@ -109,13 +110,23 @@ def _maker_route(command: str, maker: Maker) -> Callable[[Request], Any]:
         pixels = await asyncio.to_thread(check_limits, body, service.limits, service.model.config.image_size)
 
         def work(model: MaskGIT, told: Callback | None = None) -> Answer:
-            made = maker.make(model, body, told)
-            how = recipe(model, service.recorded | {"command": command}, body, made)
-            if media_type in outputs.PICTURES:
-                return outputs.one_picture(made, media_type, how)
-            return outputs.pictures(
-                model, service.name, made, body.format, how, with_tokens=body.return_tokens
-            )
+            notes: list[str] = []
+            with listening(notes.append):
+                made = maker.make(model, body, told)
+                how = recipe(model, service.recorded | {"command": command}, body, made)
+                writing = service.marking.writing(getattr(body, "image", None))
+                if media_type in outputs.PICTURES:
+                    return outputs.one_picture(made, media_type, how, writing)
+                return outputs.pictures(
+                    model,
+                    service.name,
+                    made,
+                    body.format,
+                    how,
+                    writing,
+                    with_tokens=body.return_tokens,
+                    notes=notes,
+                )
 
         if media_type == EVENTS:
             return await _stream(http, work, count, pixels, body.timeout)

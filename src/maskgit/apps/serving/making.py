@@ -64,6 +64,7 @@ def inpaint(model: MaskGIT, body: schemas.Inpaint, told: Callback | None) -> Out
         open_picture(body.image, "photo"),
         body.mask,
         body.class_,
+        invert=body.invert,
         share=body.share,
         dilate=body.dilate,
         start_step=body.start_step,
@@ -75,7 +76,7 @@ def inpaint(model: MaskGIT, body: schemas.Inpaint, told: Callback | None) -> Out
 def outpaint(model: MaskGIT, body: schemas.Outpaint, told: Callback | None) -> Output:
     """Go on beyond the edges."""
     return model.outpaint(
-        images.read_image(body.image),
+        open_picture(body.image, "photo"),
         left=body.left,
         right=body.right,
         top=body.top,

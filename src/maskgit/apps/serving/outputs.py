@@ -1,21 +1,18 @@
 """Turning what the model made into the bytes of an answer."""
 
 import base64
-import io
 import json
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 
-from maskgit import imagefiles, images
+from maskgit import images
 from maskgit.apps.serving.inputs import JSON, PICTURES
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Output
 
 # Pixels a side of a preview.
 PREVIEW_SIZE = 128
-_QUALITY = {"jpeg": 95, "webp": 90}
 
 
 class Answer(NamedTuple):
@@ -45,35 +42,29 @@ class Recipe(NamedTuple):
         return self.settings | {"seed": self.seed, "index": self.first_index + number}
 
 
-def encode(picture: Image.Image, form: str, settings: dict[str, Any] | None = None) -> bytes:
-    """Return a picture as a file's bytes; a PNG holds its settings.
-
-    Args:
-        picture: mode RGB or RGBA; a JPEG shows transparency over white.
-        form: png, jpeg or webp.
-        settings: JSON values.
-    """
-    if form == "png":
-        return images.png_bytes(picture, settings)
-    data = io.BytesIO()
-    flat = picture if form == "webp" else imagefiles.to_rgb(picture)
-    flat.save(data, form.upper(), quality=_QUALITY[form])
-    return data.getvalue()
-
-
-def one_picture(made: Output, media_type: str, recipe: Recipe) -> Answer:
-    """Return the first picture as the whole answer."""
-    return Answer(encode(made.to_pil()[0], PICTURES[media_type], recipe.of(0)), media_type)
+def one_picture(made: Output, media_type: str, recipe: Recipe, writing: dict[str, Any]) -> Answer:
+    """Return the first picture as the whole answer; for `writing` see `flags.Marking`."""
+    data = images.encode(made.to_pil()[0], PICTURES[media_type], settings=recipe.of(0), **writing)
+    return Answer(data, media_type)
 
 
 def pictures(
-    model: MaskGIT, name: str, made: Output, form: str, recipe: Recipe, *, with_tokens: bool
+    model: MaskGIT,
+    name: str,
+    made: Output,
+    form: str,
+    recipe: Recipe,
+    writing: dict[str, Any],
+    *,
+    with_tokens: bool,
+    notes: list[str],
 ) -> Answer:
-    """Return all pictures inside JSON; see `schemas.Pictures`."""
+    """Return all pictures inside JSON; see `schemas.Pictures`, and `flags.Marking` for `writing`."""
     listed = []
     for number, picture in enumerate(made.to_pil()):
+        data = images.encode(picture, form, settings=recipe.of(number), **writing)
         shown: dict[str, Any] = {
-            "image": base64.b64encode(encode(picture, form, recipe.of(number))).decode("ascii"),
+            "image": base64.b64encode(data).decode("ascii"),
             "media_type": f"image/{form}",
             "seed": recipe.seed,
             "index": None if recipe.seed is None else recipe.first_index + number,
@@ -83,7 +74,8 @@ def pictures(
     guess = None
     if made.class_guess is not None:
         guess = {"number": made.class_guess.label, "name": class_name(model, made.class_guess.label)}
-    return to_json({"model": name, "settings": recipe.settings, "class_guess": guess, "images": listed})
+    answer = {"model": name, "settings": recipe.settings, "class_guess": guess, "images": listed}
+    return to_json(answer | {"notes": notes})
 
 
 def class_name(model: MaskGIT, label: int) -> str | None:
@@ -95,7 +87,7 @@ def preview(pixels: torch.Tensor) -> str:
     """Return an image float32 (1, 3, H, W) as a small PNG, base64."""
     picture = images.to_pil(pixels)[0]
     picture.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
-    return base64.b64encode(images.png_bytes(picture)).decode("ascii")
+    return base64.b64encode(images.encode(picture)).decode("ascii")
 
 
 def to_json(values: Any) -> Answer:

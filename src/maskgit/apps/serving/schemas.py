@@ -131,6 +131,7 @@ class Inpaint(Sampled):
     image: File
     mask: Mask
     class_: Class = "guess"
+    invert: bool = Field(False, description="Make new what the mask does not mark.")
     share: float = Field(0.0, ge=0, le=1)
     dilate: int = Field(0, ge=0)
     start_step: StartStep = 0
@@ -193,6 +194,7 @@ class Pictures(BaseModel):
     settings: dict[str, Any] = Field(description="What made them, as in the PNG files' metadata.")
     class_guess: ClassName | None = None
     images: list[Picture]
+    notes: list[str] = Field([], description="What is worth saying of how the request was understood.")
 
 
 class Tokens(BaseModel):

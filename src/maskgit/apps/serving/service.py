@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from maskgit import __version__
+from maskgit.apps.flags import Marking
 from maskgit.apps.serving.faults import InvalidRequestError, OverloadedError, UnavailableError
 from maskgit.apps.serving.shared import SharedModel
 from maskgit.apps.serving.worker import Stats, Ticket, Worker
@@ -88,6 +89,7 @@ class Service:
         limits: Limits | None = None,
         *,
         recorded: dict[str, Any] | None = None,
+        marking: Marking | None = None,
     ) -> None:
         """Describe the service; `start` starts it.
 
@@ -96,10 +98,16 @@ class Service:
             name: what answers call it.
             limits: None is the defaults.
             recorded: what pictures' metadata says of the model beside its name and this package's version.
+            marking: what files say of where their pictures come from; None is the defaults.
+
+        Raises:
+            ConfigError: pictures cannot be signed as asked.
         """
         self.name = name
         self.recorded = {"maskgit": __version__, "model": name} | (recorded or {})
         self.limits = limits or Limits()
+        self.marking = marking or Marking()
+        self.marking.writing()
         self._worker = Worker(model, max_batch=self.limits.max_batch)
         self._pool: ThreadPoolExecutor | None = None
         self._changed = threading.Condition()

@@ -1,5 +1,6 @@
 """The tab that edits an uploaded photo."""
 
+import html
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from maskgit.apps.webui.studio import (
 )
 from maskgit.apps.webui.watching import Step, watch
 from maskgit.errors import ConfigError, ImageError, MaskGITError
+from maskgit.notes import listening
+from maskgit.results import Output
 
 # How far sliders reach: tokens, and times the model's image size.
 MAX_DILATE, MAX_AMOUNT = 4, 4
@@ -204,7 +207,12 @@ class EditTab:
         label, shared = self.subject.read(values)
         config = self.sampler.read(values)
         yield {self.status: pictures.note("Decoding begins…")}
-        make = partial(OPERATIONS[command].make, pipe, photo, chosen, label)
+        notes: list[str] = []
+
+        def make(**options: Any) -> Output:
+            with listening(notes.append):
+                return OPERATIONS[command].make(pipe, photo, chosen, label, **options)
+
         for made in watch(partial(make, **shared, **vars(config))):
             if isinstance(made, Step):
                 yield {
@@ -221,7 +229,9 @@ class EditTab:
             name = self.studio.class_name(label)
             settings = self.studio.recorded(command) | config.to_dict() | chosen
             settings |= {"class": name, "photo": photo.path.name, "photo_sha256": photo.sha256}
-            files = self.studio.save(made, settings, shared["seed"], shared["first_index"])
+            files = self.studio.save(made, settings, shared["seed"], shared["first_index"], photo.path)
+            for text in notes:
+                gr.Info(html.escape(text))
             guessed = f" · the model took it for: {name.split(',')[0]}" if made.class_guess else ""
             alts = [f"{name.split(',')[0]} {number}" for number in range(len(files))]
             yield {

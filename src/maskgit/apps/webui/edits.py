@@ -146,7 +146,7 @@ OPERATIONS = {
 
 
 # What the command line can set and the page cannot.
-UNSET = {"rule": "cover", "start_step": None, "canvas": None, "position": None}
+UNSET = {"rule": "cover", "invert": False, "start_step": None, "canvas": None, "position": None}
 
 
 def chosen_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def chosen_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 def pairs(photo: Photo, made: Output) -> list[tuple[Image.Image, Image.Image]]:
     """Return each result beside what it was made from, in pictures of one size."""
-    if made.photos is not None:
+    if made.photos is not None and made.photos[0].size == photo.size:
         picture = photo.read()
         return [(picture, after) for after in made.photos]
     assert made.before is not None, "an edit says what it began with"

@@ -99,8 +99,9 @@ def explained(studio: Studio, made: Output, name: str, saved: pictures.Saved) ->
 def _files(studio: Studio, made: Output, frames: list, stem: str) -> list[pictures.Saved]:
     """Write the explanation and the animation."""
     picture, film = (studio.shelf.place(f"{stem}-{name}") for name in ("explained.png", "forming.gif"))
-    images.save_png(picture, explain.explain(made))
-    explain.save_animation(film, frames)
+    writing = studio.marking.writing()
+    images.save_png(picture, explain.explain(made), **writing)
+    explain.save_animation(film, frames, **writing)
     return [studio.shelf.saved(picture), studio.shelf.saved(film)]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from maskgit.apps.flags import Marking
 from maskgit.apps.webui.compare_tab import compare_tab
 from maskgit.apps.webui.edit_tab import edit_tab
 from maskgit.apps.webui.generate_tab import generate_tab
@@ -43,14 +44,15 @@ def private_folder() -> Path:
     return folder
 
 
-def build_page(pipe: MaskGIT, name: str) -> gr.Blocks:
+def build_page(pipe: MaskGIT, name: str, marking: Marking | None = None) -> gr.Blocks:
     """Return the page of a model.
 
     Args:
         pipe: the model.
         name: what it was loaded by; pictures say so, and are remade by a page of the same name.
+        marking: what files say of where their pictures come from; None is the defaults.
     """
-    studio = Studio(pipe, name, Shelf(private_folder()))
+    studio = Studio(pipe, name, Shelf(private_folder()), marking or Marking())
     with gr.Blocks(title="MaskGIT", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
         gr.HTML(_header(studio), elem_classes="masthead")
         with gr.Tabs():
@@ -76,12 +78,14 @@ def _header(studio: Studio) -> str:
     return f"<h1>MaskGIT</h1><ul>{listed}</ul>"
 
 
-def mount(app: "FastAPI", pipe: MaskGIT, name: str, *, path: str = "/") -> "FastAPI":
+def mount(
+    app: "FastAPI", pipe: MaskGIT, name: str, *, path: str = "/", marking: Marking | None = None
+) -> "FastAPI":
     """Put the page of a model into a server.
 
     Args:
         app: the server; whatever else answers below `path` must have been added before.
-        pipe, name: as for `build_page`.
+        pipe, name, marking: as for `build_page`.
         path: where the page is.
     """
     data = resources.files("maskgit").joinpath("assets/webui")
@@ -98,7 +102,7 @@ def mount(app: "FastAPI", pipe: MaskGIT, name: str, *, path: str = "/") -> "Fast
         "theme": theme(),
         "css": data.joinpath("page.css").read_text("utf-8"),
     }
-    return gr.mount_gradio_app(app, build_page(pipe, name), path, **options)
+    return gr.mount_gradio_app(app, build_page(pipe, name, marking), path, **options)
 
 
 def theme() -> gr.themes.Base:

@@ -6,9 +6,10 @@ import io
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -61,14 +62,20 @@ class Shelf:
         """Return what the page needs to link to a file that was written."""
         return Saved(path.name, f"gradio_api/file={quote(str(path))}")
 
-    def save(self, picture: Image.Image, stem: str, settings: dict[str, Any]) -> Saved:
-        """Write a PNG with the settings that made it.
+    def save(
+        self,
+        picture: Image.Image,
+        stem: str,
+        settings: dict[str, Any],
+        writing: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Saved:
+        """Write a PNG with the settings that made it; for `writing` see `flags.Marking`.
 
         Raises:
             OutputError: it cannot be written.
         """
         path = self.place(f"{stem}.png")
-        images.save_png(path, picture, settings=settings)
+        images.save_png(path, picture, settings=settings, **writing)
         return self.saved(path)
 
 

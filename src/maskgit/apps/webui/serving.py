@@ -6,7 +6,7 @@ from contextlib import closing, suppress
 import uvicorn
 from fastapi import FastAPI
 
-from maskgit.apps.flags import Model
+from maskgit.apps.flags import Marking, Model
 from maskgit.apps.webui.page import mount
 from maskgit.errors import ConfigError
 
@@ -14,24 +14,27 @@ from maskgit.errors import ConfigError
 PATIENCE = 2
 
 
-def serve(model: Model, host: str, port: int) -> None:
+def serve(model: Model, host: str, port: int, marking: Marking) -> None:
     """Load a model and serve its page until interrupted; say meanwhile what is done.
 
     Args:
         model: which, and where it runs.
         host: the address to be reached at.
         port: 0 takes one that is free.
+        marking: what files say of where their pictures come from.
 
     Raises:
-        ConfigError: the address cannot be used.
+        ConfigError: the address cannot be used, or pictures cannot be signed as asked.
         MaskGITError: the model cannot be loaded.
     """
+    marking.writing()
     # Taken first, so that nobody waits for a model whose page cannot be seen.
     with closing(listen(host, port)) as listening:
         print(f"loading the model {model.model}…", flush=True)
         pipe = model.load()
         print("building the page…", flush=True)
-        app = mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), pipe, model.model)
+        bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        app = mount(bare, pipe, model.model, marking=marking)
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)

@@ -5,7 +5,7 @@ import html
 import json
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from maskgit import images
-from maskgit.apps.flags import Model, Speed
+from maskgit.apps.flags import Marking, Model, Speed
 from maskgit.apps.output import slug
 from maskgit.apps.webui import pictures
 from maskgit.apps.webui.pictures import Saved, Shelf
@@ -46,11 +46,13 @@ class Studio:
         pipe: the model.
         name: what it was loaded by.
         shelf: where finished pictures lie.
+        marking: what their files say of where they come from.
     """
 
     pipe: MaskGIT
     name: str
     shelf: Shelf
+    marking: Marking = field(default_factory=Marking)
 
     def recorded(self, command: str) -> dict[str, Any]:
         """Return what a picture's metadata says of the model and of what made it."""
@@ -99,12 +101,14 @@ class Studio:
         """Return what a step's tokens look like."""
         return images.to_pil(self.pipe.decode_tokens(step.tokens))
 
-    def save(self, made: Output, settings: dict[str, Any], seed: int, first: int) -> list[Saved]:
-        """Write what was made, each picture with its settings."""
-        files = []
+    def save(
+        self, made: Output, settings: dict[str, Any], seed: int, first: int, photo: Path | None = None
+    ) -> list[Saved]:
+        """Write what was made, of a photo or of nothing, each picture with its settings."""
+        files, writing = [], self.marking.writing(photo)
         for index, picture in enumerate(made.to_pil(), first):
             stem = f"{slug(str(settings['class']).split(',')[0])}-{seed}-{index:05}"
-            files.append(self.shelf.save(picture, stem, settings | {"seed": seed, "index": index}))
+            files.append(self.shelf.save(picture, stem, settings | {"seed": seed, "index": index}, writing))
         return files
 
     def read_settings(self, path: str, *commands: str) -> dict[str, Any]:
