@@ -1,5 +1,6 @@
 """The command that serves a model over HTTP."""
 
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ from tyro.conf import arg
 
 from maskgit.apps.flags import Model
 from maskgit.errors import ConfigError
+from maskgit.proxies import missing_socks
 
 
 def serve(
@@ -49,17 +51,27 @@ def serve(
     limits = Limits(queue_size=queue_size, max_batch=max_batch, max_images=max_images, timeout=timeout)
     keys = read_keys(api_key_file) if api_key_file else ()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Before the model is loaded, so that nobody waits for what cannot be shown.
+    mount = _page() if page and not keys and find_spec("gradio") else None
     with bind(host, port) as listener:
         pipe = model.load()
         service = Service(pipe, model.model, limits, recorded=model.recorded("serve"))
-        mounted = None
-        if page and not keys and find_spec("gradio"):
-            from maskgit.apps.webui.page import mount
-
-            # Its pictures are made beside the batches of requests, by a model that shares the weights.
-            mounted = partial(mount, pipe=copy(pipe), name=model.model)
+        # The page's pictures are made beside the batches of requests, by a model that shares the weights.
+        mounted = mount and partial(mount, pipe=copy(pipe), name=model.model)
         announce = partial(_announce, model.model)
         run(service, listener, keys, announce, mounted)
+
+
+def _page() -> Callable[..., object]:
+    """Return what puts the page into a server."""
+    try:
+        from maskgit.apps.webui.page import mount
+    except ImportError as error:
+        failure = missing_socks(error)
+        if failure is None:
+            raise
+        raise failure from error
+    return mount
 
 
 def _announce(name: str, url: str) -> None:

@@ -20,13 +20,14 @@ def page(
     """
     from maskgit.config import check_count
     from maskgit.errors import ConfigError
+    from maskgit.proxies import missing_socks
 
     check_count("port", port, 0, 65_535)
     print("loading the libraries…", flush=True)
     try:
         from maskgit.apps.webui import serving
     except ImportError as error:
-        raise ConfigError(
+        raise missing_socks(error) or ConfigError(
             f"The page needs the package {error.name}; install it with pip install 'maskgit-torch[app]'."
         ) from error
     serving.serve(model, host, port)
