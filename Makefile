@@ -20,11 +20,11 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/activate
 	$(PIP) -e '.[test]'
 	@touch $@
 
-# Tests need a browser for the page and a C++ compiler for torch.compile. Where this may, it installs what is
-# missing; elsewhere, do it by hand.
-PACKAGES := chromium fonts-dejavu-core g++
-$(VENV)/.packages: | $(BIN)/activate
-	@if ! { command -v chromium && command -v g++; } >/dev/null \
+# Tests need a browser for the page, a proxy to stand in front of it and a C++ compiler for torch.compile. Where this
+# may, it installs what is missing; elsewhere, do it by hand.
+PACKAGES := chromium fonts-dejavu-core g++ nginx-light
+$(VENV)/.packages: Makefile | $(BIN)/activate
+	@if ! { PATH=$$PATH:/usr/sbin; command -v chromium && command -v g++ && command -v nginx; } >/dev/null \
 	    && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	    apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; fi

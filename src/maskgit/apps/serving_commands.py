@@ -7,18 +7,20 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from maskgit.apps.flags import Model
+from maskgit.apps.flags import Model, Network
 from maskgit.errors import ConfigError
 from maskgit.proxies import missing_socks
 
 
 def serve(
     model: Model,
+    network: Network,
     host: str = "127.0.0.1",
     port: int = 8000,
     queue_size: int = 64,
     max_batch: int = 16,
     max_images: int = 16,
+    max_per_client: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: all)")] = None,
     timeout: float = 120.0,
     api_key_file: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: no keys)")] = None,
     page: bool = True,
@@ -31,6 +33,7 @@ def serve(
         queue_size: Images accepted and not answered yet; further requests are told to come again later.
         max_batch: Images made together.
         max_images: Images that one request may ask for.
+        max_per_client: Images accepted and not answered yet of one client: of a key, or else of an address.
         timeout: Seconds in which a request must be answered.
         api_key_file: Keys, one a line, of which a client must show one.
         page: Put the page of `maskgit app` at /, if Gradio is installed; not with keys, which browsers do not send.
@@ -48,7 +51,14 @@ def serve(
             f"The server needs the package {error.name}; install it with pip install 'maskgit-torch[serve]'."
         ) from error
 
-    limits = Limits(queue_size=queue_size, max_batch=max_batch, max_images=max_images, timeout=timeout)
+    network.check()
+    limits = Limits(
+        queue_size=queue_size,
+        max_batch=max_batch,
+        max_images=max_images,
+        max_per_client=max_per_client,
+        timeout=timeout,
+    )
     keys = read_keys(api_key_file) if api_key_file else ()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Before the model is loaded, so that nobody waits for what cannot be shown.
@@ -59,7 +69,7 @@ def serve(
         # The page's pictures are made beside the batches of requests, by a model that shares the weights.
         mounted = mount and partial(mount, pipe=copy(pipe), name=model.model)
         announce = partial(_announce, model.model)
-        run(service, listener, keys, announce, mounted)
+        run(service, listener, keys, announce, mounted, network)
 
 
 def _page() -> Callable[..., object]:

@@ -4,11 +4,12 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from maskgit.apps.flags import Model
+from maskgit.apps.flags import Model, Network
 
 
 def page(
     model: Model,
+    network: Network,
     port: Annotated[int, arg(metavar="INT")] = 7860,
     host: str = "127.0.0.1",
 ) -> None:
@@ -23,6 +24,7 @@ def page(
     from maskgit.proxies import missing_socks
 
     check_count("port", port, 0, 65_535)
+    network.check()
     print("loading the libraries…", flush=True)
     try:
         from maskgit.apps.webui import serving
@@ -30,4 +32,4 @@ def page(
         raise missing_socks(error) or ConfigError(
             f"The page needs the package {error.name}; install it with pip install 'maskgit-torch[app]'."
         ) from error
-    serving.serve(model, host, port)
+    serving.serve(model, host, port, network)

@@ -2,68 +2,24 @@
 
 import ipaddress
 import re
-from collections.abc import Iterable, MutableMapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import MutableMapping
+from typing import Any
 
 from fastapi import FastAPI
-from tyro.conf import arg
 
+from maskgit.apps.flags import PREFIX, Network
 from maskgit.apps.serving.gates import App, Receive, Send
-from maskgit.errors import ConfigError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Range = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){1,16}")
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,255}(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:[0-9]{1,5})?")
 # What only proxies may say. Libraries behind us believe some of it, whoever says it.
 _PROXIES_WORDS = re.compile(rb"x-forwarded-.*|x-gradio-server")
 
 
-@dataclass(frozen=True)
-class Network:
-    """Where the server stands behind proxies."""
-
-    root_path: Annotated[str, arg(metavar="PATH", help_behavior_hint="(default: at the root)")] = ""
-    """The path that a proxy shows the server under, such as /mg; it wins over X-Forwarded-Prefix."""
-    trusted_proxies: Annotated[
-        tuple[str, ...], arg(metavar="ADDRESS", help_behavior_hint="(default: nobody)")
-    ] = ()
-    """Proxies, as addresses or networks such as 10.0.0.0/8, whose X-Forwarded-For, -Proto, -Host and -Prefix are
-    believed. They must set all four, or pass on none that they were sent."""
-
-    def __post_init__(self) -> None:
-        if self.root_path and not _PREFIX.fullmatch(self.root_path):
-            raise ConfigError(
-                f"root_path must be like /mg: it begins with /, does not end with one, and holds letters, digits and "
-                f"-._~, but is {self.root_path!r:.200}."
-            )
-        self.proxies()
-
-    def proxies(self) -> list[Range]:
-        """Return the trusted proxies as networks.
-
-        Raises:
-            ConfigError: one is none.
-        """
-        try:
-            return [ipaddress.ip_network(one, strict=False) for one in self.trusted_proxies]
-        except ValueError as error:
-            raise ConfigError(
-                f"trusted_proxies are addresses or networks such as 127.0.0.1 or 10.0.0.0/8, but: {error}."
-            ) from error
-
-
 def place(app: FastAPI, network: Network) -> None:
     """Let an application see its requests as the clients in front of trusted proxies sent them."""
     app.add_middleware(Forwarded, network=network)
-
-
-def route_path(scope: MutableMapping[str, Any]) -> str:
-    """Return a request's path as routes name it, without what a proxy put before it."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 class Forwarded:
@@ -73,6 +29,7 @@ class Forwarded:
     """
 
     def __init__(self, app: App, network: Network) -> None:
+        network.check()
         self.app = app
         self._prefix = network.root_path
         self._proxies = network.proxies()
@@ -96,7 +53,7 @@ class Forwarded:
         peer = scope.get("client")
         if peer is not None and self._trusts(_address(peer[0])):
             self._believe(scope, told)
-            prefix = prefix or _last(told, b"x-forwarded-prefix", _PREFIX, strip="/")
+            prefix = prefix or _last(told, b"x-forwarded-prefix", PREFIX, strip="/")
         if prefix:
             _put_below(scope, prefix)
         return scope

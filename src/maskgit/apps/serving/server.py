@@ -8,6 +8,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from maskgit.apps.flags import Network
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.service import Service
 from maskgit.errors import ConfigError
@@ -36,12 +37,28 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def configured(app: FastAPI) -> uvicorn.Config:
+    """Return how uvicorn is to run the application."""
+    return uvicorn.Config(
+        app,
+        # What proxies say is the application's to judge.
+        proxy_headers=False,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        # Of connections that stay open when all is answered, as a browser's do.
+        timeout_graceful_shutdown=PATIENCE,
+    )
+
+
 def run(
     service: Service,
     listener: socket.socket,
     keys: Sequence[str],
     announce: Callable[[str], None],
     page: Callable[[FastAPI], object] | None = None,
+    network: Network | None = None,
 ) -> None:
     """Serve until a signal says to stop: then nothing new is accepted, and what was accepted is answered.
 
@@ -50,21 +67,13 @@ def run(
     Args:
         service: not started yet.
         listener: see `bind`.
-        keys, page: see `create_app`.
+        keys, page, network: see `create_app`.
         announce: called with the URL once requests are taken.
 
     Raises:
         Exception: what the model failed at when it was warmed up.
     """
-    config = uvicorn.Config(
-        create_app(service, keys, page),
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        lifespan="on",
-        # Of connections that stay open when all is answered, as a browser's do.
-        timeout_graceful_shutdown=PATIENCE,
-    )
+    config = configured(create_app(service, keys, page, network))
     server = _Server(config, service, announce)
     server.run(sockets=[listener])
     if server.failure is not None:

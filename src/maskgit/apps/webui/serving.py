@@ -6,7 +6,8 @@ from contextlib import closing, suppress
 import uvicorn
 from fastapi import FastAPI
 
-from maskgit.apps.flags import Model
+from maskgit.apps.flags import Model, Network
+from maskgit.apps.serving.network import place
 from maskgit.apps.webui.page import mount
 from maskgit.errors import ConfigError
 
@@ -14,13 +15,14 @@ from maskgit.errors import ConfigError
 PATIENCE = 2
 
 
-def serve(model: Model, host: str, port: int) -> None:
+def serve(model: Model, host: str, port: int, network: Network) -> None:
     """Load a model and serve its page until interrupted; say meanwhile what is done.
 
     Args:
         model: which, and where it runs.
         host: the address to be reached at.
         port: 0 takes one that is free.
+        network: what stands in front of the page.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -31,10 +33,12 @@ def serve(model: Model, host: str, port: int) -> None:
         print(f"loading the model {model.model}…", flush=True)
         pipe = model.load()
         print("building the page…", flush=True)
-        app = mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), pipe, model.model)
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        place(app, network)
+        mount(app, pipe, model.model)
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
+        config = uvicorn.Config(app, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=PATIENCE)
         # Ctrl-C is how a page is ended, nothing that went wrong.
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
