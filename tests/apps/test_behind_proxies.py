@@ -3,8 +3,6 @@
 import asyncio
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
+from starlette.testclient import TestClient
 
 from maskgit import MaskGIT, images
 from maskgit.apps.cli import main
@@ -22,6 +21,7 @@ from maskgit.apps.serving import outputs
 from maskgit.apps.serving.network import Forwarded
 from maskgit.apps.serving.service import Limits
 from maskgit.apps.webui.page import mount
+from maskgit.apps.webui.serving import application
 from maskgit.errors import ConfigError
 from servers import behind_nginx, in_thread, wait_for
 
@@ -130,18 +130,15 @@ def test_the_page_generates_and_edits_under_the_path(url, tmp_path):
     assert not [(status, at) for status, at in asked if status >= 400]
 
 
-def test_the_page_alone_is_told_where_it_is():
-    """`maskgit app`; what the browser then asks for begins with what its config says."""
-    command = [sys.executable, "-m", "maskgit", "app", "--port", "0", "--root-path", "/mg"]
-    with subprocess.Popen(
-        [*command, "--trusted-proxies", "127.0.0.1"], stdout=subprocess.PIPE, text=True
-    ) as process:
-        url = next(found.group() for line in process.stdout if (found := re.match(r"http://[\d.:]+", line)))
-        headers = {"x-forwarded-host": "images.example.org", "x-forwarded-proto": "https"}
-        config = httpx.get(f"{url}/mg/config", headers=headers).json()
-        assert config["root"] == "https://images.example.org/mg"
-        assert httpx.get(f"{url}/config").json()["root"] == f"{url}/mg"
-        process.terminate()
+def test_the_page_alone_is_told_where_it_is(pipe):
+    """What a browser asks for begins with what the page's config says."""
+    network = Network(root_path="/mg", trusted_proxies=("192.0.2.1",))
+    app = application(pipe, "cifar10", network)
+    headers = {"x-forwarded-host": "images.example.org", "x-forwarded-proto": "https"}
+    for peer, root in (("192.0.2.1", "https://images.example.org/mg"), ("192.0.2.2", "http://localhost:1/mg")):
+        with TestClient(app, base_url="http://localhost:1", client=(peer, 1)) as client:
+            assert client.get("/mg/config", headers=headers).json()["root"] == root
+            assert client.get("/config", headers=headers).json()["root"] == root
 
 
 def ask(client: httpx.Client, seen_from: str, key: str = "") -> httpx.Response:

@@ -10,6 +10,7 @@ from maskgit.apps.flags import Model, Network
 from maskgit.apps.serving.network import place
 from maskgit.apps.webui.page import mount
 from maskgit.errors import ConfigError
+from maskgit.pipeline import MaskGIT
 
 # Seconds that a browser's open connection can hold up the end.
 PATIENCE = 2
@@ -33,15 +34,20 @@ def serve(model: Model, host: str, port: int, network: Network) -> None:
         print(f"loading the model {model.model}…", flush=True)
         pipe = model.load()
         print("building the page…", flush=True)
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        place(app, network)
-        mount(app, pipe, model.model)
+        app = application(pipe, model.model, network)
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(app, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=PATIENCE)
         # Ctrl-C is how a page is ended, nothing that went wrong.
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def application(pipe: MaskGIT, name: str, network: Network) -> FastAPI:
+    """Return the page of a model and nothing else; the arguments are those of `mount`, and what stands in front."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    place(app, network)
+    return mount(app, pipe, name)
 
 
 def listen(host: str, port: int) -> socket.socket:
