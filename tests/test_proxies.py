@@ -38,7 +38,16 @@ def test_this_machine_is_known_however_it_is_written(host):
 
 @pytest.mark.parametrize(
     "host",
-    ["", "localhost.example.org", "notlocalhost", "128.0.0.1", "10.0.0.1", "fe80::1", "127.0.0.1.nip.io", "ünder"],
+    [
+        "",
+        "localhost.example.org",
+        "notlocalhost",
+        "128.0.0.1",
+        "10.0.0.1",
+        "fe80::1",
+        "127.0.0.1.nip.io",
+        "ünder",
+    ],
 )
 def test_other_hosts_are_not_this_machine(host):
     assert not is_loopback(host)
@@ -139,7 +148,7 @@ def test_downloads_from_elsewhere_go_through_the_proxy(variable, tmp_path, monke
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "ALL_PROXY", "all_proxy"])
 def test_downloads_name_a_proxy_that_they_cannot_use(variable, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, SOCKS[0])
-    with pytest.raises(DownloadError, match="http proxies alone.*HTTPS_PROXY"):
+    with pytest.raises(DownloadError, match=r"http proxies alone.*HTTPS_PROXY"):
         download.fetch("https://models.invalid/model", folder=tmp_path)
 
 

@@ -43,7 +43,11 @@ def proxy_for(url: str) -> str | None:
         return None
     proxies = urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]) or _in_network(host, proxies):
+    if (
+        not proxy
+        or urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2])
+        or _in_network(host, proxies)
+    ):
         return None
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     try:

@@ -100,7 +100,9 @@ def test_the_documentation_is_under_the_path(url):
 def test_the_page_generates_and_edits_under_the_path(url, tmp_path):
     path = shutil.which("chromium")
     if path is None:
-        pytest.fail("This test drives Debian's Chromium; install it: apt-get install chromium fonts-dejavu-core")
+        pytest.fail(
+            "This test drives Debian's Chromium; install it: apt-get install chromium fonts-dejavu-core"
+        )
     Image.new("RGB", (96, 64), "olive").save(tmp_path / "meadow.png")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
@@ -135,7 +137,10 @@ def test_the_page_alone_is_told_where_it_is(pipe):
     network = Network(root_path="/mg", trusted_proxies=("192.0.2.1",))
     app = application(pipe, "cifar10", network)
     headers = {"x-forwarded-host": "images.example.org", "x-forwarded-proto": "https"}
-    for peer, root in (("192.0.2.1", "https://images.example.org/mg"), ("192.0.2.2", "http://localhost:1/mg")):
+    for peer, root in (
+        ("192.0.2.1", "https://images.example.org/mg"),
+        ("192.0.2.2", "http://localhost:1/mg"),
+    ):
         with TestClient(app, base_url="http://localhost:1", client=(peer, 1)) as client:
             assert client.get("/mg/config", headers=headers).json()["root"] == root
             assert client.get("/config", headers=headers).json()["root"] == root
@@ -201,7 +206,10 @@ def test_an_ipv6_client_is_its_network(busy):
 
 
 def test_a_client_with_a_key_is_known_by_it(busy):
-    with in_thread(LIMITS, ("one", "two"), network=BEHIND) as (client, service), ThreadPoolExecutor(2) as pool:
+    with (
+        in_thread(LIMITS, ("one", "two"), network=BEHIND) as (client, service),
+        ThreadPoolExecutor(2) as pool,
+    ):
         first = pool.submit(ask, client, "192.0.2.7", "one")
         wait_for(lambda: service.num_accepted == 2)
         refused = ask(client, "198.51.100.2", "one")
@@ -291,7 +299,9 @@ def test_the_client_is_the_last_that_is_no_proxy_of_ours(told, client):
     assert seen(network, {"client": ("10.0.0.1", 1), "headers": split})["client"][0] == client
 
 
-@pytest.mark.parametrize("prefix", ["mg", "/", "//evil.example", "/a/../b?", "/m\rg", '/"><script>', "/a" * 20, "/é"])
+@pytest.mark.parametrize(
+    "prefix", ["mg", "/", "//evil.example", "/a/../b?", "/m\rg", '/"><script>', "/a" * 20, "/é"]
+)
 def test_a_prefix_that_is_no_path_is_not_taken(prefix):
     got = seen(BEHIND, {"client": ("127.0.0.1", 1), "headers": [("x-forwarded-prefix", prefix)]})
     assert (got["root_path"], got["path"]) == ("", "/v1/models")

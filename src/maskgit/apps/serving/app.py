@@ -126,7 +126,9 @@ def _maker_route(command: str, maker: Maker) -> Callable[[Request], Any]:
 
         if media_type == EVENTS:
             return await _stream(http, work, count, pixels, body.timeout)
-        accepted = service.submit(work, images=count, pixels=pixels, timeout=body.timeout, client=_client(http))
+        accepted = service.submit(
+            work, images=count, pixels=pixels, timeout=body.timeout, client=_client(http)
+        )
         return await _wait(http, accepted)
 
     return answer
@@ -195,9 +197,7 @@ async def _stream(
         return work(model, told)
 
     service: Service = http.app.state.service
-    accepted = service.submit(
-        previewing, images=count, pixels=pixels, timeout=timeout, client=_client(http)
-    )
+    accepted = service.submit(previewing, images=count, pixels=pixels, timeout=timeout, client=_client(http))
     done = asyncio.wrap_future(accepted.future)
     done.add_done_callback(lambda future: future.cancelled() or future.exception() or None)
     done.add_done_callback(queue.put_nowait)

@@ -237,9 +237,7 @@ class Service:
             self._pool.shutdown()
         self._worker.close()
 
-    def _run(
-        self, work: Callable[[MaskGIT], T], ticket: Ticket, images: int, pixels: int, client: str
-    ) -> T:
+    def _run(self, work: Callable[[MaskGIT], T], ticket: Ticket, images: int, pixels: int, client: str) -> T:
         try:
             ticket.check()
             return work(SharedModel(self._worker, ticket))

@@ -37,7 +37,9 @@ def serve(model: Model, host: str, port: int, network: Network) -> None:
         app = application(pipe, model.model, network)
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=PATIENCE)
+        config = uvicorn.Config(
+            app, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=PATIENCE
+        )
         # Ctrl-C is how a page is ended, nothing that went wrong.
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
