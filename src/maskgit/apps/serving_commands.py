@@ -59,7 +59,7 @@ def serve(
         max_per_client=max_per_client,
         timeout=timeout,
     )
-    keys = read_keys(api_key_file) if api_key_file else ()
+    keys = list(read_keys(api_key_file)) if api_key_file else []
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Before the model is loaded, so that nobody waits for what cannot be shown.
     mount = _page() if page and not keys and find_spec("gradio") else None
@@ -69,7 +69,8 @@ def serve(
         # The page's pictures are made beside the batches of requests, by a model that shares the weights.
         mounted = mount and partial(mount, pipe=copy(pipe), name=model.model)
         announce = partial(_announce, model.model)
-        run(service, listener, keys, announce, mounted, network)
+        reload = partial(_reload, keys, api_key_file) if api_key_file else None
+        run(service, listener, keys, announce, mounted, network, reload)
 
 
 def _page() -> Callable[..., object]:
@@ -82,6 +83,18 @@ def _page() -> Callable[..., object]:
             raise
         raise failure from error
     return mount
+
+
+def _reload(keys: list[str], path: Path) -> None:
+    """Take the keys that a file holds now in place of those before; if it is wrong, those before stay."""
+    from maskgit.apps.serving.gates import read_keys
+
+    try:
+        keys[:] = read_keys(path)
+    except ConfigError as error:
+        print(f"The keys stay as they are: {error}", flush=True)
+    else:
+        print(f"Read {len(keys)} keys from {path}", flush=True)
 
 
 def _announce(name: str, url: str) -> None:

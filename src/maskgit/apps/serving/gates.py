@@ -8,7 +8,7 @@ import hmac
 import ipaddress
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,15 @@ async def refuse(fault: ServiceError, receive: Receive, send: Send) -> None:
 class KeyGate:
     """Lets in who has a key; how ready the server is may be asked without one."""
 
-    def __init__(self, app: App, keys: Iterable[str]) -> None:
+    def __init__(self, app: App, keys: Sequence[str]) -> None:
         """Wrap an application.
 
         Args:
             app: what is behind the gate.
-            keys: any of them opens it; without keys it stands open.
+            keys: any of them opens it; without keys it stands open. They may change.
         """
         self.app = app
-        self.keys = [key.encode() for key in keys]
+        self.keys = keys
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or route_path(scope) in OPEN_PATHS:
@@ -103,7 +103,7 @@ class KeyGate:
         """Return which key a header shows, counted from 1, or None."""
         scheme, _, given = header.partition(b" ")
         # All are compared, each in a time that does not depend on where it differs.
-        found = [hmac.compare_digest(given.strip(), key) for key in self.keys]
+        found = [hmac.compare_digest(given.strip(), key.encode()) for key in self.keys]
         return found.index(True) + 1 if scheme.lower() == b"bearer" and any(found) else None
 
 

@@ -222,7 +222,9 @@ class Service:
         """Cancel what is accepted."""
         with self._changed:
             for ticket in self._tickets:
-                ticket.cancel()
+                ticket.cancel(
+                    UnavailableError("The server was told to stop at once; send the request to another one.")
+                )
 
     def close(self, *, finish: bool = True) -> None:
         """End the service.
