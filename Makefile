@@ -20,11 +20,12 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/activate
 	$(PIP) -e '.[test]'
 	@touch $@
 
-# Tests need a browser for the page, a C++ compiler for torch.compile and ExifTool to read metadata. Where this
-# may, it installs what is missing; elsewhere, do it by hand.
-PACKAGES := chromium fonts-dejavu-core g++ libimage-exiftool-perl
-$(VENV)/.packages: | $(BIN)/activate
-	@if ! { command -v chromium && command -v g++ && command -v exiftool; } >/dev/null \
+# Tests need a browser for the page, a proxy to stand in front of it, a C++ compiler for torch.compile and ExifTool to
+# read metadata. Where this may, it installs what is missing; elsewhere, do it by hand.
+PACKAGES := chromium fonts-dejavu-core g++ libimage-exiftool-perl nginx-light
+$(VENV)/.packages: Makefile | $(BIN)/activate
+	@if ! { PATH=$$PATH:/usr/sbin; command -v chromium && command -v g++ && command -v exiftool && command -v nginx; } \
+	    >/dev/null \
 	    && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	    apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; fi

@@ -15,6 +15,8 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory):
     import torch
 
     os.environ["MASKGIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from maskgit.errors import DownloadError, OutputError
+from maskgit.errors import ConfigError, DownloadError, OutputError
 from maskgit.files import expand, output_error, write_bytes
 from maskgit.locks import locked, waits_for
+from maskgit.proxies import is_loopback, proxy_for
 
 MAX_BYTES = 2**34
 TIMEOUT_S = 30
@@ -142,7 +143,7 @@ def _recorded(record: Path) -> str:
 
 def _check_url(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
-    local = parts.hostname in ("127.0.0.1", "localhost", "::1")
+    local = is_loopback(parts.hostname or "")
     if not (parts.scheme == "https" or (parts.scheme == "http" and local)):
         raise DownloadError(f"{url} is refused: only https URLs are fetched.")
 
@@ -153,6 +154,27 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         _check_url(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _Proxies(urllib.request.ProxyHandler):
+    """Sends each request, redirected ones too, through the proxy for its URL, if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(("http", "https"), ""))
+
+    def proxy_open(self, req, proxy, type):
+        try:
+            proxy = proxy_for(req.full_url)
+        except ConfigError as error:
+            raise DownloadError(str(error)) from error
+        if proxy is None:
+            return None
+        if urllib.parse.urlsplit(proxy).scheme not in ("http", "https"):
+            raise DownloadError(
+                "Files are downloaded through http proxies alone, but the environment names another kind for "
+                f"{req.type} URLs; set {req.type.upper()}_PROXY=http://HOST:PORT, or add the host to NO_PROXY."
+            )
+        return super().proxy_open(req, proxy, type)
 
 
 def _download(url: str, path: Path) -> None:
@@ -195,7 +217,7 @@ def _transfer(url: str, partial: Path, start: int) -> int | None:
     request = urllib.request.Request(url, headers={"User-Agent": "maskgit"})
     if start:
         request.add_header("Range", f"bytes={start}-")
-    opener = urllib.request.build_opener(_Redirects)
+    opener = urllib.request.build_opener(_Redirects, _Proxies)
     try:
         answer = opener.open(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:

@@ -70,6 +70,48 @@ def test_told_to_stop_it_finishes_what_it_accepted():
         assert server.stderr.read() == ""
 
 
+def test_told_twice_it_says_so_to_all_that_it_accepted():
+    with in_process() as (server, url), client_of(url) as client, ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask, client, seed, 256) for seed in range(8)]
+        wait_for(lambda: metric(client, "accepted_images") == 8)
+        server.send_signal(signal.SIGTERM)
+        wait_for(lambda: client.get("/readyz").status_code == 503)
+        server.send_signal(signal.SIGTERM)
+        answers = [answer.result() for answer in answers]
+        assert {answer.status_code for answer in answers} == {503}
+        assert {answer.json()["error"]["type"] for answer in answers} == {"unavailable"}
+        assert server.wait(30) == 130
+        assert server.stderr.read() == "maskgit: interrupted.\n"
+
+
+def test_hung_up_on_it_reads_its_keys_anew(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("old\n")
+
+    def status(key: str) -> int:
+        return client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+
+    with in_process("--api-key-file", str(file)) as (server, url), client_of(url) as client:
+        assert (status("old"), status("new")) == (200, 401)
+        file.write_text("new\nnewer\n")
+        server.send_signal(signal.SIGHUP)
+        assert server.stdout.readline() == f"Read 2 keys from {file}\n"
+        assert (status("old"), status("new")) == (401, 200)
+        file.write_text("")
+        server.send_signal(signal.SIGHUP)
+        assert "holds no keys" in server.stdout.readline()
+        assert (status("old"), status("new"), status("newer"), status("other")) == (401, 200, 200, 401)
+
+
+def test_hung_up_on_without_keys_it_finishes_what_it_accepted():
+    with in_process() as (server, url), client_of(url) as client, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(ask, client, seed, 48) for seed in range(2)]
+        wait_for(lambda: metric(client, "accepted_images") == 2)
+        server.send_signal(signal.SIGHUP)
+        assert [answer.result().status_code for answer in answers] == [200] * 2
+        assert server.wait(30) == 0
+
+
 def test_killed_under_load_it_starts_again_on_its_port():
     with in_process() as (server, url), client_of(url) as client, ThreadPoolExecutor(8) as pool:
         before = ask(client, 7, 2).content

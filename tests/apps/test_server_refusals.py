@@ -5,6 +5,8 @@ import base64
 import io
 import logging
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -13,13 +15,15 @@ import uvicorn
 from PIL import Image
 
 from maskgit import MaskGIT, images
+from maskgit.apps.serving import schemas
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.gates import BodyGate, read_keys
+from maskgit.apps.serving.making import MAKERS
 from maskgit.apps.serving.service import Limits, Service
 from maskgit.errors import ConfigError
 from servers import in_thread
 
-LIMITS = Limits(max_batch=4, max_images=4, max_pixels=100_000, max_body=200_000, body_seconds=1.0)
+LIMITS = Limits(max_batch=4, max_images=4, max_pixels=100_000, max_body=300_000, body_seconds=1.0)
 KEYS = ("first-key-0123456789", "second-key-987654321")
 
 
@@ -52,7 +56,7 @@ BAD = {
     "another type": (
         "generate",
         {"content": b"x", "headers": {"content-type": "text/plain"}},
-        422,
+        415,
         "text/plain",
     ),
     "no class": ("generate", {"json": {}}, 422, "class"),
@@ -141,6 +145,59 @@ BAD = {
     ),
     "tokens of another size": ("detokenize", {"json": {"tokens": [[1, 2], [3, 4]]}}, 422, "8 rows"),
     "tokens beyond": ("detokenize", {"json": {"tokens": [[512] * 8] * 8}}, 422, "512"),
+    "18,000 boxes": (
+        "edit",
+        {"content": b'{"boxes": [' + b"[0,0,8,8]," * 18_000 + b"[0,0,8,8]]}"},
+        422,
+        "256 items",
+    ),
+    "many values": ("edit", {"content": b"[" + b"0," * 120_000 + b"0]"}, 422, "105,536 values"),
+    "boxes that are texts": ("edit", {"content": b'{"boxes": [' + b'"",' * 60_000 + b'""]}'}, 422, "texts"),
+    "wrong boxes": ("edit", {"content": b'{"boxes": [' + b"0," * 60_000 + b"0]}"}, 422, "boxes.0"),
+    "more boxes than a mask": (
+        "edit",
+        {"json": BOX | {"image": "", "boxes": [[0, 0, 8, 8]] * 257}},
+        422,
+        "256",
+    ),
+    "unknown keys": ("edit", {"json": {f"k{number}": 1 for number in range(9000)}}, 422, "texts"),
+    "a long class": ("generate", {"json": {"class": "x" * 150_000}}, 422, "200 characters"),
+    "a long key": ("generate", {"json": {"x" * 150_000: 1}}, 422, "xxx"),
+    "a long policy": ("generate", {"json": {"class": 1, "policy": "x" * 150_000}}, 422, "100 characters"),
+    "a long option": (
+        "generate",
+        {"json": {"class": 1, "policy_options": {"a": "x" * 150_000}}},
+        422,
+        "policy",
+    ),
+    "many options": (
+        "generate",
+        {"json": {"class": 1, "policy_options": {f"k{i}": i for i in range(99)}}},
+        422,
+        "16",
+    ),
+    "a long number": ("generate", {"content": b'{"class": ' + b"9" * 150_000 + b"}"}, 422, ""),
+    "a long table": (
+        "generate",
+        {"json": {"class": 1, "tables": {"mask_ratio": [0.5] * 10_001}}},
+        422,
+        "10000",
+    ),
+    "many rows": ("detokenize", {"json": {"tokens": [[1]] * 257}}, 422, "256"),
+    "a long row": ("detokenize", {"json": {"tokens": [[1] * 257]}}, 422, "256"),
+    "an endless timeout": ("generate", {"json": GENERATE | {"timeout": 1e300}}, 422, "86400"),
+    "a far box": (
+        "edit",
+        {"json": BOX | {"image": b64(png(PHOTO)), "boxes": [[10**20, 0, 8, 8]]}},
+        422,
+        "boxes",
+    ),
+    "a form of boxes": (
+        "edit",
+        {"data": {"boxes": "[" + '"",' * 60_000 + '""]'}, "files": {"image": b""}},
+        422,
+        "texts",
+    ),
     "zero timeout": ("generate", {"json": GENERATE | {"timeout": 0}}, 422, "timeout"),
 }
 
@@ -155,7 +212,60 @@ def test_what_is_wrong_is_told_in_a_sentence(client, name):
     error = answer.json()["error"]
     assert any(word in error["message"] for word in words.split("|")), error
     assert error["message"].endswith((".", "?"))
+    assert len(error["message"]) < 800
     assert "Traceback" not in error["message"]
+
+
+@pytest.mark.parametrize("form", [False, True])
+def test_health_is_answered_while_a_body_is_parsed(client, form, monkeypatch):
+    parsing, go_on = threading.Event(), threading.Event()
+    name = "model_validate" if form else "model_validate_json"
+    validate = getattr(schemas.Edit, name)
+
+    def waiting(*args):
+        parsing.set()
+        assert go_on.wait(60)
+        return validate(*args)
+
+    monkeypatch.setattr(schemas.Edit, name, waiting)
+    request = {"data": {"boxes": "[]"}, "files": {"image": b"x"}} if form else {"json": {}}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, "/v1/edit", **request)
+        assert parsing.wait(60)
+        assert client.get("/healthz").status_code == 200
+        go_on.set()
+        assert answer.result().status_code == 422
+
+
+def bounded(schema: dict) -> bool:
+    """Return whether JSON of a schema has a largest size."""
+    kinds = schema.get("anyOf") or [schema]
+    if len(kinds) > 1:
+        return all(bounded(kind) for kind in kinds)
+    if (
+        "enum" in schema
+        or "const" in schema
+        or "contentEncoding" in schema
+        or schema["type"] in ("boolean", "null")
+    ):
+        return True
+    if schema["type"] in ("integer", "number"):
+        return {"minimum", "exclusiveMinimum"} & set(schema) and {"maximum", "exclusiveMaximum"} & set(schema)
+    if schema["type"] == "string":
+        return "maxLength" in schema
+    if schema["type"] == "array":
+        return "maxItems" in schema and bounded(schema["items"])
+    values, keys = schema["additionalProperties"], schema["propertyNames"]
+    return "maxProperties" in schema and bounded(values) and bounded({"type": "string"} | keys)
+
+
+def test_everything_that_a_request_may_hold_has_a_bound():
+    for schema in (*(maker.schema for maker in MAKERS.values()), schemas.Tokenize):
+        described = schema.model_json_schema()
+        assert described["additionalProperties"] is False
+        for name, field in described["properties"].items():
+            # The server's own limits bound a mask, a picture like any other.
+            assert name == "mask" or bounded(field), (schema, name, field)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +300,7 @@ MEGABYTE = b"x" * 2**20
 def test_100_megabytes_with_a_length_are_refused(client):
     answer = raw(client, f"{HEAD}Content-Length: {100 * 2**20}\n\n", [MEGABYTE] * 100)
     assert answer.startswith(b"HTTP/1.1 413")
-    assert b"200,000 bytes" in answer
+    assert b"300,000 bytes" in answer
 
 
 def test_100_megabytes_without_a_length_are_refused(client):

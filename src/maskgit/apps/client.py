@@ -25,6 +25,7 @@ from maskgit.apps.client_calls import Call, Making, Source
 from maskgit.checks import check_count, check_range
 from maskgit.errors import ConfigError
 from maskgit.forks import resets
+from maskgit.proxies import missing_socks, proxy_for
 
 __all__ = [
     "AsyncClient",
@@ -55,6 +56,7 @@ class _Connected(Generic[Http]):
     """What both kinds of client are made with."""
 
     _http_class: type[Http]
+    _transport_class: type[httpx.HTTPTransport] | type[httpx.AsyncHTTPTransport]
 
     def __init__(
         self,
@@ -77,7 +79,8 @@ class _Connected(Generic[Http]):
                 Retry-After is kept to; if it goes beyond, the error is raised at once.
 
         Raises:
-            ConfigError: the URL or the key cannot be sent, or a number is out of range.
+            ConfigError: the URL or the key cannot be sent, a number is out of range, or the environment names a
+                proxy that cannot be used.
         """
         self.url = _check_url(url)
         timeout = check_range("timeout", timeout, 0.01, 86_400)
@@ -91,9 +94,14 @@ class _Connected(Generic[Http]):
         resets(self)
 
     def _connect(self) -> Http:
-        # A client that many threads share may wait for a connection of its own.
-        patience = httpx.Timeout(self.timeout + _GRACE_SECONDS, connect=_CONNECT_SECONDS, pool=None)
-        return self._http_class(base_url=self.url, headers=self._headers, timeout=patience)
+        return self._http_class(
+            base_url=self.url,
+            headers=self._headers,
+            # A client that many threads share may wait for a connection of its own.
+            timeout=httpx.Timeout(self.timeout + _GRACE_SECONDS, connect=_CONNECT_SECONDS, pool=None),
+            # Given one, httpx does not look for proxies itself.
+            transport=self._transport(),
+        )
 
     def after_fork(self) -> None:
         """Open connections of this process's own: on those of its parent, both would read each other's answers."""
@@ -101,6 +109,20 @@ class _Connected(Generic[Http]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
+
+    def _transport(self) -> Any:
+        try:
+            return self._transport_class(proxy=proxy_for(self.url))
+        except ImportError as error:
+            failure = missing_socks(error)
+            if failure is None:
+                raise
+            raise failure from error
+        except (ValueError, httpx.InvalidURL):
+            # What the variable holds may be a password.
+            raise ConfigError(
+                f"The proxy that the environment names for {self.url} must be http, https, socks5 or socks5h."
+            ) from None
 
     def _attempts(self, patient: bool) -> "_Attempts":
         return _Attempts(self.url, self.timeout, self.retries if patient else 0, self.max_wait)
@@ -232,6 +254,7 @@ class Client(_Connected[httpx.Client]):
     """
 
     _http_class = httpx.Client
+    _transport_class = httpx.HTTPTransport
 
     def __enter__(self) -> Self:
         return self
@@ -296,6 +319,7 @@ class AsyncClient(_Connected[httpx.AsyncClient]):
     """Asks a server from asyncio; otherwise as `Client`, whose methods are awaited here."""
 
     _http_class = httpx.AsyncClient
+    _transport_class = httpx.AsyncHTTPTransport
 
     async def __aenter__(self) -> Self:
         return self

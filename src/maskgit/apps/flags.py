@@ -1,8 +1,10 @@
 """Flags that several commands share: which model, and how it decodes."""
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -93,6 +95,49 @@ class Model:
             "dtype": dtype,
             "reuse": self.speed.reuse,
         }
+
+
+# A path that a proxy may show a server under.
+PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){1,16}")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What stands in front of a server."""
+
+    root_path: Annotated[str, arg(metavar="PATH", help_behavior_hint="(default: at the root)")] = ""
+    """The path that a proxy shows the server under, such as /mg; it wins over X-Forwarded-Prefix."""
+    trusted_proxies: Annotated[
+        tuple[str, ...], arg(metavar="ADDRESS", help_behavior_hint="(default: nobody)")
+    ] = ()
+    """Proxies, as addresses or networks such as 10.0.0.0/8, whose X-Forwarded-For, -Proto, -Host and -Prefix are
+    believed. They must set all four, or pass on none that they were sent."""
+
+    def check(self) -> None:
+        """Check what was given.
+
+        Raises:
+            ConfigError: something cannot be meant.
+        """
+        if self.root_path and not PREFIX.fullmatch(self.root_path):
+            raise ConfigError(
+                f"root_path must be like /mg: it begins with /, does not end with one, and holds letters, digits and "
+                f"-._~, but is {self.root_path!r:.200}."
+            )
+        self.proxies()
+
+    def proxies(self) -> list[IPv4Network | IPv6Network]:
+        """Return the trusted proxies as networks.
+
+        Raises:
+            ConfigError: one is none.
+        """
+        try:
+            return [ip_network(one, strict=False) for one in self.trusted_proxies]
+        except ValueError as error:
+            raise ConfigError(
+                f"trusted_proxies are addresses or networks such as 127.0.0.1 or 10.0.0.0/8, but: {error}."
+            ) from error
 
 
 @dataclass(frozen=True)

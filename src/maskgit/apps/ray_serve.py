@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from maskgit.apps.flags import Model, Speed
+from maskgit.apps.flags import Model, Network, Speed
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.gates import read_keys
 from maskgit.apps.serving.service import Limits, Service
@@ -37,6 +37,8 @@ class Options(BaseModel):
         queue_size: images that a replica accepts and has not answered yet.
         max_batch: images that it makes together.
         max_images: images that one request may ask for.
+        max_per_client: images of one client that a replica accepts and has not answered yet; None is all.
+        root_path, trusted_proxies: as for `maskgit serve`.
         timeout: seconds in which a request must be answered.
         api_key_file: keys, one a line; the file must be on every node.
         num_replicas: how many there are; with max_replicas, how many at least.
@@ -55,6 +57,9 @@ class Options(BaseModel):
     queue_size: int = Limits.queue_size
     max_batch: int = Limits.max_batch
     max_images: int = Limits.max_images
+    max_per_client: int | None = None
+    root_path: str = ""
+    trusted_proxies: tuple[str, ...] = ()
     timeout: float = Limits.timeout
     api_key_file: Path | None = None
     num_replicas: int = Field(1, ge=1)
@@ -73,8 +78,19 @@ class Options(BaseModel):
             queue_size=self.queue_size,
             max_batch=self.max_batch,
             max_images=self.max_images,
+            max_per_client=self.max_per_client,
             timeout=self.timeout,
         )
+
+    def network(self) -> Network:
+        """Return what stands in front of the cluster.
+
+        Raises:
+            ConfigError: something cannot be meant.
+        """
+        network = Network(root_path=self.root_path, trusted_proxies=self.trusted_proxies)
+        network.check()
+        return network
 
 
 class Replica:
@@ -83,6 +99,7 @@ class Replica:
     def __init__(self, options: Options) -> None:
         speed = Speed(**{options.mode: True})
         model = Model(options.model, options.device, options.dtype, speed)
+        self._network = options.network()
         self._keys = read_keys(options.api_key_file) if options.api_key_file else ()
         self._service = Service(
             model.load(), options.model, options.limits(), recorded=model.recorded("serve")
@@ -90,7 +107,7 @@ class Replica:
 
     # Ray's name for what makes the application, once the constructor has run.
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service, self._keys)
+        return create_app(self._service, self._keys, network=self._network)
 
     async def check_health(self) -> None:
         """Wait until the model is warmed up, or raise what went wrong; Ray asks before it sends requests."""
@@ -107,6 +124,7 @@ def build(options: Options) -> Application:
         ConfigError: a number is out of range.
     """
     limits = options.limits()
+    options.network()
     deployed = serve.deployment(
         name="maskgit",
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},

@@ -4,12 +4,13 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from maskgit.apps.flags import Marking, Model
+from maskgit.apps.flags import Marking, Model, Network
 
 
 def page(
     model: Model,
     marking: Marking,
+    network: Network,
     port: Annotated[int, arg(metavar="INT")] = 7860,
     host: str = "127.0.0.1",
 ) -> None:
@@ -21,13 +22,15 @@ def page(
     """
     from maskgit.checks import check_count
     from maskgit.errors import ConfigError
+    from maskgit.proxies import missing_socks
 
     check_count("port", port, 0, 65_535)
+    network.check()
     print("loading the libraries…", flush=True)
     try:
         from maskgit.apps.webui import serving
     except ImportError as error:
-        raise ConfigError(
+        raise missing_socks(error) or ConfigError(
             f"The page needs the package {error.name}; install it with pip install 'maskgit-torch[app]'."
         ) from error
-    serving.serve(model, host, port, marking)
+    serving.serve(model, host, port, network, marking)

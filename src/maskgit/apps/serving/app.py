@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from torch import Tensor
 
 from maskgit import __version__
+from maskgit.apps.flags import Network
 from maskgit.apps.serving import describing, outputs, schemas
 from maskgit.apps.serving.faults import (
     ClientGoneError,
@@ -24,6 +25,7 @@ from maskgit.apps.serving.gates import BodyGate, KeyGate, error_body, error_head
 from maskgit.apps.serving.inputs import EVENTS, JSON, negotiate, read_body
 from maskgit.apps.serving.making import MAKERS, Maker, check_limits, recipe, tokenize
 from maskgit.apps.serving.metrics import MEDIA_TYPE, Counted, Metrics
+from maskgit.apps.serving.network import place
 from maskgit.apps.serving.outputs import Answer
 from maskgit.apps.serving.service import Accepted, Service
 from maskgit.errors import ConfigError, ImageError, MaskGITError, RegionError
@@ -39,7 +41,10 @@ _CLIENTS_FAULTS = (ConfigError, ImageError, RegionError)
 
 
 def create_app(
-    service: Service, keys: Sequence[str] = (), page: Callable[[FastAPI], object] | None = None
+    service: Service,
+    keys: Sequence[str] = (),
+    page: Callable[[FastAPI], object] | None = None,
+    network: Network | None = None,
 ) -> FastAPI:
     """Return the application; it starts the service when it starts, and closes it when it ends.
 
@@ -47,6 +52,7 @@ def create_app(
         service: answers the requests; not started yet.
         keys: of which a client must show one; without any, everybody is let in.
         page: adds a page at /, behind all other routes.
+        network: what stands in front of the server; None is nothing.
     """
 
     @asynccontextmanager
@@ -63,6 +69,7 @@ def create_app(
     app.add_middleware(BodyGate, max_bytes=limits.max_body, seconds=limits.body_seconds)
     app.add_middleware(KeyGate, keys=keys)
     app.add_middleware(Counted, metrics=app.state.metrics)
+    place(app, network or Network())
     if page is not None:
         page(app)
     return app
@@ -130,7 +137,9 @@ def _maker_route(command: str, maker: Maker) -> Callable[[Request], Any]:
 
         if media_type == EVENTS:
             return await _stream(http, work, count, pixels, body.timeout)
-        accepted = service.submit(work, images=count, pixels=pixels, timeout=body.timeout)
+        accepted = service.submit(
+            work, images=count, pixels=pixels, timeout=body.timeout, client=_client(http)
+        )
         return await _wait(http, accepted)
 
     return answer
@@ -144,7 +153,14 @@ async def _tokenize(http: Request) -> Response:
     def work(model: MaskGIT) -> Answer:
         return outputs.to_json({"model": service.name, "tokens": tokenize(model, body)})
 
-    return await _wait(http, service.submit(work, pixels=pixels, timeout=body.timeout))
+    accepted = service.submit(work, pixels=pixels, timeout=body.timeout, client=_client(http))
+    return await _wait(http, accepted)
+
+
+def _client(http: Request) -> str:
+    """Return who asks: a key, or else an address."""
+    client: str = http.scope["maskgit.client"]
+    return client
 
 
 async def _wait(http: Request, accepted: Accepted[Answer]) -> Response:
@@ -192,7 +208,7 @@ async def _stream(
         return work(model, told)
 
     service: Service = http.app.state.service
-    accepted = service.submit(previewing, images=count, pixels=pixels, timeout=timeout)
+    accepted = service.submit(previewing, images=count, pixels=pixels, timeout=timeout, client=_client(http))
     done = asyncio.wrap_future(accepted.future)
     done.add_done_callback(lambda future: future.cancelled() or future.exception() or None)
     done.add_done_callback(queue.put_nowait)

@@ -19,6 +19,7 @@ _ERRORS = {
     406: "The client accepts nothing that can be made.",
     408: "The body came too slowly.",
     413: "The body or a picture is too large.",
+    415: "The body is neither JSON nor a form.",
     422: "The request is not understood, or a value is not allowed.",
     429: "The queue is full; the header Retry-After says when to come again.",
     500: "The server failed.",

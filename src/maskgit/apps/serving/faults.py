@@ -54,6 +54,13 @@ class TooLargeError(ServiceError):
     kind = "too_large"
 
 
+class UnsupportedTypeError(ServiceError):
+    """The body is of a type that is not read."""
+
+    status = 415
+    kind = "unsupported_type"
+
+
 class OverloadedError(ServiceError):
     """There is no place in the queue."""
 

@@ -5,8 +5,10 @@ These are plain ASGI wrappers, because a body must be counted while it arrives.
 
 import asyncio
 import hmac
+import ipaddress
 import json
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+log = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/healthz", "/readyz")
 # A body that is refused is read for so long and thrown away: a client that only writes would never see the
@@ -70,33 +74,37 @@ async def refuse(fault: ServiceError, receive: Receive, send: Send) -> None:
 class KeyGate:
     """Lets in who has a key; how ready the server is may be asked without one."""
 
-    def __init__(self, app: App, keys: Iterable[str]) -> None:
+    def __init__(self, app: App, keys: Sequence[str]) -> None:
         """Wrap an application.
 
         Args:
             app: what is behind the gate.
-            keys: any of them opens it; without keys it stands open.
+            keys: any of them opens it; without keys it stands open. They may change.
         """
         self.app = app
-        self.keys = [key.encode() for key in keys]
+        self.keys = keys
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] != "http"
-            or scope["path"] in OPEN_PATHS
-            or self._knows(_header(scope, b"authorization"))
-        ):
+        if scope["type"] != "http" or route_path(scope) in OPEN_PATHS:
             await self.app(scope, receive, send)
             return
+        address = client_address(scope)
+        key = self._known(_header(scope, b"authorization"))
+        if key is not None or not self.keys:
+            scope["maskgit.client"] = address if key is None else f"key {key}"
+            await self.app(scope, receive, send)
+            return
+        log.warning("%s showed no valid key.", address)
         await refuse(
             UnauthorizedError("Send a valid key as the header `Authorization: Bearer KEY`."), receive, send
         )
 
-    def _knows(self, header: bytes) -> bool:
+    def _known(self, header: bytes) -> int | None:
+        """Return which key a header shows, counted from 1, or None."""
         scheme, _, given = header.partition(b" ")
         # All are compared, each in a time that does not depend on where it differs.
-        found = [hmac.compare_digest(given.strip(), key) for key in self.keys]
-        return not self.keys or (scheme.lower() == b"bearer" and any(found))
+        found = [hmac.compare_digest(given.strip(), key.encode()) for key in self.keys]
+        return found.index(True) + 1 if scheme.lower() == b"bearer" and any(found) else None
 
 
 class BodyGate:
@@ -166,6 +174,21 @@ class BodyGate:
 
     def _too_large(self) -> TooLargeError:
         return TooLargeError(f"The body is larger than {self.max_bytes:,} bytes; send a smaller picture.")
+
+
+def route_path(scope: MutableMapping[str, Any]) -> str:
+    """Return a request's path as routes name it, without what a proxy put before it."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def client_address(scope: MutableMapping[str, Any]) -> str:
+    """Return whom a request comes from; of IPv6 the network, as a single client has all its addresses."""
+    try:
+        address = ipaddress.ip_address((scope.get("client") or [""])[0])
+    except ValueError:
+        return "unknown"
+    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else str(address)
 
 
 def _header(scope: MutableMapping[str, Any], name: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """Reading requests: JSON or a form, what is accepted of it, and how large its pictures claim to be."""
 
+import asyncio
 import json
 from typing import Any, TypeVar
 
@@ -10,7 +11,12 @@ from starlette.requests import Request as HttpRequest
 
 from maskgit import imagefiles
 from maskgit.apps.serving import schemas
-from maskgit.apps.serving.faults import InvalidRequestError, NotAcceptableError, TooLargeError
+from maskgit.apps.serving.faults import (
+    InvalidRequestError,
+    NotAcceptableError,
+    TooLargeError,
+    UnsupportedTypeError,
+)
 
 Body = TypeVar("Body", bound=schemas.Request)
 
@@ -18,31 +24,57 @@ JSON, EVENTS = "application/json", "text/event-stream"
 PICTURES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 FORM = "multipart/form-data"
 _MAX_PARTS = 64
-_MAX_SAID = 3
+_MAX_SAID, _MAX_QUOTED = 3, 200
 
 
 async def read_body(http: HttpRequest, schema: type[Body]) -> Body:
     """Return a request's body, from JSON or from a form whose fields have JSON's names.
 
     Raises:
-        InvalidRequestError: it is neither, or not as the schema says.
+        UnsupportedTypeError: it is neither.
+        InvalidRequestError: it is not as the schema says.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
+    if kind not in (FORM, JSON, ""):
+        raise UnsupportedTypeError(f"The body must be {JSON} or {FORM}, but is {kind:.80}.")
+    body = await http.body()
+
+    def parse() -> Body:
         if kind == FORM:
-            return schema.model_validate(await _read_form(http))
-        if kind in (JSON, ""):
-            return schema.model_validate_json(await http.body())
+            return schema.model_validate(asyncio.run(_read_form(http, body)))
+        _check_amount(body)
+        return schema.model_validate_json(body)
+
+    try:
+        # Others are answered meanwhile; a form is read in a loop of its own.
+        return await asyncio.to_thread(parse)
     except ValidationError as error:
         raise InvalidRequestError(_say(error)) from error
-    raise InvalidRequestError(f"The body must be {JSON} or {FORM}, but is {kind:.80}.")
 
 
-async def _read_form(http: HttpRequest) -> dict[str, Any]:
+def _check_amount(text: bytes) -> None:
+    """Check that JSON holds no more values than any request needs, before it is parsed; base64 has none of these.
+
+    Raises:
+        InvalidRequestError: it holds more.
+    """
+    values = text.count(b",") + text.count(b"[") + text.count(b"{")
+    if values > schemas.MAX_VALUES or text.count(b'"') > 2 * schemas.MAX_TEXTS:
+        raise InvalidRequestError(
+            f"The body holds more than {schemas.MAX_VALUES:,} values or {schemas.MAX_TEXTS:,} texts; no request needs "
+            "so many."
+        )
+
+
+async def _read_form(http: HttpRequest, body: bytes) -> dict[str, Any]:
     """Return a form's fields: files as bytes, texts as the JSON values that they are, or else as texts."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
     values: dict[str, Any] = {}
     try:
-        async with http.form(max_files=2, max_fields=_MAX_PARTS) as form:
+        async with HttpRequest(http.scope, receive).form(max_files=2, max_fields=_MAX_PARTS) as form:
             for name, value in form.multi_items():
                 if name in values:
                     raise InvalidRequestError(f"The form has the field {name[:80]!r} twice.")
@@ -53,6 +85,7 @@ async def _read_form(http: HttpRequest) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    _check_amount(text.encode())
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -64,7 +97,7 @@ def _say(error: ValidationError) -> str:
     said = []
     for fault in error.errors(include_url=False, include_context=False, include_input=False):
         where = ".".join(str(part) for part in fault["loc"])[:80]
-        reason = fault["msg"].removeprefix("Value error, ")
+        reason = fault["msg"].removeprefix("Value error, ")[:_MAX_QUOTED]
         said.append(f"{where}: {reason}" if where else reason)
     more = len(said) - _MAX_SAID
     return "; ".join(said[:_MAX_SAID]) + (f"; and {more} more." if more > 0 else ".")

@@ -9,6 +9,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 Format = Literal["png", "jpeg", "webp"]
 MAX_SEED, MAX_INDEX = 2**64 - 1, 2**40 - 1
+# What no request needs more of, whatever the model and the server's own limits, which may be lower: a day; the
+# images of the longest queue; steps, sides, classes and codes as in configs of models; pixels as of the largest photo.
+MAX_SECONDS, MAX_IMAGES, MAX_STEPS = 86_400, 4096, 10_000
+MAX_GRID, MAX_CODES, MAX_PIXELS = 256, 65_536, 10**9
+# More boxes are a mask.
+MAX_BOXES = 256
+# Characters of a class's name, and of a setting's, such as power-cosine:2.5,0.1,1; options of a policy.
+MAX_NAME, MAX_WORD, MAX_OPTIONS = 200, 100, 16
+# JSON texts, keys included, and all values: the tokens of the largest grid, and room for the rest.
+MAX_TEXTS, MAX_VALUES = 1000, MAX_GRID * MAX_GRID + 4 * MAX_STEPS
 
 
 def _decoded(value: Any) -> Any:
@@ -48,18 +58,27 @@ Mask = Annotated[
         }
     ),
 ]
+# What a number may be where only the policy knows what it is for.
+Number = Annotated[int, Field(ge=-(2**63), lt=2**64)] | Annotated[float, Field(ge=-1e18, le=1e18)]
+Word = Annotated[str, Field(max_length=MAX_WORD)]
 Class = Annotated[
-    int | str | None,
+    Annotated[int, Field(ge=0, lt=MAX_CODES)] | Annotated[str, Field(max_length=MAX_NAME)] | None,
     Field(
         alias="class",
         description="A class's name or number (name:… or number:… says which); null is no class.",
     ),
 ]
-Box = Annotated[list[int], Field(min_length=4, max_length=4, description="left, top, width, height")]
-Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
-StartStep = Annotated[int, Field(ge=0, description="The step to begin decoding at.")]
-Feather = Annotated[float | None, Field(ge=0, description="Radius of the soft edge.")]
-Side = Annotated[int, Field(ge=0, description="Pixels to add.")]
+Pixel = Annotated[int, Field(ge=-MAX_PIXELS, le=MAX_PIXELS)]
+# A list ends at its first fault: those of a long one would fill the memory.
+Box = Annotated[
+    list[Pixel], Field(min_length=4, max_length=4, fail_fast=True, description="left, top, width, height")
+]
+Pair = Annotated[list[Pixel], Field(min_length=2, max_length=2, fail_fast=True)]
+StartStep = Annotated[int, Field(ge=0, lt=MAX_STEPS, description="The step to begin decoding at.")]
+Feather = Annotated[float | None, Field(ge=0, le=MAX_PIXELS, description="Radius of the soft edge.")]
+Side = Annotated[int, Field(ge=0, le=MAX_PIXELS, description="Pixels to add.")]
+Table = Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], Field(max_length=MAX_STEPS, fail_fast=True)]
+Row = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_CODES)]], Field(max_length=MAX_GRID, fail_fast=True)]
 
 
 class Request(BaseModel):
@@ -68,7 +87,10 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=False)
 
     timeout: float | None = Field(
-        None, gt=0, description="Seconds after which nobody needs the answer; at most the server's."
+        None,
+        gt=0,
+        le=MAX_SECONDS,
+        description="Seconds after which nobody needs the answer; at most the server's.",
     )
 
 
@@ -82,22 +104,24 @@ class Shown(Request):
 class Sampled(Shown):
     """What a request that decodes tokens may say; a setting that is not given is the model's own."""
 
-    num_images: int = Field(1, ge=1)
+    num_images: int = Field(1, ge=1, le=MAX_IMAGES)
     seed: int = Field(0, ge=0, le=MAX_SEED, description="With the index, decides an image.")
     first_index: int = Field(0, ge=0, le=MAX_INDEX, description="Index of the first image.")
     stream: bool = Field(False, description="Answer with server-sent events: previews, then the result.")
-    steps: int | None = Field(None, ge=1)
-    policy: str | None = Field(None, description="Which tokens stay after a step.")
-    policy_options: dict[str, bool | int | float | str] | None = None
-    mask_schedule: str | None = None
-    temperature: float | None = Field(None, ge=0)
-    temperature_schedule: str | None = None
-    choice_temperature: float | None = Field(None, ge=0)
-    choice_schedule: str | None = None
-    guidance_scale: float | None = Field(None, ge=0)
-    guidance_schedule: str | None = None
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    policy: Word | None = Field(None, description="Which tokens stay after a step.")
+    policy_options: dict[Word, bool | Number | Word] | None = Field(None, max_length=MAX_OPTIONS)
+    mask_schedule: Word | None = None
+    temperature: float | None = Field(None, ge=0, le=1e6)
+    temperature_schedule: Word | None = None
+    choice_temperature: float | None = Field(None, ge=0, le=1e6)
+    choice_schedule: Word | None = None
+    guidance_scale: float | None = Field(None, ge=0, le=1000)
+    guidance_schedule: Word | None = None
     force_guidance: bool | None = None
-    tables: dict[str, list[float] | None] | None = Field(None, description="Values for each step.")
+    tables: dict[Word, Table | None] | None = Field(
+        None, max_length=MAX_OPTIONS, description="Values for each step."
+    )
 
     def settings(self) -> dict[str, Any]:
         """Return the sampler's settings that were given, by their names in `SamplerConfig`."""
@@ -118,7 +142,12 @@ class Edit(Sampled):
     """What is in boxes of a photo, replaced by a class."""
 
     image: File
-    boxes: list[Box] = Field(min_length=1, description="In pixels of the photo as it is seen.")
+    boxes: list[Box] = Field(
+        min_length=1,
+        max_length=MAX_BOXES,
+        fail_fast=True,
+        description="In pixels of the photo as it is seen.",
+    )
     class_: Class
     rule: Literal["cover", "official"] = "cover"
     start_step: StartStep | None = None
@@ -133,7 +162,7 @@ class Inpaint(Sampled):
     class_: Class = "guess"
     invert: bool = Field(False, description="Make new what the mask does not mark.")
     share: float = Field(0.0, ge=0, le=1)
-    dilate: int = Field(0, ge=0)
+    dilate: int = Field(0, ge=0, le=MAX_GRID)
     start_step: StartStep = 0
     feather: Feather = None
 
@@ -167,7 +196,9 @@ class Tokenize(Request):
 class Detokenize(Shown):
     """The picture of tokens."""
 
-    tokens: list[list[int]] = Field(description="Rows of the token grid, from the top.")
+    tokens: list[Row] = Field(
+        max_length=MAX_GRID, fail_fast=True, description="Rows of the token grid, from the top."
+    )
 
 
 class Picture(BaseModel):

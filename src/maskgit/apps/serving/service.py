@@ -10,6 +10,7 @@ service.close()
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Limits(Config):
         queue_size: images that are accepted and not answered yet; a request counts as its images.
         max_batch: images made together.
         max_images: images of one request.
+        max_per_client: images that one client has accepted and not answered yet; None is the whole queue.
         max_steps: steps of one image.
         max_pixels: pixels of a picture that is sent, and of all pictures in one answer.
         max_body: bytes of a request.
@@ -49,6 +51,7 @@ class Limits(Config):
     queue_size: int = 64
     max_batch: int = 16
     max_images: int = 16
+    max_per_client: int | None = None
     max_steps: int = 256
     max_pixels: int = 25_000_000
     max_body: int = 32 * 2**20
@@ -59,6 +62,8 @@ class Limits(Config):
         check_count("queue_size", self.queue_size, 1, MAX_QUEUE)
         check_count("max_batch", self.max_batch, 1, MAX_QUEUE)
         check_count("max_images", self.max_images, 1, MAX_QUEUE)
+        if self.max_per_client is not None:
+            check_count("max_per_client", self.max_per_client, 1, MAX_QUEUE)
         check_count("max_steps", self.max_steps, 1, 10_000)
         check_count("max_pixels", self.max_pixels, 1, 10**9)
         check_count("max_body", self.max_body, 1, 2**32)
@@ -114,6 +119,7 @@ class Service:
         self._draining = False
         self._images, self._pixels = 0, 0
         self._tickets: set[Ticket] = set()
+        self._clients: Counter[str] = Counter()
         resets(self)
 
     def after_fork(self) -> None:
@@ -121,6 +127,7 @@ class Service:
         self._changed = threading.Condition()
         self._pool, self._tickets = None, set()
         self._images, self._pixels = 0, 0
+        self._clients = Counter()
 
     @property
     def model(self) -> MaskGIT:
@@ -169,6 +176,7 @@ class Service:
         images: int = 1,
         pixels: int = 0,
         timeout: float | None = None,
+        client: str = "",
     ) -> Accepted[T]:
         """Accept a request.
 
@@ -178,6 +186,7 @@ class Service:
             images: how many it makes.
             pixels: of the pictures that it holds in memory.
             timeout: seconds, at most those of the limits.
+            client: who asks, by key or address.
 
         Returns:
             The answer to come; its exceptions are those of `work`, and `ServiceError`.
@@ -188,9 +197,10 @@ class Service:
             UnavailableError: the service is not ready yet, or about to stop.
         """
         limits = self.limits
-        if images > limits.queue_size:
+        most = min(limits.queue_size, limits.max_per_client or limits.queue_size)
+        if images > most:
             raise InvalidRequestError(
-                f"{images} images are more than the queue of {limits.queue_size}; ask for fewer at a time."
+                f"{images} images are more than the {most} that may be asked for; ask for fewer at a time."
             )
         ticket = Ticket(min(timeout or limits.timeout, limits.timeout))
         with self._changed:
@@ -206,9 +216,16 @@ class Service:
                     f"All {limits.queue_size} places of the queue are taken; come again later.",
                     self.retry_after(),
                 )
+            if self._clients[client] + images > most:
+                raise OverloadedError(
+                    f"You have asked for {self._clients[client]} images that are not made yet, and {most} are the "
+                    "limit; wait for them.",
+                    self.retry_after(),
+                )
+            self._clients[client] += images
             self._images, self._pixels = self._images + images, self._pixels + pixels
             self._tickets.add(ticket)
-            return Accepted(self._pool.submit(self._run, work, ticket, images, pixels), ticket)
+            return Accepted(self._pool.submit(self._run, work, ticket, images, pixels, client), ticket)
 
     def retry_after(self) -> int:
         """Return in how many seconds what is accepted will be done, by the speed of late; at least 1."""
@@ -229,7 +246,9 @@ class Service:
         """Cancel what is accepted."""
         with self._changed:
             for ticket in self._tickets:
-                ticket.cancel()
+                ticket.cancel(
+                    UnavailableError("The server was told to stop at once; send the request to another one.")
+                )
 
     def close(self, *, finish: bool = True) -> None:
         """End the service.
@@ -244,7 +263,7 @@ class Service:
             self._pool.shutdown()
         self._worker.close()
 
-    def _run(self, work: Callable[[MaskGIT], T], ticket: Ticket, images: int, pixels: int) -> T:
+    def _run(self, work: Callable[[MaskGIT], T], ticket: Ticket, images: int, pixels: int, client: str) -> T:
         try:
             ticket.check()
             return work(SharedModel(self._worker, ticket))
@@ -254,4 +273,6 @@ class Service:
             with self._changed:
                 self._tickets.discard(ticket)
                 self._images, self._pixels = self._images - images, self._pixels - pixels
+                # Those who have nothing are forgotten.
+                self._clients -= Counter({client: images})
                 self._changed.notify_all()

@@ -40,11 +40,11 @@ class Ticket:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.deadline = time.monotonic() + seconds
-        self._cancelled = False
+        self._cancelled: ServiceError | None = None
 
-    def cancel(self) -> None:
-        """End it."""
-        self._cancelled = True
+    def cancel(self, fault: ServiceError | None = None) -> None:
+        """End it, because of a fault if it is not that the client left."""
+        self._cancelled = self._cancelled or fault or ClientGoneError("The request was cancelled.")
 
     def left(self) -> float:
         """Return the seconds to the deadline, at least 0."""
@@ -60,7 +60,7 @@ class Ticket:
         """Return why it has ended, or None."""
         if not self.left():
             return self.late()
-        return ClientGoneError("The request was cancelled.") if self._cancelled else None
+        return self._cancelled
 
     def check(self) -> None:
         """Raise the fault if it has ended."""

@@ -6,21 +6,24 @@ from contextlib import closing, suppress
 import uvicorn
 from fastapi import FastAPI
 
-from maskgit.apps.flags import Marking, Model
+from maskgit.apps.flags import Marking, Model, Network
+from maskgit.apps.serving.network import place
 from maskgit.apps.webui.page import mount
 from maskgit.errors import ConfigError
+from maskgit.pipeline import MaskGIT
 
 # Seconds that a browser's open connection can hold up the end.
 PATIENCE = 2
 
 
-def serve(model: Model, host: str, port: int, marking: Marking) -> None:
+def serve(model: Model, host: str, port: int, network: Network, marking: Marking) -> None:
     """Load a model and serve its page until interrupted; say meanwhile what is done.
 
     Args:
         model: which, and where it runs.
         host: the address to be reached at.
         port: 0 takes one that is free.
+        network: what stands in front of the page.
         marking: what files say of where their pictures come from.
 
     Raises:
@@ -33,14 +36,22 @@ def serve(model: Model, host: str, port: int, marking: Marking) -> None:
         print(f"loading the model {model.model}…", flush=True)
         pipe = model.load()
         print("building the page…", flush=True)
-        bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        app = mount(bare, pipe, model.model, marking=marking)
+        app = application(pipe, model.model, network, marking)
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
+        config = uvicorn.Config(
+            app, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=PATIENCE
+        )
         # Ctrl-C is how a page is ended, nothing that went wrong.
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def application(pipe: MaskGIT, name: str, network: Network, marking: Marking | None = None) -> FastAPI:
+    """Return the page of a model and nothing else; the arguments are those of `mount`, and what stands in front."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    place(app, network)
+    return mount(app, pipe, name, marking=marking)
 
 
 def listen(host: str, port: int) -> socket.socket:
