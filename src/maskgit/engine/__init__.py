@@ -242,7 +242,7 @@ def build(model: "MaskGIT", engine: Engine) -> "MaskGIT":
     if engine.compile:
         for network in (made.transformer, made.tokenizer.decoder, made.tokenizer.encoder):
             options = COMPILE_OPTIONS[torch.device(engine.device).type]
-            network.forward = Compiled(network.forward, **options)
+            network.forward = Compiled(network.forward, **options)  # type: ignore[method-assign]
     elif engine.device == "cpu" and engine.reuse == 1 and len(made.transformer.layers) > 1:
         made.masked_predictor = MaskedPredictor(
             made.transformer,
