@@ -21,7 +21,7 @@ from maskgit.engine.convolution import (
 )
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import cpu_quota, keep_freed_memory
-from maskgit.engine.linear import PATHS, Int8Linear, MklLinear, replace_linears, ways
+from maskgit.engine.linear import PATHS, Int8Linear, MklLinear, has_vnni, replace_linears, ways
 from maskgit.errors import ConfigError
 from maskgit.policies import POLICIES
 from maskgit.tokenizer import ResBlock, Tokenizer, Upsample
@@ -309,6 +309,26 @@ def test_int8_is_integer_arithmetic(bias):
     exact = (rows / scale).round().double() @ weights.T * weight_scale * scale
     exact = exact + layer.bias if bias else exact
     torch.testing.assert_close(quantized(rows).double(), exact, atol=1e-4, rtol=1e-5)
+
+
+def test_int8_is_not_left_to_plain_loops():
+    if not has_vnni():
+        pytest.skip("this CPU has no VNNI")
+    code = (
+        "import torch\n"
+        "from maskgit.engine.linear import Int8Linear\n"
+        "Int8Linear(torch.nn.Linear(64, 64).requires_grad_(False))(torch.randn(3, 64))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"ONEDNN_VERBOSE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    products = [line for line in done.stdout.splitlines() if ",exec,cpu,matmul," in line]
+    assert products
+    assert not [line for line in products if ",ref" in line]
 
 
 @torch.no_grad()

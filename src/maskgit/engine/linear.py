@@ -92,11 +92,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         scale = input.abs().amax(-1, keepdim=True).clamp(min=1e-12) / self.largest
-        rows = (input / scale).round_()
-        if self.largest == 127:
-            rows, zero = rows.to(torch.int8), 0
-        else:
-            rows, zero = rows.add_(64).to(torch.uint8), 64
+        # Without a sign: for signed inputs oneDNN has nothing but plain loops where there is no AMX.
+        zero = self.largest + 1
+        rows = (input / scale).round_().add_(zero).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
             rows, 1.0, zero, self.pack, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
