@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timing
+from maskgit import files
 
 # A measured figure below this share of the expected one is to be explained.
 LEAST_SHARE = 0.7
@@ -79,7 +79,7 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        timing.write_json(self.path, {"rows": self.rows})
+        _write_json(self.path, {"rows": self.rows})
 
 
 def run_sections(
@@ -154,8 +154,13 @@ def _write(out: Path, ends: dict[str, dict[str, Any]], title: str) -> None:
         except (OSError, ValueError, KeyError):
             rows = []
         results[name] = end | {"rows": rows}
-    timing.write_json(out / "results.json", results)
+    _write_json(out / "results.json", results)
     (out / "results.md").write_text(page(results, title), "utf-8")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    # Whole or not at all: a process may end at any time.
+    files.write_bytes(path, json.dumps(value, indent=2).encode() + b"\n")
 
 
 def page(results: dict[str, dict[str, Any]], title: str) -> str:

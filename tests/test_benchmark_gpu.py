@@ -64,13 +64,13 @@ def results(tmp_path):
 
 def test_a_section_that_fails_hides_no_other_and_keeps_what_it_found(results, tmp_path):
     # The one that hangs is cut short as soon as it can have begun.
-    well, found, page = results({"crash": 60, "kill": 60, "hang": 15, "fine": 60})
+    well, found, page = results({"crash": 60, "kill": 60, "hang": 20, "fine": 60})
     assert not well
     assert [len(found[name]["rows"]) for name in ("crash", "kill", "hang", "fine")] == [1, 1, 1, 2]
     assert found["crash"]["end"] == "failed with exit code 1"
     assert "it broke here" in found["crash"]["printed"]
     assert found["kill"]["end"] == "failed with exit code -6"
-    assert found["hang"]["end"] == "cut short after 15 s"
+    assert found["hang"]["end"] == "cut short after 20 s"
     assert found["fine"]["end"] == "done"
     assert "it broke here" in page
     # And what it had started has ended, too.

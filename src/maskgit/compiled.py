@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-
 LIMIT = (
     "torch has compiled it for as many shapes, types and models as torch._dynamo.config.recompile_limit allows. "
     "Raise that, or use fewer batch sizes."
