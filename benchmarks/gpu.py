@@ -178,7 +178,7 @@ def training(options: argparse.Namespace, record: Record) -> None:
         "model.intermediate_size=128",
     )
     second = (*second, "model.num_codes=64", "model.num_classes=2", "model.grid_size=16", *common)
-    second = (*second, f'data="{home}/tokens"')
+    second = (*second, f'data="{home}/tokens"', f'tokenizer="{home}/tokenizer/model"')
     pack = ("pack", f"{home}/pictures", f"{home}/images", "--size", "32")
     tokenize = ("tokenize", f"{home}/images", f"{home}/tokens", "--tokenizer", f"{home}/tokenizer/model")
     _maskgit(record, "pack", *pack)
@@ -367,6 +367,8 @@ def synchronization(options: argparse.Namespace, record: Record) -> None:
             record.add(f"{policy}: waits for nothing", 1, expected=EXACT)
         except RuntimeError as error:
             record.add(f"{policy}: waits for nothing", 0, expected=EXACT, source=str(error)[:80])
+    # Only the networks as they were loaded can be trained.
+    model = MaskGIT.from_pretrained().to(options.device)
     optimizer = torch.optim.AdamW(model.transformer.parameters(), fused=cuda)
     sequence = model.vocabulary.sequence(torch.tensor([1, 2])).to(options.device)
     model.transformer.train().requires_grad_(True)
