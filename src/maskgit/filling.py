@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskgit.checks import check_count, check_seed
 from maskgit.config import SamplerConfig
+from maskgit.devices import send
 from maskgit.model import Model
 from maskgit.noise import ImageNoise
 from maskgit.policies import make_policy
@@ -90,7 +91,7 @@ def fill_batches(
     waiting: _Landing | None = None
     for start in range(0, len(sequences), batch_size):
         rows = slice(start, start + batch_size)
-        batch = sequences[rows].to(model.device)
+        batch = send(sequences[rows], model.device)
         indices = torch.arange(first_index + start, first_index + start + len(batch), device=model.device)
         noise = ImageNoise(seed, indices, batch.shape[1], model.vocabulary.num_codes)
         part = None if switch is None else (switch[0], switch[1][rows].to(model.device))
@@ -156,14 +157,14 @@ def _record(model: "MaskGIT", made: Decoded) -> Trace:
 
 
 class _Landing:
-    """A batch on its way to the CPU."""
+    """A batch on its way to the CPU; on CUDA nobody waits for it yet."""
 
     def __init__(self, pixels: Tensor, tokens: Tensor, history: list[Trace]) -> None:
-        self.parts = [part.to("cpu", non_blocking=True) for part in (pixels, tokens)]
+        self.parts = [part.to("cpu", non_blocking=pixels.is_cuda) for part in (pixels, tokens)]
         self.history = history
         self.landed = torch.cuda.Event() if pixels.is_cuda else None
         if self.landed is not None:
-            self.landed.record()
+            self.landed.record(torch.cuda.current_stream(pixels.device))
 
     def output(self) -> Output:
         """Wait for it."""

@@ -6,7 +6,7 @@ Shapes: B images, S = N + 1 the sequence with its class token, K codes, h × w t
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
@@ -31,9 +31,10 @@ from maskgit.errors import ConfigError
 from maskgit.guidance import PredictLogits
 from maskgit.model import Label, Picture
 from maskgit.policies import POLICIES
+from maskgit.precision import whole_float32
 from maskgit.provenance import EDITED
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, join_outputs
-from maskgit.sampler import StepFunction, decode_step
+from maskgit.sampler import Forgetful, StepFunction, decode_step
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
 from maskgit.vocabulary import Vocabulary
@@ -150,13 +151,20 @@ class MaskGIT:
             raise ConfigError("An optimized model stays where it is; optimize the one that it was made from.")
         for one in where:
             if is_dtype(one):
-                dtype = one
+                dtype = cast(Dtype, one)
             elif one is not None:
-                device = one
+                device = cast(Device, one)
         chosen, kind = None if device is None else choose_device(device), choose_dtype(dtype)
         self.tokenizer.to(device=chosen, dtype=kind)
         self.transformer.to(device=chosen, dtype=kind)
         return self
+
+    def free_memory(self) -> None:
+        """Give back the memory that is kept for speed: captured decoding steps, and what torch holds for later."""
+        if isinstance(self.decode_step, Forgetful):
+            self.decode_step.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def optimize(self, mode: str = "fast", **choices: Any) -> "MaskGIT":
         """Return the model made ready to run fast; see `maskgit.engine.optimize`."""
@@ -337,7 +345,8 @@ class MaskGIT:
     @torch.no_grad()
     def predict_logits(self, sequence: Tensor) -> Tensor:
         """Return the logits of the image codes: int64 (B, S) → float (B, S, num_codes)."""
-        return self.transformer(sequence, codes=self.vocabulary.num_codes)
+        with whole_float32(sequence.device, self.transformer):
+            return self.transformer(sequence, codes=self.vocabulary.num_codes)
 
     def new_predictor(self, *, known: bool = True) -> PredictLogits:
         """Return what predicts logits through one decoding: `predict_logits`, or another form of it.

@@ -3,6 +3,7 @@
 Shapes: M rows (of all images of a batch), I inputs, O outputs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -91,11 +92,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         scale = input.abs().amax(-1, keepdim=True).clamp(min=1e-12) / self.largest
-        rows = (input / scale).round_()
-        if self.largest == 127:
-            rows, zero = rows.to(torch.int8), 0
-        else:
-            rows, zero = rows.add_(64).to(torch.uint8), 64
+        # Without a sign: for signed inputs oneDNN has nothing but plain loops where there is no AMX.
+        zero = self.largest + 1
+        rows = (input / scale).round_().add_(zero).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
             rows, 1.0, zero, self.pack, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
@@ -114,7 +113,7 @@ def has_vnni() -> bool:
     return look is not None and bool(look())
 
 
-# How a layer may be computed: whether this torch can, and how to make the layer's module.
+# How a layer may be computed: whether this build of torch can, and how to make the layer's module.
 PATHS: dict[str, tuple[Callable[[], bool], Callable[[nn.Linear], nn.Module]]] = {
     "torch": (lambda: True, lambda linear: linear),
     "mkl": (has_mkl, MklLinear.of),
@@ -123,6 +122,32 @@ PATHS: dict[str, tuple[Callable[[], bool], Callable[[nn.Linear], nn.Module]]] = 
 }
 # What packs anew for another number of rows, which takes longer than it saves if that number keeps changing.
 FIXED_ROWS = ("mkl",)
+
+
+@functools.cache
+def ways(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the keys of `PATHS` by which a layer of a type can be computed here.
+
+    Each is tried on a small layer: what oneDNN and MKL can do on a CPU, or are allowed to, only they know. "int8"
+    takes and gives float32.
+    """
+    return tuple(name for name, (there, make) in PATHS.items() if there() and _works(name, make, dtype))
+
+
+@torch.no_grad()
+def _works(name: str, make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype) -> bool:
+    if name in ("mkl", "int8") and dtype != torch.float32:
+        return False
+    with torch.inference_mode(False):
+        layer = nn.Linear(16, 16, dtype=dtype, device="meta").to_empty(device="cpu").requires_grad_(False)
+        for parameter in layer.parameters():
+            parameter.zero_()
+        try:
+            make(layer)(torch.zeros(2, 16, dtype=dtype))
+        # As for bfloat16 in oneDNN where the CPU has no instructions for it.
+        except RuntimeError:
+            return False
+    return True
 
 
 def replace_linears(module: nn.Module, path: str) -> None:

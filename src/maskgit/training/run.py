@@ -36,6 +36,7 @@ from maskgit.checks import check_choice
 from maskgit.config import Config
 from maskgit.data.caches import ImageCache, TokenCache
 from maskgit.devices import choose_device
+from maskgit.engine.host import has_bfloat16_units
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
 from maskgit.files import expand, write_bytes
 from maskgit.locks import locked
@@ -375,7 +376,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        fast = device.type == "cpu" and has_bfloat16_units()
     return torch.bfloat16 if fast else torch.float32
 
 
