@@ -22,7 +22,7 @@ from maskgit.training.run import (
     StopSignal,
     Throughput,
     TrainingError,
-    check_finite,
+    UpdateGate,
     choose_precision,
     parallelize,
     seed_step,
@@ -142,9 +142,10 @@ def test_a_second_interrupt_stops_at_once():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stops_the_run_by_name(bad):
-    check_finite(3, loss=torch.tensor(1.0), gradient_norm=2.0)
+    gate, fine = UpdateGate(torch.device("cpu")), torch.tensor(1.0)
+    gate.check(2, {"loss": fine, "gradient_norm": fine})
     with pytest.raises(TrainingError, match=r"step 3 before its update: gradient_norm is -?(nan|inf)\."):
-        check_finite(3, loss=1.0, gradient_norm=torch.tensor(bad))
+        gate.check(3, {"loss": fine, "gradient_norm": torch.tensor(bad)})
 
 
 def test_seeds_depend_on_seed_step_and_rank():

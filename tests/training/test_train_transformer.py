@@ -124,14 +124,14 @@ def assert_same_run(one: TransformerTrainingConfig, other: TransformerTrainingCo
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Let a SIGTERM arrive during a step."""
-    check = module.check_finite
+    check = module.UpdateGate.check
 
-    def interrupting(now: int, **quantities: object) -> None:
+    def interrupting(gate: object, now: int, quantities: object) -> None:
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        check(now, **quantities)
+        check(gate, now, quantities)
 
-    monkeypatch.setattr(module, "check_finite", interrupting)
+    monkeypatch.setattr(module.UpdateGate, "check", interrupting)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -156,18 +156,18 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(
     config = replace(config, checkpoint_every=2, async_checkpoints=asynchronous)
     straight = replace(config, out=str(tmp_path / "straight"))
     train_transformer(straight)
-    check = module.check_finite
+    check = module.UpdateGate.check
 
     class KilledError(BaseException):
         pass
 
-    def dying(step: int, **quantities: object) -> None:
+    def dying(gate: object, step: int, quantities: object) -> None:
         if step == 5:
             raise KilledError
-        check(step, **quantities)
+        check(gate, step, quantities)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "check_finite", dying)
+        patch.setattr(module.UpdateGate, "check", dying)
         with pytest.raises(KilledError):
             train_transformer(config)
     train_transformer(config)

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from maskgit.apps.evaluation_flags import Net, ReconstructionFlags, SampleFlags, WorkFlags
 from maskgit.apps.flags import Model, Sampler
-from maskgit.apps.scoring import Bars, complaints, own_device, print_report, score_table
+from maskgit.apps.scoring import Bars, complaints, print_report, score_table
 from maskgit.errors import ConfigError, DataError, OutputError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def _of_samples(
     model: str, reference: str, net: Net, work: WorkFlags, samples: SampleFlags, sampler: Sampler
 ) -> "SampleEvaluation":
     from maskgit.apps.picture_sets import open_pictures, open_reference
+    from maskgit.devices import own_device
     from maskgit.evaluation.evaluate import EvaluationConfig, SampleEvaluation
     from maskgit.evaluation.sampling import SampleConfig
     from maskgit.training.checkpoint import weights_fingerprint
@@ -109,6 +110,7 @@ def _of_reconstructions(
 
     from maskgit import hub
     from maskgit.apps.picture_sets import open_reference
+    from maskgit.devices import own_device
     from maskgit.evaluation.evaluate import EvaluationConfig
     from maskgit.evaluation.reconstruction import ReconstructionEvaluation
     from maskgit.training.checkpoint import weights_fingerprint
@@ -171,6 +173,7 @@ def stats(
     if out.exists() and not overwrite:
         raise OutputError(f"{out} is there already; choose another name, or say --overwrite.")
     from maskgit.apps.picture_sets import open_pictures
+    from maskgit.devices import own_device
     from maskgit.evaluation.measure import measure
     from maskgit.evaluation.statistics import write_statistics
 
@@ -211,6 +214,7 @@ def compare(
         as_json: Print JSON in place of a table.
     """
     from maskgit.apps.picture_sets import open_pictures, open_reference
+    from maskgit.devices import own_device
     from maskgit.evaluation.measure import compare_pictures
     from maskgit.evaluation.report import plain
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maskgit import noise
 from maskgit.config import Config, SamplerConfig, check_choice, check_range
+from maskgit.devices import upload
 from maskgit.errors import ConfigError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.lpips import LPIPS
@@ -314,7 +315,7 @@ class Reconstructions:
 
     @torch.no_grad()
     def _rebuild(self, images: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
-        tokens = self.tokenizer.encode(images.to(next(self.tokenizer.parameters()).device))
+        tokens = self.tokenizer.encode(upload(images, next(self.tokenizer.parameters()).device))
         return to_uint8(self.tokenizer.decode(tokens).float()), tokens.cpu()
 
     @torch.no_grad()
@@ -326,7 +327,7 @@ class Reconstructions:
             arrays["ssim"] = ssim(images, rebuilt).numpy()
         if self.lpips is not None:
             device = next(self.lpips.parameters()).device
-            arrays["lpips"] = self.lpips(images.to(device), rebuilt.to(device)).cpu().numpy()
+            arrays["lpips"] = self.lpips(upload(images, device), upload(rebuilt, device)).cpu().numpy()
         return arrays
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit.config import SamplerConfig
+from maskgit.devices import upload
 from maskgit.noise import ImageNoise
 from maskgit.sampler import decode
 from maskgit.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def evaluate_loss(
     count = max(1, len(cache) // batch_size)
     with evaluating(transformer):
         for step in range(count):
-            tokens, labels, numbers = (t.to(distributed.device) for t in batches.batch(step))
+            tokens, labels, numbers = (upload(t, distributed.device) for t in batches.batch(step))
             masks = draw_masks(seed, numbers, vocabulary.grid_size, mask_schedule=mask_schedule)
             with autocast(distributed.device, precision):
                 logits = transformer(
