@@ -203,10 +203,12 @@ def register(kind: str) -> None:
     fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     aten = torch.library.Library("aten", "IMPL")
     # `torch.tensor` calls these where neither fallbacks nor subclasses are looked at.
-    aten.impl("_to_copy", lambda *args, **kwargs: _run(_overload("_to_copy"), args, kwargs), "PrivateUse1")
+    aten.impl("_to_copy", _kernel("_to_copy"), "PrivateUse1")
     aten.impl("lift_fresh", lambda tensor: tensor, "PrivateUse1")
     aten.impl("_pin_memory", _pin_memory, "CPU")
     aten.impl("is_pinned", lambda tensor, device=None: _is_pinned(tensor), "CPU")
+    for name in _RESIZING:
+        aten.impl(name, _kernel(name), "PrivateUse1")
     for names, precision in ((_LOWER_PRECISION, None), (_FULL_PRECISION, torch.float32)):
         for name in names:
             aten.impl(name, _autocast(_overload(name), precision), "AutocastPrivateUse1")
@@ -218,6 +220,13 @@ def _overload(name: str) -> Any:
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
+
+def _kernel(name: str) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _run(_overload(name), args, kwargs)
+
+
+# Torch makes an empty tensor for them and resizes it, which one of ours cannot be.
+_RESIZING = ("arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m", "randperm")
 
 # What autocast computes in its type, and what in float32, of the lists for CUDA.
 _LOWER_PRECISION = (
@@ -317,6 +326,7 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         kwargs["device"] = torch.device("cpu")
         kwargs.pop("pin_memory", None)
     made = func(*args, **kwargs)
+    assert all(x.shape == x.inner.shape for x in here), f"{name} resized a tensor, which is not supported here"
     where = here[0].device if device is None and here else device
     if where is None or where.type != NAME:
         return made

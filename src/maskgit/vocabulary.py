@@ -75,8 +75,7 @@ class Vocabulary:
                 f"A label must be a class number from 0 to {self.num_classes - 1}, but they are {labels.tolist()[:8]}."
             )
         batch = labels.shape[0]
-        # Filled and not chosen by `where`, which would copy the number to a GPU and wait.
-        class_token = (labels + self.num_codes).masked_fill(labels < 0, self.mask)
+        class_token = torch.where(labels < 0, self.mask, labels + self.num_codes)
         if tokens is None:
             rest = labels.new_full((batch, self.num_tokens), self.mask)
         else:
@@ -85,7 +84,7 @@ class Vocabulary:
                     f"tokens must be of shape ({batch}, {self.grid_size}, {self.grid_size}), "
                     f"but are {tuple(tokens.shape)}."
                 )
-            rest = tokens if mask is None else tokens.masked_fill(mask, self.mask)
+            rest = tokens if mask is None else torch.where(mask, self.mask, tokens)
             rest = rest.reshape(batch, self.num_tokens)
         return torch.cat([class_token[:, None], rest], dim=1)
 

@@ -81,8 +81,7 @@ class Stable(Policy):
         log_probs = step.logits_BSK.float().log_softmax(-1)
         highest = log_probs.amax(-1)
         divergence = (log_probs.exp() * (log_probs - before)).sum(-1)
-        goes_on = (divergence < self.kl) & (streak >= 0)
-        streak = (streak + 1).masked_fill(~goes_on, 0)
+        streak = torch.where((divergence < self.kl) & (streak >= 0), streak + 1, 0)
         ready = (streak >= self.history) & (highest.exp() >= self.confidence) & step.unknown_BS
         num_unknown = step.unknown_BS.sum(-1, keepdim=True)
         # Those that are ready come first, then the surest.

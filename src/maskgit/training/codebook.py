@@ -120,7 +120,7 @@ def revive_codes(
     places = (uniform(seed, codes, step, REVIVE, 1).flatten() * count).long().clamp(max=count - 1)
     places = places - distributed.rank * len(vectors)
     mine = (places >= 0) & (places < len(vectors))
-    rows = vectors[places.clamp(0, len(vectors) - 1)].masked_fill(~mine[:, None], 0.0)
+    rows = torch.where(mine[:, None], vectors[places.clamp(0, len(vectors) - 1)], 0.0)
     if distributed.world > 1:
         dist.all_reduce(rows)
     for codebook in codebooks:

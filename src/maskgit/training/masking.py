@@ -66,4 +66,4 @@ def draw_masks(
 
 def hide_labels(labels: Tensor, drop_label: Tensor) -> Tensor:
     """Return labels with −1, no class, where they are dropped: int64 (B,), bool (B,) → int64 (B,)."""
-    return labels.masked_fill(drop_label, -1)
+    return torch.where(drop_label, -1, labels)
