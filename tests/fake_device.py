@@ -153,10 +153,19 @@ class Event:
         _land()
 
 
+class Stream:
+    """`torch.cuda.Stream` likewise; there is no other order than that of the calls."""
+
+    def synchronize(self) -> None:
+        _land()
+
+    def wait_stream(self, other: object) -> None: ...
+
+
 class _Module(backend_registration._DummyBackendModule):
     """What torch asks of a device beside its kernels, as the module `torch.gpu`."""
 
-    Event = Event
+    Event, Stream = Event, Stream
 
     def device_count(self) -> int:
         return 2 if _state.kind == "cuda" else 1
@@ -167,7 +176,11 @@ class _Module(backend_registration._DummyBackendModule):
     def set_device(self, device: Any) -> None:
         _state.current = torch.device(device).index or 0
 
-    def current_stream(self, device: object = None) -> None: ...
+    def current_stream(self, device: object = None) -> Stream:
+        return Stream()
+
+    def stream(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def synchronize(self, device: object = None) -> None:
         _land()
