@@ -16,6 +16,7 @@ use it run in processes of their own; see `test_on_device.py`.
 import collections
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 import weakref
@@ -138,6 +139,11 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if _is_composite(func):
+            # Those of inference mode's tensors come whole, and would hide the copies that are in them.
+            made = func.decompose(*args, **(kwargs or {}))
+            if made is not NotImplemented:
+                return made
         return _run(func, args, kwargs or {})
 
 
@@ -295,6 +301,12 @@ _READING = (
     "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
     "aten::bincount", "aten::equal", "aten::repeat_interleave", "aten::histc",
 )  # fmt: skip
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Return whether an operator is made of others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def _inner(x: Any) -> Any:
