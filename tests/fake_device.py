@@ -339,7 +339,9 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return _copy(target, source, free=free)
     here = [x for x in tensors if isinstance(x, OnDevice)]
     _check_company(name, tensors, here)
-    if name in _READING or (name in _INDEXED and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])):
+    if name in _READING or (
+        name in _INDEXED and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])
+    ):
         _note(READ)
     device = _placed(kwargs["device"]) if kwargs.get("device") is not None else None
 
@@ -351,7 +353,9 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         kwargs["device"] = torch.device("cpu")
         kwargs.pop("pin_memory", None)
     made = func(*args, **kwargs)
-    assert all(x.shape == x.inner.shape for x in here), f"{name} resized a tensor, which is not supported here"
+    assert all(x.shape == x.inner.shape for x in here), (
+        f"{name} resized a tensor, which is not supported here"
+    )
     where = here[0].device if device is None and here else device
     if where is None or where.type != NAME:
         return made
@@ -381,7 +385,9 @@ def _check_company(name: str, tensors: list[torch.Tensor], here: list[OnDevice])
 
 
 def _to_copy(func: Any, source: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    rest = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory", "non_blocking")}
+    rest = {
+        key: value for key, value in kwargs.items() if key not in ("device", "pin_memory", "non_blocking")
+    }
     target = source.device if kwargs.get("device") is None else _placed(kwargs["device"])
     made = func(_inner(source), **rest)
     if target == source.device:

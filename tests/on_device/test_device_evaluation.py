@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from fake_device import FROM, READ, TO, TO_FREE, counting
 from PIL import Image
-from small_evaluation import evaluation, real_images, toy_net
 
+from fake_device import FROM, READ, TO, TO_FREE, counting
 from maskgit.apps import cli
 from maskgit.devices import own_device, widest_float
 from maskgit.evaluation import dinov2, inception
@@ -17,6 +16,7 @@ from maskgit.evaluation.features import load_feature_net
 from maskgit.evaluation.lpips import LPIPS
 from maskgit.evaluation.manifolds import density_coverage, precision_recall
 from maskgit.evaluation.sampling import Reconstructions, SampleConfig, Samples, measured
+from small_evaluation import evaluation, real_images, toy_net
 
 
 def test_samples_score_as_on_the_cpu(tiny, on_device, tmp_path):

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import fake_device
 import numpy as np
 import pytest
 import torch
-from fake_device import FROM, FROM_FREE, READ, TO, TO_FREE, counting
 from PIL import Image
 
+import fake_device
+from fake_device import FROM, FROM_FREE, READ, TO, TO_FREE, counting
 from maskgit import MaskGIT, hub
 from maskgit.devices import Landing, upload
 from maskgit.policies import POLICIES
@@ -74,7 +74,6 @@ def test_likelihoods_and_guesses_are_the_cpus(both):
         torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-4)
 
 
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_batch_waits_for_its_pixels_alone(on_device, policy):
     def counted(num_images):
@@ -124,6 +123,14 @@ def test_what_lands_is_there_only_after_waiting():
     here = Landing(torch.arange(4))
     assert here.landed
     assert here.wait()[0].tolist() == [0, 1, 2, 3]
+
+
+def test_what_lands_is_awaited_on_the_stream_of_its_own_device(kind, monkeypatch):
+    device = torch.device("gpu:1" if kind == "cuda" else "gpu:0")
+    asked = []
+    monkeypatch.setattr(torch.gpu, "current_stream", lambda device=None: asked.append(device))
+    assert Landing(torch.arange(2, device=device)).wait()[0].tolist() == [0, 1]
+    assert asked == [device]
 
 
 def test_uploads_wait_for_nothing():

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from fake_device import FROM_FREE, TO, counting
 
+from fake_device import FROM_FREE, TO, counting
 from maskgit.config import SamplerConfig, StepTables
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.noise import ImageNoise, philox, uniform

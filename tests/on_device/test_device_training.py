@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_device import FROM, FROM_FREE, READ, TO, TO_FREE, counting
 
+from fake_device import FROM, FROM_FREE, READ, TO, TO_FREE, counting
 from maskgit import hub
 from maskgit.apps import cli
 from maskgit.training import progress, run, train_tokenizer, train_transformer
@@ -21,7 +21,7 @@ from maskgit.training.tokenizer_evaluation import comparison_device
 from maskgit.training.writers import write_image_cache
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
-from runs import checkpointed, logged  # noqa: E402
+from runs import checkpointed, logged
 
 LOOPS = {"tokenizer": train_tokenizer, "transformer": train_transformer}
 TOKENIZER = """
@@ -250,7 +250,9 @@ def spoil(monkeypatch, stage: str, step: int) -> dict[str, list[torch.Tensor]]:
         parameters = gate.optimizers[0].param_groups[0]["params"]
         seen["weights"].append(parameters[0].detach().clone())
         state = gate.optimizers[0].state.get(parameters[0], {})
-        seen["moments"].append(torch.stack([part.float().sum() for part in state.values()]) if state else None)
+        seen["moments"].append(
+            torch.stack([part.float().sum() for part in state.values()]) if state else None
+        )
         check(gate, number, quantities)
 
     monkeypatch.setattr(LOOPS[stage], name, spoiled)

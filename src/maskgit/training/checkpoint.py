@@ -57,9 +57,7 @@ class ModelAndOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set both states; how the optimizer computes stays as the present device needs it."""
-        for group, saved in zip(
-            self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True
-        ):
+        for group, saved in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True):
             saved |= {name: group[name] for name in ("fused", "foreach") if name in group}
         set_state_dict(
             self.model,

@@ -323,7 +323,9 @@ class UpdateGate:
     host looks every `FINITE_EVERY` steps and whenever `read` is called, which is before anything is kept or shown.
     """
 
-    def __init__(self, device: torch.device, *optimizers: torch.optim.Optimizer, every: int | None = None) -> None:
+    def __init__(
+        self, device: torch.device, *optimizers: torch.optim.Optimizer, every: int | None = None
+    ) -> None:
         """Watch some optimizers, which off the CPU must be fused.
 
         Args:
@@ -370,7 +372,9 @@ class UpdateGate:
         for step, names, values in unread:
             own, numbers = numbers[: len(values)], numbers[len(values) :]
             bad = [
-                f"{name} is {value}" for name, value in zip(names, own, strict=True) if not math.isfinite(value)
+                f"{name} is {value}"
+                for name, value in zip(names, own, strict=True)
+                if not math.isfinite(value)
             ]
             if bad:
                 raise TrainingError(
