@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskgit.checks import check_count, check_seed, check_whole
 from maskgit.config import SamplerConfig
-from maskgit.devices import send
+from maskgit.devices import upload
 from maskgit.errors import ConfigError
 from maskgit.noise import ImageNoise, seed_words
 from maskgit.pipeline import MaskGIT
@@ -316,7 +316,7 @@ class Batcher:
         plan = self._plan(job, int(free.sum()))
         size, about = len(free), seed_words([job.seed])[0]
         # All at once, since each copy has a price.
-        packed = send(
+        packed = upload(
             torch.cat([job.sequence, free.long(), about, torch.tensor([job.index])]), self.model.device
         )
         sequence, free, words, index = packed.split([size, size, 2, 1])
@@ -353,7 +353,7 @@ class Batcher:
         plan = rows[0].plan
         size = next(size for size in self.sizes if size >= len(rows))
         padded = rows + rows[:1] * (size - len(rows))
-        numbers = send(torch.stack([row.plan.numbers[row.made] for row in padded]), self.model.device)
+        numbers = upload(torch.stack([row.plan.numbers[row.made] for row in padded]), self.model.device)
         made = self.model.decode_step(
             self.model.predict_logits,
             torch.stack([row.read() for row in padded]),

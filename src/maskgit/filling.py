@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskgit.checks import check_count, check_seed
 from maskgit.config import SamplerConfig
-from maskgit.devices import send
+from maskgit.devices import Landing, copies_aside, upload
 from maskgit.model import Model
 from maskgit.noise import ImageNoise
 from maskgit.policies import make_policy
@@ -88,13 +88,13 @@ def fill_batches(
     first_index = check_count("first_index", first_index, 0, 2**62)
     seed = check_seed(seed)
     known = return_steps or make_policy(config.policy, config.policy_options).reads_known
-    waiting: _Landing | None = None
+    waiting: tuple[Landing, list[Trace]] | None = None
     for start in range(0, len(sequences), batch_size):
         rows = slice(start, start + batch_size)
-        batch = send(sequences[rows], model.device)
+        batch = upload(sequences[rows], model.device)
         indices = torch.arange(first_index + start, first_index + start + len(batch), device=model.device)
         noise = ImageNoise(seed, indices, batch.shape[1], model.vocabulary.num_codes)
-        part = None if switch is None else (switch[0], switch[1][rows].to(model.device))
+        part = None if switch is None else (switch[0], upload(switch[1][rows], model.device))
         history = []
         for made in _steps(model, batch, config, noise, start_step, part, known=known):
             grid = model.vocabulary.grid(made.tokens)
@@ -102,15 +102,15 @@ def fill_batches(
                 history.append(_record(model, made))
             if callback is not None:
                 callback(made.step, indices, grid)
-        landing = _Landing(model.decode_on_device(grid), grid, history)
+        landing = Landing(model.decode_on_device(grid), grid)
         if waiting is not None:
-            yield waiting.output()
-        waiting = landing
-        if model.device.type != "cuda":
-            yield waiting.output()
+            yield _output(*waiting)
+        waiting = landing, history
+        if not copies_aside(model.device):
+            yield _output(*waiting)
             waiting = None
     if waiting is not None:
-        yield waiting.output()
+        yield _output(*waiting)
 
 
 def _steps(
@@ -156,22 +156,10 @@ def _record(model: "MaskGIT", made: Decoded) -> Trace:
     return Trace(*(model.vocabulary.grid(part).cpu() for part in parts))
 
 
-class _Landing:
-    """A batch on its way to the CPU; on CUDA nobody waits for it yet."""
-
-    def __init__(self, pixels: Tensor, tokens: Tensor, history: list[Trace]) -> None:
-        self.parts = [part.to("cpu", non_blocking=pixels.is_cuda) for part in (pixels, tokens)]
-        self.history = history
-        self.landed = torch.cuda.Event() if pixels.is_cuda else None
-        if self.landed is not None:
-            self.landed.record(torch.cuda.current_stream(pixels.device))
-
-    def output(self) -> Output:
-        """Wait for it."""
-        if self.landed is not None:
-            self.landed.synchronize()
-        pixels, tokens = self.parts
-        return Output(pixels, tokens, _stack(self.history) if self.history else None)
+def _output(landing: Landing, history: list[Trace]) -> Output:
+    """Wait for a batch."""
+    pixels, tokens = landing.wait()
+    return Output(pixels, tokens, _stack(history) if history else None)
 
 
 def _stack(history: list[Trace]) -> Trace:

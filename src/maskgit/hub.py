@@ -241,7 +241,7 @@ def _load_stage(
     expected = weights.shapes(module.state_dict())
     counters = {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
     with ExitStack() as opened:
-        files = [opened.enter_context(_open_weights(file, device)) for file in _weight_files(path)]
+        files = [opened.enter_context(_open_weights(file)) for file in _weight_files(path)]
         homes = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         found = {name: tuple(file.get_slice(name).get_shape()) for name, file in homes.items()}
         problems = weights.differences(expected, found)
@@ -258,7 +258,7 @@ def _load_stage(
         path,
         f"The file is broken, or its numbers are too large for {chosen}: use another, or float32.",
     )
-    module.load_state_dict(state, strict=True, assign=True)
+    module.load_state_dict({name: t.to(device) for name, t in state.items()}, strict=True, assign=True)
     return module.eval()
 
 
@@ -279,10 +279,11 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _open_weights(path: Path, device: Device) -> Iterator[Any]:
+def _open_weights(path: Path) -> Iterator[Any]:
     with _blame_file(path):
         weights.check_is_no_pointer(path)
-        file = safe_open(path, framework="pt", device=str(device))
+        # Read on the CPU, whatever the device: safetensors knows some of them only.
+        file = safe_open(path, framework="pt", device="cpu")
     with file as opened:
         yield opened
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from maskgit.checks import check_count
+from maskgit.devices import upload
 from maskgit.errors import ConfigError, RegionError
 from maskgit.filling import fill
 from maskgit.model import Label, Model
@@ -236,8 +237,8 @@ def _score(
     made = []
     for start in range(0, len(sequences), batch_size):
         rows = slice(start, start + batch_size)
-        batch = torch.cat([classes[rows, None], sequences[rows, 1:]], dim=1).to(device)
-        free = known[rows].to(device)
+        batch = upload(torch.cat([classes[rows, None], sequences[rows, 1:]], dim=1), device)
+        free = upload(known[rows], device)
         scores = scores_by_folds(
             model.predict_logits, batch, free, uniform.expand(len(batch), -1), folds, vocabulary.mask, asked
         )

@@ -56,9 +56,14 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | 
     Returns:
         Four int64 tensors of the broadcast shape, each in [0, 2³²).
     """
-    words = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
-    keys = (word for word in key if isinstance(word, Tensor))
-    a, b, c, d = torch.broadcast_tensors(*words, *keys)[:4]
+    tensors = [word for word in (*counter, *key) if isinstance(word, Tensor)]
+    # Filled in on the device, for a copy of a number would make the host wait.
+    device = tensors[0].device if tensors else None
+    words = (
+        word if isinstance(word, Tensor) else torch.full((), word, dtype=torch.int64, device=device)
+        for word in counter
+    )
+    a, b, c, d = torch.broadcast_tensors(*words, *tensors)[:4]
     k0, k1 = key
     for _ in range(10):
         # The products overflow int64 but keep their bits, which is all that the shifts and masks read. What is
@@ -73,7 +78,11 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | 
 
 def seed_words(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Return the low and high words of seeds in [0, 2⁶⁴), which int64 cannot hold: int64 (B, 2)."""
-    return torch.tensor([[seed & MASK32, seed >> 32] for seed in seeds], device=device)
+    return torch.tensor([_halves(seed) for seed in seeds], device=device)
+
+
+def _halves(seed: int) -> tuple[int, int]:
+    return seed & MASK32, seed >> 32
 
 
 def uniform(seed: int | Tensor, indices: Tensor, step: int | Tensor, stream: int, count: int) -> Tensor:
@@ -89,7 +98,7 @@ def uniform(seed: int | Tensor, indices: Tensor, step: int | Tensor, stream: int
     Returns:
         float32 (B, count), in the open interval (0, 1), multiples of 2⁻²⁴.
     """
-    key = (seed & MASK32, seed >> 32) if isinstance(seed, int) else (seed[:, :1], seed[:, 1:])
+    key = _halves(seed) if isinstance(seed, int) else (seed[:, :1], seed[:, 1:])
     device = indices.device
     low, high = (indices & MASK32)[:, None], (indices >> 32)[:, None]
     where = step * NUM_STREAMS + stream
@@ -150,7 +159,8 @@ class ImageNoise:
     def words(self) -> Tensor:
         """Return each image's seed as `seed_words` does, int64 (B, 2)."""
         if isinstance(self.seed, int):
-            self.seed = seed_words([self.seed], self.indices.device).expand(len(self.indices), 2)
+            halves = [self.indices.new_full((len(self.indices),), half) for half in _halves(self.seed)]
+            self.seed = torch.stack(halves, dim=1)
         return self.seed
 
     def tokens(self, step: int | Tensor) -> Tensor:

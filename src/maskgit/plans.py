@@ -5,6 +5,7 @@ Source: paper §3.2; official libml/parallel_decode.py.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -73,10 +74,6 @@ class Plan(NamedTuple):
         """Return whether a step needs the prediction without the class."""
         return self.guidance_scales[number] != 1
 
-    def to(self, device: torch.device) -> "Plan":
-        """Return the plan with its tables on a device."""
-        return self._replace(ratios_TN=self.ratios_TN.to(device), counts_TN=self.counts_TN.to(device))
-
     def numbers(self, number: int, start_step: int, num_free_B1: Tensor) -> Numbers:
         """Return one step's numbers for rows that are all at it.
 
@@ -107,7 +104,25 @@ class Plan(NamedTuple):
         )
 
 
-def plan_steps(config: SamplerConfig, num_tokens: int, *, remasks: bool) -> Plan:
+@lru_cache(maxsize=8)
+def _tables(
+    mask_schedule: str,
+    mask_ratio: tuple[float, ...] | None,
+    steps: int,
+    num_tokens: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return a plan's ratios and counts on a device, kept there, so that decoding again copies nothing."""
+    if mask_ratio is None:
+        ratios_TN = mask_ratios(mask_schedule, steps, num_tokens)
+    else:
+        ratios_TN = torch.tensor(mask_ratio)[:, None].expand(-1, num_tokens + 1)
+    return ratios_TN.to(device), mask_counts(ratios_TN).to(device)
+
+
+def plan_steps(
+    config: SamplerConfig, num_tokens: int, *, remasks: bool, device: torch.device | str = "cpu"
+) -> Plan:
     """Work out the numbers of every step.
 
     Args:
@@ -115,6 +130,7 @@ def plan_steps(config: SamplerConfig, num_tokens: int, *, remasks: bool) -> Plan
         num_tokens: N, of a whole image.
         remasks: whether more steps than tokens are of use; if not, N steps are planned at most (unless tables
             fix them), for each keeps a token.
+        device: where the tables are to lie; they must not be changed.
     """
     tables = config.tables
     steps = config.steps
@@ -122,10 +138,6 @@ def plan_steps(config: SamplerConfig, num_tokens: int, *, remasks: bool) -> Plan
         steps = min(steps, num_tokens)
     # In float32, as the official code has it.
     progress = (torch.arange(1, steps + 1, dtype=torch.float32) / steps).tolist()
-    if tables.mask_ratio is None:
-        ratios_TN = mask_ratios(config.mask_schedule, steps, num_tokens)
-    else:
-        ratios_TN = torch.tensor(tables.mask_ratio)[:, None].expand(-1, num_tokens + 1)
 
     def values(table: tuple[float, ...] | None, schedule: str, falls: bool) -> list[float]:
         if table is not None:
@@ -139,8 +151,7 @@ def plan_steps(config: SamplerConfig, num_tokens: int, *, remasks: bool) -> Plan
     if tables.guidance_scale is None:
         guidance = [1 + (config.guidance_scale - 1) * weight for weight in guidance]
     return Plan(
-        ratios_TN,
-        mask_counts(ratios_TN),
+        *_tables(config.mask_schedule, tables.mask_ratio, steps, num_tokens, torch.device(device)),
         [scaled[0] * value for value in values(tables.temperature, config.temperature_schedule, falls=True)],
         [
             scaled[1] * value

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskgit.checks import check_whole
 from maskgit.config import SamplerConfig
+from maskgit.devices import Landing
 from maskgit.errors import ConfigError
 from maskgit.guidance import PredictLogits, guided
 from maskgit.noise import Noise
@@ -173,8 +174,8 @@ def decode_steps(
 ) -> Iterator[Decoded]:
     """Give each step of decoding as it is made; see `decode` for what is not said here.
 
-    Nothing waits for the device, except where the policy adapts, which asks after each step whether it was the
-    last.
+    Nothing is read from the device or copied to it, but for tables that are copied once. Where the policy adapts,
+    whether a step was the last is asked while the device makes the next, which is then dropped if it was.
 
     Args:
         state: where a former decoding stood, to go on from with the same arguments; the sequence is then not
@@ -192,16 +193,32 @@ def decode_steps(
         raise ConfigError(
             f"start_step must be from 0 to {config.steps - 1} for {config.steps} steps, but is {start_step}."
         )
-    return _decode_steps(
+    policy = policy or make_policy(config.policy, config.policy_options)
+    steps = _decode_steps(
         predict_logits,
         config,
-        policy or make_policy(config.policy, config.policy_options),
+        policy,
         mask_token,
         noise,
         start_step,
         state or State(-1, sequence, free_tokens(sequence, mask_token), ()),
         step_function or decode_step,
     )
+    return _until_done(steps) if policy.adapts else steps
+
+
+def _until_done(steps: Iterator[Decoded]) -> Iterator[Decoded]:
+    """Give steps until nothing is masked again; the state after that one is None."""
+    asked: list[tuple[Decoded, Landing]] = []
+    for made in steps:
+        asked.append((made, Landing(made.again.any())))
+        while asked and (len(asked) > 1 or asked[0][1].landed):
+            oldest, masked = asked.pop(0)
+            if not bool(masked.wait()[0]):
+                yield oldest._replace(state=None)
+                return
+            yield oldest
+    yield from (made for made, _ in asked)
 
 
 @torch.no_grad()
@@ -216,7 +233,7 @@ def _decode_steps(
     step_function: StepFunction,
 ) -> Iterator[Decoded]:
     first, sequence, free, memory = state
-    plan = plan_steps(config, sequence.shape[1] - 1, remasks=policy.remasks).to(sequence.device)
+    plan = plan_steps(config, sequence.shape[1] - 1, remasks=policy.remasks, device=sequence.device)
     start_step = min(start_step, plan.steps - 1)
     num_free_B1 = free.sum(-1, keepdim=True)
     for number in range(max(first, start_step), plan.steps):
@@ -234,7 +251,6 @@ def _decode_steps(
             last=last,
         )
         sequence, memory = made.sequence, made.memory
-        last = last or (policy.adapts and not bool(made.again.any()))
         yield Decoded(
             number,
             made.logits,
@@ -243,8 +259,6 @@ def _decode_steps(
             made.again,
             None if last else State(number + 1, sequence, free, memory),
         )
-        if last:
-            return
 
 
 @torch.no_grad()

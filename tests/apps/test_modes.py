@@ -98,7 +98,7 @@ def test_the_page_records_the_mode_it_runs_in(monkeypatch):
 
 
 def test_a_process_of_many_works_on_its_own_gpu(monkeypatch):
-    from maskgit.apps.scoring import own_device
+    from maskgit.devices import own_device
 
     current = []
     monkeypatch.setattr(

@@ -8,6 +8,7 @@ import torch
 from maskgit import MaskGIT
 from maskgit.batching import Batcher, Job
 from maskgit.config import SamplerConfig
+from maskgit.devices import Landing
 from maskgit.engine.graphs import GraphedSteps, _Ground, _Program, fixed_size, fixed_sizes
 
 SECOND = torch.device("cuda:1")
@@ -249,23 +250,19 @@ class OnSecond:
 
 
 def test_a_batch_lands_by_its_own_device(cuda):
-    from maskgit.filling import _Landing
-
     pixels, tokens = OnSecond("cuda"), OnSecond("cuda")
-    landing = _Landing(pixels, tokens, [])
+    landing = Landing(pixels, tokens)
     ((_, stream, event),) = cuda.named("record")
     assert stream.device == SECOND
     assert pixels.asked == tokens.asked == [("cpu", True)]
-    landing.output()
+    landing.wait()
     assert cuda.named("synchronize event") == [("synchronize event", event)]
 
 
 def test_a_batch_on_mps_has_landed_when_it_is_there(cuda):
-    from maskgit.filling import _Landing
-
     # There is no event to wait for.
     pixels, tokens = OnSecond("mps"), OnSecond("mps")
-    _Landing(pixels, tokens, []).output()
+    Landing(pixels, tokens).wait()
     assert pixels.asked == tokens.asked == [("cpu", False)]
     assert not cuda.calls
 
@@ -274,7 +271,7 @@ def test_a_served_batch_sends_one_tensor_a_step(tiny, monkeypatch):
     from maskgit import batching
 
     sent = []
-    monkeypatch.setattr(batching, "send", lambda tensor, device: sent.append(tensor) or tensor)
+    monkeypatch.setattr(batching, "upload", lambda tensor, device: sent.append(tensor) or tensor)
     model = tiny.optimize("exact", linear="torch")
     model.decode_step = GraphedSteps(capture=False, compile_noise=False)
     batcher = Batcher(model, max_batch=2)

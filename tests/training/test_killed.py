@@ -196,16 +196,16 @@ loop, train, kind = {
     "tokenizer": (train_tokenizer, train_tokenizer.train_tokenizer, TokenizerTrainingConfig),
     "transformer": (train_transformer, train_transformer.train_transformer, TransformerTrainingConfig),
 }[stage]
-check = loop.check_finite
+check = loop.UpdateGate.check
 
 
-def stopping(step, **quantities):
+def stopping(gate, step, quantities):
     if step == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
-    check(step, **quantities)
+    check(gate, step, quantities)
 
 
-loop.check_finite = stopping
+loop.UpdateGate.check = stopping
 train(kind.from_dict(values))
 """
 

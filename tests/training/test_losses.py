@@ -168,6 +168,14 @@ def test_discriminator_and_r1_are_official(official, blur):
     assert penalty.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_discriminator_that_was_evaluated_first_can_be_trained():
+    network, images = Discriminator(8, max_filters=2).double(), torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    with torch.inference_mode():
+        network.float()(images.float())
+    network(images.float()).sum().backward()
+    assert network.conv_in.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("blur", [True, False])
 def test_r1_has_second_order_gradients(blur):
     torch.manual_seed(0)

@@ -25,8 +25,9 @@ from maskgit.training.run import (
     StopSignal,
     Throughput,
     TrainingError,
-    check_finite,
+    UpdateGate,
     choose_precision,
+    compile_blocks,
     held_run,
     parallelize,
     seed_step,
@@ -144,11 +145,52 @@ def test_a_second_interrupt_stops_at_once():
         twice()
 
 
+class Joined(list):
+    """Stands in for the processes' group: keeps what it is made with."""
+
+    def __call__(self, **options: object) -> None:
+        self.append(options)
+
+
+def test_a_group_on_gpus_is_told_its_device(monkeypatch):
+    joined = Joined()
+    monkeypatch.setattr(run, "own_device", lambda name: torch.device("cuda:3"))
+    monkeypatch.setattr(run.dist, "init_process_group", joined)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert Distributed.init("cuda").device == torch.device("cuda:3")
+    assert joined == [{"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device("cuda:3")}]
+    monkeypatch.setattr(run, "own_device", lambda name: torch.device("cpu"))
+    Distributed.init("cpu")
+    assert joined[1:] == [{"backend": "gloo"}]
+
+
+def test_processes_agree_over_the_cpu(monkeypatch):
+    def all_reduce(flags, op):
+        assert flags.device == torch.device("cpu")
+        flags.fill_(1)
+
+    monkeypatch.setattr(run.dist, "all_reduce", all_reduce)
+    assert Distributed(0, 2, torch.device("meta")).any(False)
+
+
+def test_blocks_are_compiled_one_by_one(monkeypatch):
+    built = []
+    monkeypatch.setattr(torch, "compile", lambda forward: built.append(forward) or forward)
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    names = list(network.state_dict())
+    compile_blocks(network)
+    assert [forward.__self__ for forward in built] == list(network)
+    assert list(network.state_dict()) == names
+    assert network(torch.ones(1, 2)).shape == (1, 2)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stops_the_run_by_name(bad):
-    check_finite(3, loss=torch.tensor(1.0), gradient_norm=2.0)
+    gate, fine = UpdateGate(torch.device("cpu")), torch.tensor(1.0)
+    gate.check(2, {"loss": fine, "gradient_norm": fine})
     with pytest.raises(TrainingError, match=r"step 3 before its update: gradient_norm is -?(nan|inf)\."):
-        check_finite(3, loss=1.0, gradient_norm=torch.tensor(bad))
+        gate.check(3, {"loss": fine, "gradient_norm": torch.tensor(bad)})
 
 
 def test_seeds_depend_on_seed_step_and_rank():

@@ -140,14 +140,14 @@ def losses(out: str) -> list[float]:
 
 def stop_at(monkeypatch, loop, step: int) -> None:
     """Let a SIGTERM arrive during a step."""
-    check = loop.check_finite
+    check = loop.UpdateGate.check
 
-    def interrupting(now: int, **quantities: object) -> None:
+    def interrupting(gate: object, now: int, quantities: object) -> None:
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        check(now, **quantities)
+        check(gate, now, quantities)
 
-    monkeypatch.setattr(loop, "check_finite", interrupting)
+    monkeypatch.setattr(loop.UpdateGate, "check", interrupting)
 
 
 @pytest.mark.parametrize("stage", LOOPS)
@@ -250,10 +250,10 @@ def test_tokens_of_another_tokenizer_are_refused_when_a_run_goes_on(configs, tmp
 def test_threads_end_when_a_run_fails(configs, monkeypatch, stage):
     threads = set(threading.enumerate())
 
-    def broken(step: int, **quantities: object) -> None:
+    def broken(gate: object, step: int, quantities: object) -> None:
         raise TrainingError("broken")
 
-    monkeypatch.setattr(LOOPS[stage], "check_finite", broken)
+    monkeypatch.setattr(LOOPS[stage].UpdateGate, "check", broken)
     with pytest.raises(TrainingError):
         TRAIN[stage](configs[stage])
     assert set(threading.enumerate()) <= threads

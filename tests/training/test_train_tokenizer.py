@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit import hub
 from maskgit.config import TokenizerConfig
-from maskgit.data.caches import ImageCache
 from maskgit.data.writers import new_image_cache
 from maskgit.errors import ConfigError, DataError
 from maskgit.tokenizer import Tokenizer
@@ -26,7 +24,6 @@ from maskgit.training.optim import make_adam
 from maskgit.training.run import Distributed, TrainingError
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run
-from maskgit.training.tokenizer_evaluation import comparison_device, evaluate_tokenizer
 from maskgit.training.tokenizer_parts import gumbel_noise, gumbel_tau, make_networks
 from maskgit.training.train_tokenizer import train_tokenizer
 from runs import checkpointed, logged, run_two
@@ -353,29 +350,6 @@ def test_a_run_with_a_constant_rate_may_be_made_longer(config, tmp_path):
     train_tokenizer(falling)
     with pytest.raises(ConfigError, match="steps"):
         train_tokenizer(replace(falling, steps=9))
-
-
-class NoFloat64(TorchFunctionMode):
-    """Stands in for a device without float64, as MPS is: no such tensor may be brought there."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is Tensor.to and args[0].dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        return function(*args, **(kwargs or {}))
-
-
-def test_evaluation_brings_no_float64_to_the_device(config):
-    torch.manual_seed(0)
-    settings = {"size": 8, "precision": torch.float32, "num_images": 10, "feature_net": None, "batch_size": 4}
-    tokenizer, cache = Tokenizer(config.model), ImageCache.open(config.data)
-    with NoFloat64():
-        scores, _ = evaluate_tokenizer(tokenizer, cache, distributed=ALONE, **settings)
-    assert scores["test_psnr"] > 0
-
-
-@pytest.mark.parametrize(("device", "where"), [("mps", "cpu"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
-def test_images_are_compared_where_float64_is(device, where):
-    assert comparison_device(torch.device(device)) == torch.device(where)
 
 
 def test_dry_run_tells_the_numbers(config):

@@ -30,7 +30,7 @@ from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_dry_run import dry_run
 from maskgit.training.transformer_evaluation import RatioLosses, sequence_losses, warn_of_samples
 from maskgit.transformer import Transformer
-from runs import checkpointed, logged, run_two
+from runs import checkpointed, logged, run_two, start
 
 CODES, CLASSES, GRID = 16, 3, 4
 MODEL = TransformerConfig(
@@ -124,14 +124,14 @@ def assert_same_run(one: TransformerTrainingConfig, other: TransformerTrainingCo
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Let a SIGTERM arrive during a step."""
-    check = module.check_finite
+    check = module.UpdateGate.check
 
-    def interrupting(now: int, **quantities: object) -> None:
+    def interrupting(gate: object, now: int, quantities: object) -> None:
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        check(now, **quantities)
+        check(gate, now, quantities)
 
-    monkeypatch.setattr(module, "check_finite", interrupting)
+    monkeypatch.setattr(module.UpdateGate, "check", interrupting)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -156,18 +156,18 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(
     config = replace(config, checkpoint_every=2, async_checkpoints=asynchronous)
     straight = replace(config, out=str(tmp_path / "straight"))
     train_transformer(straight)
-    check = module.check_finite
+    check = module.UpdateGate.check
 
     class KilledError(BaseException):
         pass
 
-    def dying(step: int, **quantities: object) -> None:
+    def dying(gate: object, step: int, quantities: object) -> None:
         if step == 5:
             raise KilledError
-        check(step, **quantities)
+        check(gate, step, quantities)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "check_finite", dying)
+        patch.setattr(module.UpdateGate, "check", dying)
         with pytest.raises(KilledError):
             train_transformer(config)
     train_transformer(config)
@@ -229,6 +229,65 @@ def test_two_processes_and_shards_give_the_same_losses_as_one(config, tmp_path):
         two = hub.load_model(Path(run.out) / "model").transformer.state_dict()
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_are_compiled_before_anything_wraps_the_network(config, monkeypatch):
+    called = []
+    parallelize = module.parallelize
+
+    def wrapping(network, *arguments, **options):
+        called.append(network)
+        return parallelize(network, *arguments, **options)
+
+    monkeypatch.setattr(torch, "compile", lambda forward: called.append(forward.__self__) or forward)
+    monkeypatch.setattr(module, "parallelize", wrapping)
+    train_transformer(replace(config, compile=True, steps=1))
+    network = called[-1]
+    assert called == [*network.layers, network]
+
+
+GATED = """
+import sys, torch
+from torch.distributed.tensor import DTensor
+from maskgit.config import TransformerConfig
+from maskgit.training.run import Distributed, TrainingError, UpdateGate, parallelize
+from maskgit.transformer import Transformer
+distributed = Distributed.init("cpu", group=True)
+torch.manual_seed(0)
+network = Transformer(TransformerConfig(16, 3, 4, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32))
+parallelize(network, distributed, fsdp=sys.argv[1] == "fsdp", blocks=network.layers)
+optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+gate = UpdateGate(distributed.device, optimizer, every=10)
+kept = []
+for step in range(5):
+    network(torch.zeros(2, 17, dtype=torch.int64)).square().mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    gate.check(step, {"gradient_norm": norm * float("nan") if step == 2 else norm})
+    optimizer.step()
+    weight = network.head.dense.weight
+    assert isinstance(weight, DTensor) == (sys.argv[1] == "fsdp")
+    state = optimizer.state[weight]
+    parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in (weight, state["exp_avg"])]
+    kept.append([part.detach().clone() for part in parts] + [float(state["step"])])
+assert not torch.equal(kept[0][0], kept[1][0])
+for later in kept[2:]:
+    assert torch.equal(later[0], kept[1][0]) and torch.equal(later[1], kept[1][1]) and later[2] == 2
+try:
+    gate.read()
+except TrainingError as error:
+    print(error, file=sys.stderr)
+del network
+distributed.close()
+"""
+
+
+@pytest.mark.parametrize("way", ["plain", "fsdp"])
+def test_a_gate_that_looks_seldom_keeps_bad_steps_from_weights_and_moments(way):
+    worker = start(GATED, way)
+    said = worker.communicate(timeout=100)[1]
+    assert worker.returncode == 0, said
+    assert "Stopped at step 2 before its update: gradient_norm is nan." in said
 
 
 def test_it_learns_and_generates_with_and_without_a_class(config):

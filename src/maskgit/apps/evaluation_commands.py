@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from maskgit.apps.evaluation_flags import Net, ReconstructionFlags, SampleFlags, WorkFlags
 from maskgit.apps.flags import Model, Sampler
-from maskgit.apps.scoring import Bars, complaints, own_device, print_report, score_table
+from maskgit.apps.scoring import Bars, complaints, print_report, score_table
 from maskgit.errors import ConfigError, DataError, OutputError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _of_samples(
     sampler: Sampler,
 ) -> "SampleEvaluation":
     from maskgit.data.picture_sets import open_pictures
+    from maskgit.devices import own_device
     from maskgit.engine import build
     from maskgit.evaluation.evaluate import EvaluationConfig, SampleEvaluation
     from maskgit.evaluation.references import open_reference
@@ -118,6 +119,7 @@ def _of_reconstructions(
     import torch
 
     from maskgit import hub
+    from maskgit.devices import own_device
     from maskgit.evaluation.evaluate import EvaluationConfig
     from maskgit.evaluation.reconstruction import ReconstructionEvaluation
     from maskgit.evaluation.references import open_reference
@@ -181,6 +183,7 @@ def stats(
     if out.exists() and not overwrite:
         raise OutputError(f"{out} is there already; choose another name, or say --overwrite.")
     from maskgit.data.picture_sets import open_pictures
+    from maskgit.devices import own_device
     from maskgit.evaluation.measure import measure
     from maskgit.evaluation.statistics import write_statistics
 
@@ -221,6 +224,7 @@ def compare(
         as_json: Print JSON in place of a table.
     """
     from maskgit.data.picture_sets import open_pictures
+    from maskgit.devices import own_device
     from maskgit.evaluation.measure import compare_pictures
     from maskgit.evaluation.references import open_reference
     from maskgit.evaluation.report import plain

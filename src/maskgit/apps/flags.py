@@ -103,11 +103,11 @@ class Model:
     def plain(self) -> "MaskGIT":
         """Return the model on its device as it was saved, in float32."""
         from maskgit import hub
-        from maskgit.devices import choose_device, make_current
+        from maskgit.devices import own_device
         from maskgit.engine.host import limit_threads
 
         limit_threads()
-        return hub.from_pretrained(self.model, device=make_current(choose_device(self.device)))
+        return hub.from_pretrained(self.model, device=own_device(self.device))
 
     def recorded(self, command: str) -> dict[str, Any]:
         """Return what a picture's metadata says of the model and of what made it."""

@@ -1,28 +1,11 @@
-"""What the commands that score images share: the device, progress, and scores as text."""
+"""What the commands that score images share: progress, and scores as text."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
     from maskgit.evaluation.score_names import Score
-
-
-def own_device(name: str) -> "torch.device":
-    """Return the device of this process: under torchrun each has its own GPU.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    from maskgit.devices import choose_device, make_current
-
-    chosen = choose_device(name)
-    if chosen.type == "cuda" and chosen.index is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return make_current(chosen)
 
 
 class Bars:

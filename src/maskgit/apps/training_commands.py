@@ -89,15 +89,13 @@ def tokenize(
     from maskgit import hub
     from maskgit.data.caches import ImageCache
     from maskgit.data.writers import write_token_cache
-    from maskgit.devices import choose_device
+    from maskgit.devices import own_device
     from maskgit.training.checkpoint import weights_fingerprint
 
     network = hub.load_tokenizer(tokenizer)
     fingerprint = weights_fingerprint(network)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    chosen = choose_device(device)
-    if chosen.type == "cuda" and chosen.index is None and world > 1:
-        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    chosen = own_device(device)
     cache = write_token_cache(
         ImageCache.open(images),
         network.to(chosen),

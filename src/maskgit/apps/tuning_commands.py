@@ -57,7 +57,7 @@ def tune(
     path = out / f"{name}.json"
     if path.exists() and not overwrite:
         raise OutputError(f"{path} is there already; choose another name, or say --overwrite.")
-    from maskgit.devices import choose_device
+    from maskgit.devices import own_device
     from maskgit.evaluation.features import load_feature_net
     from maskgit.evaluation.statistics import read_statistics
     from maskgit.evaluation.tuning import SearchSpace, feature_distance
@@ -65,9 +65,10 @@ def tune(
     from maskgit.presets import write_preset
 
     space = SearchSpace(steps, policies, mask_schedules, temperature, choice_temperature, guidance_scale)
-    net = load_feature_net(features, choose_device(device), weights=weights)
+    own = own_device(device)
+    net = load_feature_net(features, own, weights=weights)
     statistics = read_statistics(reference)
-    pipe = Model(model, device, speed=Speed(exact=True)).load()
+    pipe = Model(model, str(own), speed=Speed(exact=True)).load()
 
     def report(number: int, settings: dict, score: float) -> None:
         print(f"{number:4}/{trials}  {score:10.3f}  " + ", ".join(f"{k} {v}" for k, v in settings.items()))

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -157,9 +157,14 @@ class _Batches(ABC, Generic[T]):
     def batch(self, step: int) -> T:
         """Return the batch of a step, whatever was read before."""
 
-    def from_step(self, step: int) -> Generator[T, None, None]:
-        """Give the batches of a step and on, for ever; closing the generator ends its threads."""
-        return ahead(self.batch, step, self.num_workers)
+    def from_step(self, step: int, *, pin: bool = False) -> Generator[T, None, None]:
+        """Give the batches of a step and on, for ever; closing the generator ends its threads.
+
+        Args:
+            step: the first.
+            pin: whether they are to lie in pinned memory, from which a GPU copies while the host goes on.
+        """
+        return ahead(maybe_pinned(self.batch, pin), step, self.num_workers)
 
     def __iter__(self) -> Iterator[T]:
         return self.from_step(0)
@@ -288,6 +293,18 @@ def _take(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
     rows = np.empty((len(indices), *array.shape[1:]), array.dtype)
     rows[order] = array[indices[order]]
     return rows
+
+
+def maybe_pinned(make: Callable[[int], T], pin: bool) -> Callable[[int], T]:
+    """Return what makes the same batches in pinned memory, if asked to: in the thread that makes them."""
+    if not pin:
+        return make
+
+    def pinned(step: int) -> T:
+        batch: Any = make(step)
+        return type(batch)(*(tensor.pin_memory() for tensor in batch))
+
+    return pinned
 
 
 def ahead(

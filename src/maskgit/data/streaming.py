@@ -33,6 +33,7 @@ from maskgit.data.batches import (
     TokenBatch,
     ahead,
     image_batch,
+    maybe_pinned,
     sample_numbers,
 )
 from maskgit.data.huggingface import AUTO
@@ -40,6 +41,7 @@ from maskgit.data.idx import SPLITS, find_idx
 from maskgit.data.pack import decode_square
 from maskgit.data.rows import ClassNumbers, Row
 from maskgit.data.sources import open_source
+from maskgit.devices import upload
 from maskgit.errors import ConfigError, DataError, ImageError
 from maskgit.files import expand
 from maskgit.noise import uniform
@@ -156,8 +158,12 @@ class StreamedImages:
     def __iter__(self) -> Iterator[ImageBatch]:
         return self.from_step(0)
 
-    def from_step(self, step: int) -> Generator[ImageBatch, None, None]:
+    def from_step(self, step: int, *, pin: bool = False) -> Generator[ImageBatch, None, None]:
         """Give the batches of a step and on, for ever; closing the generator ends its threads.
+
+        Args:
+            step: the first.
+            pin: whether they are to lie in pinned memory.
 
         Raises:
             DataError: the source breaks, is empty, or is bad in more than the allowed share.
@@ -169,7 +175,8 @@ class StreamedImages:
         lanes = [_Lane(self._lane_rows(int(lane), start, closed)) for lane in own]
         with ThreadPoolExecutor(self.num_workers) as pool:
             # One thread ahead: the lanes can only be read in order.
-            yield from ahead(lambda step: self._batch(step, lanes, pool), step, 1, closed)
+            make = maybe_pinned(lambda step: self._batch(step, lanes, pool), pin)
+            yield from ahead(make, step, 1, closed)
 
     def _lane_rows(self, lane: int, start: int, closed: Event) -> Iterator[Row]:
         """Give the rows of a lane for ever, epoch after epoch, from the row numbered `start` on."""
@@ -274,15 +281,19 @@ class StreamedTokens:
     def __iter__(self) -> Iterator[TokenBatch]:
         return self.from_step(0)
 
-    def from_step(self, step: int) -> Generator[TokenBatch, None, None]:
+    def from_step(self, step: int, *, pin: bool = False) -> Generator[TokenBatch, None, None]:
         """Give the batches of a step and on, for ever; closing the generator ends its threads.
 
         The tokens are on the tokenizer's device, and are those that `maskgit tokenize` would write.
 
+        Args:
+            step: the first.
+            pin: whether the images, labels and numbers are to lie in pinned memory.
+
         Raises:
             DataError: as `StreamedImages.from_step`.
         """
-        with closing(self._images.from_step(step)) as batches:
+        with closing(self._images.from_step(step, pin=pin)) as batches:
             for batch in batches:
                 tokens = [self._encode(images) for images in batch.images.split(_ENCODED)]
                 yield TokenBatch(torch.cat(tokens), batch.labels, batch.sample_numbers)
@@ -290,7 +301,7 @@ class StreamedTokens:
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         """Return tokens: uint8 (b, 3, S, S) → int64 (b, h, w)."""
         device = self._tokenizer.quantizer.codebook.device
-        return self._tokenizer.encode(images.to(device, non_blocking=True).float() / 255)
+        return self._tokenizer.encode(upload(images, device).float() / 255)
 
 
 def files_fingerprint(files: Sequence[str]) -> str:

@@ -36,6 +36,7 @@ from maskgit.data.caches import (
     shard_name,
     token_fingerprint,
 )
+from maskgit.devices import upload
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.files import destination, expand, output_error, replacing
 from maskgit.noise import uniform
@@ -324,7 +325,8 @@ def _encode_shard(
         for view in range(plan["num_views"]):
             draws = uniform(plan["seed"], numbers, view, CROPS, NUM_DRAWS).numpy()
             crops = make(images.images[first:last], draws, plan["image_size"], view)
-            pixels = torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))).to(device)
+            pixels = torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2)))
+            pixels = upload(pixels, torch.device(device))
             codes = tokenizer.encode(pixels.float() / 255).cpu().numpy()
             if (
                 codes.shape != (last - first, *shard.shape[2:])

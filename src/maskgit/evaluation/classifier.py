@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from maskgit.devices import upload
+
 
 class SmallResNet(nn.Module):
     """A residual network of nine layers for small images: float (B, 3, H, W) in [0, 1] → logits (B, C).
@@ -81,8 +83,8 @@ def train_classifier(
         order = rng.permutation(len(images))
         for step in range(steps):
             chosen = np.sort(order[step * batch_size : (step + 1) * batch_size])
-            batch = _augment(torch.from_numpy(images[chosen]).movedim(-1, 1), rng).to(device)
-            targets = torch.from_numpy(np.asarray(labels[chosen], np.int64)).to(device)
+            batch = upload(_augment(torch.from_numpy(images[chosen]).movedim(-1, 1), rng), device)
+            targets = upload(torch.from_numpy(np.asarray(labels[chosen], np.int64)), device)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 logits = net(batch.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=0.1)
@@ -121,6 +123,6 @@ def classify(net: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
     device = next(net.parameters()).device
     logits = []
     for batch in images.split(batch_size):
-        batch = batch.to(device)
+        batch = upload(batch, device)
         logits.append((net(batch) + net(batch.flip(-1))).float().cpu() / 2)
     return torch.cat(logits)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from maskgit.checks import check_range, check_whole
+from maskgit.devices import upload
 from maskgit.download import sha256
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError, unknown_name
 from maskgit.evaluation import dinov2, inception
@@ -193,11 +194,12 @@ class FeatureNet:
         return Features(*parts)  # type: ignore[arg-type]
 
     def _piece(self, images: Tensor) -> Features:
-        x = images.to(self.device, torch.float32)
-        low, high = x.aminmax()
+        # Looked at where they are, which for most is the CPU, and read at once.
+        low, high = torch.stack(images.aminmax()).tolist()
         # Resizing leaves values above 1 by rounding; a NaN or another range passes no such comparison.
         if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
-            raise ImageError(f"Images must be in [0, 1], but reach from {low.item():g} to {high.item():g}.")
+            raise ImageError(f"Images must be in [0, 1], but reach from {low:g} to {high:g}.")
+        x = upload(images, self.device).to(torch.float32)
         # Rounded inputs move scores.
         with torch.autocast(x.device.type, enabled=False), whole_float32(x.device):
             return self._compute(x)

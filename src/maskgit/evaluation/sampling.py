@@ -19,6 +19,7 @@ from maskgit import noise
 from maskgit.checks import check_choice, check_range
 from maskgit.config import Config, SamplerConfig
 from maskgit.data.pictures import Pictures, as_floats
+from maskgit.devices import upload
 from maskgit.errors import ConfigError
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.lpips import LPIPS
@@ -315,7 +316,7 @@ class Reconstructions:
 
     @torch.no_grad()
     def _rebuild(self, images: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
-        tokens = self.tokenizer.encode(images.to(next(self.tokenizer.parameters()).device))
+        tokens = self.tokenizer.encode(upload(images, next(self.tokenizer.parameters()).device))
         return to_uint8(self.tokenizer.decode(tokens).float()), tokens.cpu()
 
     @torch.no_grad()
@@ -327,7 +328,7 @@ class Reconstructions:
             arrays["ssim"] = ssim(images, rebuilt).numpy()
         if self.lpips is not None:
             device = next(self.lpips.parameters()).device
-            arrays["lpips"] = self.lpips(images.to(device), rebuilt.to(device)).cpu().numpy()
+            arrays["lpips"] = self.lpips(upload(images, device), upload(rebuilt, device)).cpu().numpy()
         return arrays
 
 

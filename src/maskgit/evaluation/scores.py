@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from maskgit.devices import widest_float
 from maskgit.errors import DataError
 from maskgit.evaluation.metrics import (
     FeatureStatistics,
@@ -199,8 +200,8 @@ def manifolds(
     real = reference.features
     if real is None or min(len(real), len(pooled)) <= K_DENSITY:
         return []
-    # Distances are float64, which MPS does not know.
-    where = torch.device("cpu") if device.type == "mps" else device
+    # Distances are float64, which not all devices know.
+    where = device if widest_float(device) == torch.float64 else torch.device("cpu")
 
     def values(rows: NDArray[np.int64]) -> tuple[float, ...]:
         precise = precision_recall(real, pooled[rows], k=K_PRECISION, device=where)

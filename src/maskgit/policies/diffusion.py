@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maskgit.checks import check_choice, check_range
+from maskgit.devices import widest_float
 from maskgit.noise import REMASK, UNMASK
 from maskgit.policies.base import Memory, Policy, Start, Step, log_probs_of
 
@@ -70,7 +71,7 @@ class ReMDM(Policy):
         after, known_before = step.ratio_after_B1, 1 - step.ratio_before_B1
         highest = (after / known_before.clamp(min=1e-12)).clamp(max=1)
         sigma = self._sigma(highest, kept_with, kept)
-        progress = step.number_B1.double() / step.steps_B1
+        progress = step.number_B1.to(widest_float(step.number_B1.device)) / step.steps_B1
         sigma = sigma * ((progress >= self.begin_at) & (progress <= self.end_at))
         stay = (after - sigma * known_before) / step.ratio_before_B1.clamp(min=1e-12)
         masked = step.unknown_BS & (step.uniform(UNMASK) < stay)

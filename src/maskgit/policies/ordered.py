@@ -51,7 +51,7 @@ class Halton(_Ordered):
     def begin(self, start: Start) -> Memory:
         batch, length = start.free_BS.shape
         num_tokens = length - 1
-        place = torch.tensor(halton_places(num_tokens), device=start.free_BS.device)
+        place = _places_on(num_tokens, start.free_BS.device)
         offset = torch.zeros(batch, 1, dtype=torch.long, device=place.device)
         if self.roll:
             offset = (start.uniform(ORDER)[:, :1] * num_tokens).long()
@@ -76,6 +76,12 @@ def radical_inverse(number: int, base: int) -> float:
         scale /= base
         value += digit * scale
     return value
+
+
+@lru_cache(maxsize=16)
+def _places_on(num_tokens: int, device: torch.device) -> Tensor:
+    """Return `halton_places` on a device, int64 (num_tokens,); kept there, so that it is copied but once."""
+    return torch.tensor(halton_places(num_tokens), device=device)
 
 
 @lru_cache(maxsize=64)

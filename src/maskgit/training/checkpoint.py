@@ -56,7 +56,9 @@ class ModelAndOptimizer:
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set both states."""
+        """Set both states; how the optimizer computes stays as the present device needs it."""
+        for group, saved in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True):
+            saved |= {name: group[name] for name in ("fused", "foreach") if name in group}
         set_state_dict(
             self.model,
             self.optimizer,

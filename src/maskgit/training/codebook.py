@@ -20,6 +20,13 @@ from maskgit.training.run import Distributed
 GUMBEL, REVIVE = 72, 73
 
 
+def count_codes(counts: Tensor, tokens: Tensor) -> None:
+    """Add to counts, int64 (K,), how often each code is among tokens, int64 of any shape."""
+    codes = tokens.flatten()
+    # `bincount` would make a GPU's host wait, for it reads the largest code.
+    counts.scatter_add_(0, codes, torch.ones_like(codes))
+
+
 class CodeUsage:
     """How often each code was chosen over a window of steps, in all processes together."""
 
@@ -37,7 +44,7 @@ class CodeUsage:
 
     def update(self, tokens: Tensor) -> None:
         """Count the tokens of this process's share of a step, int64 (b, h, w)."""
-        self.counts += torch.bincount(tokens.flatten(), minlength=len(self.counts))
+        count_codes(self.counts, tokens)
 
     def totals(self) -> Tensor:
         """Return the counts over all processes, int64 (K,); all must call it."""

@@ -4,6 +4,7 @@ Shapes: B batch, C channels, S × S pixels.
 Source: official nets/discriminator.py.
 """
 
+import functools
 import math
 
 import torch
@@ -40,11 +41,20 @@ def blur_downsample(x: Tensor) -> Tensor:
 
     Source: official `BlurPool2D` (Zhang, Making Convolutional Networks Shift-Invariant Again, 2019).
     """
-    line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device) / 8
-    kernel = (line[:, None] * line).expand(x.shape[1], 1, 4, 4)
     # In float32 even under autocast, as the official code computes it; it is much the faster so on a CPU.
     with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x.float(), kernel, stride=2, padding=1, groups=x.shape[1]).to(x.dtype)
+        precise = x.float()
+        kernel = _blur_kernel(precise.dtype, x.device).expand(x.shape[1], 1, 4, 4)
+        return F.conv2d(precise, kernel, stride=2, padding=1, groups=x.shape[1]).to(x.dtype)
+
+
+@functools.cache
+def _blur_kernel(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the kernel of the blur, (4, 4), which is kept on the device: made anew, it would be copied each time."""
+    # Else one that is first made for an evaluation could not be used in training.
+    with torch.inference_mode(False):
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=dtype, device=device) / 8
+        return line[:, None] * line
 
 
 def check_discriminator_size(size: int) -> None:

@@ -75,10 +75,13 @@ def make_adam(parameters: Iterable[nn.Parameter], betas: tuple[float, ...]) -> t
         parameters: what it moves.
         betas: the decay rates of its two averages.
     """
-    optimizer = torch.optim.Adam(parameters, lr=0.0, betas=(betas[0], betas[1]))
-    for parameter in optimizer.param_groups[0]["params"]:
+    parameters = list(parameters)
+    # Off the CPU, where kernels are launched one by one, and where `UpdateGate` needs it.
+    fused = parameters[0].device.type != "cpu"
+    optimizer = torch.optim.Adam(parameters, lr=0.0, betas=(betas[0], betas[1]), fused=fused)
+    for parameter in parameters:
         optimizer.state[parameter] = {
-            "step": torch.tensor(0.0),
+            "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

@@ -36,6 +36,15 @@ PEAK_FLOPS = {
 }
 
 
+def host_numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Return scalars as plain numbers, those of a device in one reading."""
+    scalars = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    if not scalars:
+        return dict(values)
+    read = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
+    return dict(values) | dict(zip(scalars, read, strict=True))
+
+
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s that a large matrix product reaches here, in a few tens of milliseconds."""
     side = 1024 if device.type == "cpu" else 4096
@@ -163,7 +172,7 @@ class Logger:
         """Log numbers by name, such as {"loss": 6.2, "loss_by_ratio/0.9-1.0": 6.8}."""
         if not self._is_main:
             return
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in host_numbers(values).items()}
         try:
             self._file.write(json.dumps({"step": step, **numbers}) + "\n")
             self._file.flush()

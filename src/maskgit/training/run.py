@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from maskgit.checks import check_choice
 from maskgit.config import Config
 from maskgit.data.caches import ImageCache, TokenCache
-from maskgit.devices import choose_device
+from maskgit.devices import copies_aside, own_device
 from maskgit.engine.host import has_bfloat16_units
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
 from maskgit.files import expand, write_bytes
@@ -51,9 +51,10 @@ __all__ = [
     "StopSignal",
     "Throughput",
     "TrainingError",
+    "UpdateGate",
     "autocast",
-    "check_finite",
     "choose_precision",
+    "compile_blocks",
     "held_run",
     "parallelize",
     "peak_flops",
@@ -64,6 +65,8 @@ __all__ = [
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A processor hashes as much in a few seconds.
 MAX_VERIFIED_BYTES = 2 << 30
+# Steps after which the host asks whether all of them were finite, where asking makes it wait.
+FINITE_EVERY = 50
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
@@ -97,19 +100,17 @@ class Distributed:
             ConfigError: the device is not there, or the processes do not find each other.
         """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        chosen = choose_device(device)
-        if chosen.type == "cuda" and world > 1 and chosen.index is None:
-            chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
+        chosen = own_device(device)
         if (world > 1 or group) and not dist.is_initialized():
             # The CPU's backend carries checkpoints and messages beside the GPUs' own.
-            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            on_gpu = chosen.type == "cuda"
+            options: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl" if on_gpu else "gloo"}
+            if on_gpu:
+                options["device_id"] = chosen
+            if "MASTER_ADDR" not in os.environ:
+                options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
             try:
-                if "MASTER_ADDR" in os.environ:
-                    dist.init_process_group(backend)
-                else:
-                    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+                dist.init_process_group(**options)
             except (RuntimeError, ValueError) as error:
                 raise ConfigError(
                     f"The {world} processes cannot find each other ({error}); start them with torchrun."
@@ -139,7 +140,8 @@ class Distributed:
         """Return whether the flag is true in any process; all must call it."""
         if self.world == 1:
             return flag
-        flags = torch.tensor(int(flag), device=self.device)
+        # On the CPU, whose backend every group has, so that nobody waits for a GPU.
+        flags = torch.tensor(int(flag))
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags)
 
@@ -147,6 +149,16 @@ class Distributed:
         """Wait for all processes."""
         if self.world > 1:
             dist.barrier()
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Let `torch.compile` build each block of a network, such as a layer, before the network is parallelized.
+
+    Blocks alike are built once. Their gradients are there one after the other in the backward pass, so that DDP
+    exchanges some while others are computed, and what FSDP does before and after a block stays outside of it.
+    """
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
 
 
 def parallelize(
@@ -345,27 +357,72 @@ class StopSignal:
         return self._distributed.any(self.requested)
 
 
-def check_finite(step: int, **quantities: Tensor | float) -> None:
-    """Stop a run before a number that is none can spoil its weights; call it before the optimizer's step.
+class UpdateGate:
+    """Stops a run before a number that is none can spoil its weights.
 
-    Args:
-        step: the step at hand.
-        quantities: scalars by name. Give means over all processes, so that all stop.
-
-    Raises:
-        TrainingError: one is NaN or infinite.
+    On a CPU each step is looked at before its update. Elsewhere looking would make the host wait, so the optimizers are
+    told on the device to leave their weights and averages as they are, at such a step and at all after it, and the
+    host looks every `FINITE_EVERY` steps and whenever `read` is called, which is before anything is kept or shown.
     """
-    # One tensor, so that a GPU is waited for once.
-    parts = [torch.as_tensor(value).detach().float() for value in quantities.values()]
-    device = max((part.device for part in parts), key=lambda device: device.type != "cpu")
-    values = torch.stack([part.to(device, non_blocking=True) for part in parts]).cpu()
-    if not bool(values.isfinite().all()):
-        bad = [f"{name} is {value}" for name, value in zip(quantities, values.tolist(), strict=True)]
-        bad = [text for text, value in zip(bad, values.tolist(), strict=True) if not math.isfinite(value)]
-        raise TrainingError(
-            f"Stopped at step {step} before its update: {', '.join(bad)}. The last checkpoint is whole; lower the "
-            "learning rate or look at the data, and start the same command again."
-        )
+
+    def __init__(
+        self, device: torch.device, *optimizers: torch.optim.Optimizer, every: int | None = None
+    ) -> None:
+        """Watch some optimizers, which off the CPU must be fused.
+
+        Args:
+            device: where the quantities will be.
+            optimizers: what is not to be spoilt.
+            every: steps between two looks; None is 1 on a CPU (and on MPS, whose optimizers cannot be told), and
+                `FINITE_EVERY` elsewhere.
+        """
+        self._every = every or (FINITE_EVERY if copies_aside(device) else 1)
+        self._unread: list[tuple[int, tuple[str, ...], Tensor]] = []
+        self._closed: Tensor | None = None
+        if self._every > 1:
+            self._closed = torch.zeros((), device=device)
+            for optimizer in optimizers:
+                # As GradScaler tells them: 1 passes over a step.
+                optimizer.grad_scale = None  # type: ignore[attr-defined]
+                optimizer.found_inf = self._closed  # type: ignore[attr-defined]
+
+    def check(self, step: int, quantities: Mapping[str, Tensor]) -> None:
+        """Look at a step's scalars, before its update, or let the device do so.
+
+        Args:
+            step: the step at hand.
+            quantities: scalars by name. Give means over all processes, so that all stop.
+
+        Raises:
+            TrainingError: one is NaN or infinite, at this step or at one since the last look.
+        """
+        values = torch.stack([value.detach().float() for value in quantities.values()])
+        if self._closed is not None:
+            torch.maximum(self._closed, (~values.isfinite()).any().float(), out=self._closed)
+        self._unread.append((step, tuple(quantities), values))
+        if len(self._unread) == self._every:
+            self.read()
+
+    def read(self) -> None:
+        """Look at all steps since the last look.
+
+        Raises:
+            TrainingError: a quantity was NaN or infinite.
+        """
+        unread, self._unread = self._unread, []
+        numbers = torch.cat([values for _, _, values in unread]).tolist() if unread else []
+        for step, names, values in unread:
+            own, numbers = numbers[: len(values)], numbers[len(values) :]
+            bad = [
+                f"{name} is {value}"
+                for name, value in zip(names, own, strict=True)
+                if not math.isfinite(value)
+            ]
+            if bad:
+                raise TrainingError(
+                    f"Stopped at step {step} before its update: {', '.join(bad)}. The last checkpoint is whole; "
+                    "lower the learning rate or look at the data, and start the same command again."
+                )
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maskgit.data.augment import centre_crop
 from maskgit.data.caches import ImageCache
+from maskgit.devices import upload, widest_float
 from maskgit.evaluation.features import load_feature_net
 from maskgit.evaluation.metrics import (
     SSIM_WINDOW,
@@ -21,6 +22,7 @@ from maskgit.evaluation.metrics import (
     ssim,
 )
 from maskgit.tokenizer import Tokenizer
+from maskgit.training.codebook import count_codes
 from maskgit.training.run import Distributed, autocast
 
 NUM_SHOWN = 32
@@ -67,14 +69,15 @@ def evaluate_tokenizer(
     tokenizer.eval()
     for start in range(0, len(own), batch_size):
         pixels = centre_crop(cache.images[own[start : start + batch_size]], size)
-        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(device).float() / 255
+        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+        images = upload(images, device).float() / 255
         images = images.contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
             features = tokenizer.encoder(images)
         tokens = tokenizer.quantizer.tokens(features)
         with autocast(device, precision):
             reconstructions = tokenizer.decode(tokens).float().clamp(0, 1)
-        counts += torch.bincount(tokens.flatten(), minlength=len(counts))
+        count_codes(counts, tokens)
         pair = [pictures.to(comparison_device(device)) for pictures in (images, reconstructions)]
         sums[0] += psnr(*pair).clamp(max=100).sum().cpu()
         if size >= SSIM_WINDOW:
@@ -101,8 +104,8 @@ def evaluate_tokenizer(
 
 
 def comparison_device(device: torch.device) -> torch.device:
-    """Return where images that lie on a device are compared, which takes float64: the CPU for MPS, which lacks it."""
-    return torch.device("cpu") if device.type == "mps" else device
+    """Return where images that lie on a device are compared, which takes float64: there, or on the CPU."""
+    return device if widest_float(device) == torch.float64 else torch.device("cpu")
 
 
 def _total(value: Tensor, distributed: Distributed) -> Tensor:

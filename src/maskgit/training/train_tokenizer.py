@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from maskgit.devices import copies_aside, upload
 from maskgit.hub import save_tokenizer
 from maskgit.tokenizer import Tokenizer
 from maskgit.training.checkpoint import Checkpoints, ModelAndOptimizer
@@ -32,14 +33,15 @@ from maskgit.training.losses import (
 )
 from maskgit.training.optim import EMA, clip_gradients, make_adam, set_learning_rate
 from maskgit.training.perceptual import PerceptualLoss
+from maskgit.training.progress import host_numbers
 from maskgit.training.run import (
     EXIT_INTERRUPTED,
     Distributed,
     Logger,
     StopSignal,
     Throughput,
+    UpdateGate,
     autocast,
-    check_finite,
     choose_precision,
     held_run,
     parallelize,
@@ -135,12 +137,14 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
     networks = (tokenizer, discriminator, perceptual)
     flops = {on: flops_per_image(config, *networks, size, adversarial=on) for on in (False, True)}
     throughput = Throughput(config.batch_size, peak=peak_flops(device, precision) * distributed.world)
-    with StopSignal(distributed) as stop, closing(inputs.train.from_step(start)) as batches:
+    gate = UpdateGate(device, optimizer, discriminator_optimizer)
+    pin = copies_aside(device)
+    with StopSignal(distributed) as stop, closing(inputs.train.from_step(start, pin=pin)) as batches:
         done = start
         for step in range(start, config.steps):
             batch = next(batches)
             score: float | None = None
-            images = batch.images.to(device, non_blocking=True).float() / 255
+            images = upload(batch.images, device).float() / 255
             images = images.contiguous(memory_format=torch.channels_last)
             adversarial = config.adversarial_weight > 0 and step >= config.adversarial_start
             rates = step_rates(config, step)
@@ -148,7 +152,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
             set_learning_rate(discriminator_optimizer, rates["discriminator_learning_rate"])
 
             # The tokenizer's loss
-            noise, tau = gumbel_noise(config, step, batch.sample_numbers.to(device), num_tokens)
+            noise, tau = gumbel_noise(config, step, upload(batch.sample_numbers, device), num_tokens)
             made = reconstructor(images, noise, tau)
             logs = reconstruction_losses(config, images, made, perceptual, precision)
             if adversarial:
@@ -173,7 +177,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
             if adversarial:
                 logs["discriminator_gradient_norm"] = clip_gradients(discriminator.parameters(), max_norm)
             logs = average(logs, distributed)
-            check_finite(step, **logs)
+            gate.check(step, logs)
             optimizer.step()
             if adversarial:
                 discriminator_optimizer.step()
@@ -204,15 +208,21 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
             # What people watch, and checkpoints
             stopping = stop.agreed()
             last = done == config.steps
+            logging = done % config.log_every == 0 or last
+            evaluating = test_cache is not None and (done % config.evaluate_every == 0 or last)
+            saving = done % config.checkpoint_every == 0 or stopping or last
+            if codes or logging or evaluating or saving:
+                gate.read()
             if codes:
                 logger.scalars(done, codes)
-            if done % config.log_every == 0 or last:
+            if logging:
                 throughput.read()
+                numbers = host_numbers(logs)
                 speed = {"images_per_second": throughput.images_per_second, "mfu": throughput.mfu}
-                logger.scalars(done, {**logs, **rates, **speed})
-                logger.progress(done, config.steps, throughput, logs["loss"])
+                logger.scalars(done, {**numbers, **rates, **speed})
+                logger.progress(done, config.steps, throughput, numbers["loss"])
                 warn_of_images(logger, done, made.images)
-            if test_cache and (done % config.evaluate_every == 0 or last):
+            if evaluating:
                 with throughput.paused(), ema.applied(tokenizer):
                     scores, shown = evaluate_tokenizer(
                         tokenizer,
@@ -230,7 +240,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
                 logger.say(
                     f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
                 )
-            if done % config.checkpoint_every == 0 or stopping or last:
+            if saving:
                 with throughput.paused():
                     checkpoints.save(done, {**state, "step": done}, score)
             if stopping:

@@ -21,21 +21,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskgit import hub
 from maskgit.config import ModelConfig, TransformerConfig
+from maskgit.devices import copies_aside, upload
 from maskgit.pipeline import MaskGIT
 from maskgit.training.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import TokenInputs, open_tokens
 from maskgit.training.masking import draw_masks, hide_labels
 from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
+from maskgit.training.progress import host_numbers
 from maskgit.training.run import (
     EXIT_INTERRUPTED,
     Distributed,
     Logger,
     StopSignal,
     Throughput,
+    UpdateGate,
     autocast,
-    check_finite,
     choose_precision,
+    compile_blocks,
     held_run,
     parallelize,
     peak_flops,
@@ -108,14 +111,14 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
         start_from(transformer, inputs.source, inputs.train.class_names, config.init_classes)
     transformer.to(device)
     if config.compile:
-        transformer.compile()
+        compile_blocks(transformer.layers)
     network = parallelize(transformer, distributed, fsdp=config.fsdp, blocks=transformer.layers)
     ema = EMA(transformer, config.ema_decay)
 
     # Optimizer
     betas = (config.betas[0], config.betas[1])
     groups = parameter_groups(transformer, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
     max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
 
     # Checkpoints
@@ -136,8 +139,10 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
     peak = peak_flops(device, precision) * distributed.world
     throughput = Throughput(config.batch_size, flops_per_image(config.model), peak)
     ratio_losses = RatioLosses(device)
+    gate = UpdateGate(device, optimizer)
     transformer.train()
-    with StopSignal(distributed) as stop, closing(inputs.train.from_step(start)) as batches:
+    pin = copies_aside(device)
+    with StopSignal(distributed) as stop, closing(inputs.train.from_step(start, pin=pin)) as batches:
         done = start
         for step in range(start, config.steps):
             batch = next(batches)
@@ -155,9 +160,9 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
             # The loss
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
-            parts = list(zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True))
-            for i, part in enumerate(parts):
-                tokens, labels, numbers = (tensor.to(device, non_blocking=True) for tensor in part)
+            uploaded = (upload(tensor, device).chunk(config.accumulate) for tensor in batch)
+            parts = list(zip(*uploaded, strict=True))
+            for i, (tokens, labels, numbers) in enumerate(parts):
                 masks = draw_masks(
                     config.seed,
                     numbers,
@@ -180,7 +185,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
             # The update
             norm = clip_gradients(transformer.parameters(), max_norm)
             logs = {"loss": distributed.mean(loss), "gradient_norm": norm}
-            check_finite(step, **logs)
+            gate.check(step, logs)
             optimizer.step()
             ema.update(transformer)
             throughput.step()
@@ -189,14 +194,21 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
             done = step + 1
             stopping = stop.agreed()
             last = done == config.steps
-            if done % config.log_every == 0 or last:
+            logging = done % config.log_every == 0 or last
+            evaluating = test_cache is not None and (done % config.evaluate_every == 0 or last)
+            sampling = done % config.sample_every == 0 or last
+            saving = done % config.checkpoint_every == 0 or stopping or last
+            if logging or evaluating or sampling or saving:
+                gate.read()
+            if logging:
                 throughput.read()
+                numbers_read = host_numbers(logs)
                 by_ratio = ratio_losses.read(distributed)
                 speed = {"images_per_second": throughput.images_per_second, "mfu": throughput.mfu}
-                logger.scalars(done, {**logs, **by_ratio, "learning_rate": rate, **speed})
-                logger.progress(done, config.steps, throughput, logs["loss"])
-                warn_if_stuck(logger, config, done, float(logs["loss"]))
-            if test_cache and (done % config.evaluate_every == 0 or last):
+                logger.scalars(done, {**numbers_read, **by_ratio, "learning_rate": rate, **speed})
+                logger.progress(done, config.steps, throughput, numbers_read["loss"])
+                warn_if_stuck(logger, config, done, numbers_read["loss"])
+            if evaluating:
                 with throughput.paused(), ema.applied(transformer):
                     test_loss = evaluate_loss(
                         network,
@@ -211,7 +223,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                     )
                 score = -test_loss
                 logger.scalars(done, {"test_loss": test_loss})
-            if done % config.sample_every == 0 or last:
+            if sampling:
                 with throughput.paused(), ema.applied(transformer):
                     samples = sample(
                         network,
@@ -224,7 +236,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                     )
                 logger.images(done, "samples", samples.images)
                 warn_of_samples(logger, done, samples.tokens)
-            if done % config.checkpoint_every == 0 or stopping or last:
+            if saving:
                 with throughput.paused():
                     checkpoints.save(done, {**state, "step": done}, score)
             if stopping:

@@ -45,7 +45,7 @@ class TransformerTrainingConfig(Config):
         ema_decay: of the averaged weights, which are those evaluated, sampled and saved.
         device: "auto", "cpu", "cuda" or the like.
         precision: what the network computes in: "auto", "float32" or "bfloat16".
-        compile: whether `torch.compile` is used.
+        compile: whether `torch.compile` builds the layers.
         fsdp: whether weights, gradients and optimizer state are sharded over the processes (FSDP2).
         log_every, evaluate_every, sample_every, checkpoint_every: in steps.
         num_samples: images that are sampled to look at.

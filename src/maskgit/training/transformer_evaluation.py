@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from maskgit.config import SamplerConfig
 from maskgit.data.batches import TokenBatches
 from maskgit.data.caches import TokenCache
+from maskgit.devices import upload
 from maskgit.noise import ImageNoise
 from maskgit.sampler import decode
 from maskgit.tokenizer import Tokenizer
@@ -119,7 +120,7 @@ def evaluate_loss(
         for step in range(count):
             batch = batches.batch(step)
             batch = batch._replace(labels=classes[batch.labels])
-            tokens, labels, numbers = (t.to(distributed.device) for t in batch)
+            tokens, labels, numbers = (upload(t, distributed.device) for t in batch)
             masks = draw_masks(seed, numbers, vocabulary.grid_size, mask_schedule=mask_schedule)
             with autocast(distributed.device, precision):
                 logits = transformer(

@@ -1,0 +1,32 @@
+"""All that computes, on a device that is none, like CUDA and like MPS: the tests in `on_device`.
+
+Each file runs in a process of its own, for the device is there for all of torch and until the process ends: among
+others, `torch.accelerator` finds it, and with it parts of torch that other tests use on the CPU.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fake_device
+
+FILES = sorted((Path(__file__).parent / "on_device").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("kind", fake_device.KINDS)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_runs_on_a_device(file, kind):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        env=os.environ | {"FAKE_DEVICE": kind, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+
+
+def test_the_device_is_not_in_this_process():
+    assert not fake_device.is_registered()
