@@ -21,9 +21,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from maskgit import __version__
+from maskgit.bars import bar
 from maskgit.errors import CheckpointError, ConfigError, OutputError, unknown_name
 from maskgit.files import expand
 from maskgit.hub import write_folder, write_json
@@ -287,7 +287,7 @@ def export_model(
 
     def write(folder: Path) -> None:
         graphs = {}
-        for name in tqdm(dict.fromkeys(parts), unit="part", leave=False, disable=None if progress else True):
+        for name in bar(dict.fromkeys(parts), unit="part", shown=progress):
             part = PARTS[name](pipe).eval()
             written = _export_part(part, folder / (name + FORMATS[format].suffix), FORMATS[format], pipe)
             made.append(written._replace(path=out / written.path.name))

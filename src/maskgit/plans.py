@@ -107,6 +107,14 @@ class Plan(NamedTuple):
         )
 
 
+def num_steps(config: SamplerConfig, num_tokens: int, *, remasks: bool, start_step: int = 0) -> int:
+    """Return how many steps are made from `start_step` on, at most; see `plan_steps` for the rest."""
+    steps = config.steps
+    if not remasks and config.tables == StepTables():
+        steps = min(steps, num_tokens)
+    return steps - min(start_step, steps - 1)
+
+
 def plan_steps(config: SamplerConfig, num_tokens: int, *, remasks: bool) -> Plan:
     """Work out the numbers of every step.
 
@@ -117,9 +125,7 @@ def plan_steps(config: SamplerConfig, num_tokens: int, *, remasks: bool) -> Plan
             fix them), for each keeps a token.
     """
     tables = config.tables
-    steps = config.steps
-    if not remasks and tables == StepTables():
-        steps = min(steps, num_tokens)
+    steps = num_steps(config, num_tokens, remasks=remasks)
     # In float32, as the official code has it.
     progress = (torch.arange(1, steps + 1, dtype=torch.float32) / steps).tolist()
     if tables.mask_ratio is None:

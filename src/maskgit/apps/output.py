@@ -57,14 +57,16 @@ class Making:
 class Progress:
     """A progress bar over decoding steps, on the terminal alone; used as a callback."""
 
-    def __init__(self, steps: int, count: int, making: Making) -> None:
-        self.total = steps * -(-count // making.batch_size)
-
     def __enter__(self) -> "Progress":
-        from tqdm import tqdm
+        from maskgit.bars import bar
 
-        self.bar = tqdm(total=self.total, unit="step", leave=False, disable=None)
+        self.bar = bar(total=0, unit="step")
         return self
+
+    def expect(self, num_calls: int) -> None:
+        """Hear from what decodes how many steps more there are."""
+        self.bar.total += num_calls
+        self.bar.refresh()
 
     def __call__(self, *_: object) -> None:
         self.bar.update()

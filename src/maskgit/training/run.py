@@ -236,7 +236,7 @@ def setup_run(
         _verify(caches, run_dir, distributed)
     distributed.barrier()
     if distributed.is_main:
-        write_bytes(path, json.dumps(given, indent=2, ensure_ascii=False).encode() + b"\n")
+        write_bytes(path, json.dumps(given, indent=2).encode() + b"\n")
     distributed.barrier()
     return run_dir
 
