@@ -342,6 +342,12 @@ def check_export(out: Path, *, format: str, parts: Sequence[str], overwrite: boo
     for name in parts:
         if name not in PARTS:
             raise unknown_name("part", name, PARTS)
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"{out} has a name that is not UTF-8, which exporters cannot open; choose another folder."
+        ) from error
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise OutputError(f"{out} is there already; choose another folder, or say --overwrite.")
     for package in FORMATS[format].packages:
