@@ -90,7 +90,7 @@ def printed(monkeypatch, encoding: str, *commands: str) -> tuple[list[int], byte
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "latin-1", "utf-8"])
 def test_any_terminal_shows_what_is_printed(encoding, monkeypatch):
-    commands = [name for name in cli.app._subcommands] + ["policies --nonsense", "generate --class unicorn"]
+    commands = [*cli.app._subcommands, "policies --nonsense", "generate --class unicorn"]
     asked = [command if " " in command else f"{command} --help" for command in commands]
     codes, shown = printed(monkeypatch, encoding, "policies", "info", *asked)
     assert codes == [0] * len(commands) + [2, 2]

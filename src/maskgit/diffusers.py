@@ -24,7 +24,7 @@ from maskgit.bars import bar
 from maskgit.config import SamplerConfig, check_choice, check_count
 from maskgit.devices import choose_device
 from maskgit.editing import inpaint
-from maskgit.errors import ConfigError, MaskGITError
+from maskgit.errors import ConfigError, MaskGITError, install_extra
 from maskgit.noise import ImageNoise, seed_words
 from maskgit.pipeline import Label, MaskGIT, Picture
 from maskgit.plans import num_steps
@@ -380,7 +380,7 @@ def _output_class() -> "type[ImagePipelineOutput]":
         from diffusers import ImagePipelineOutput
     except ImportError as error:
         raise MaskGITError(
-            'An ImagePipelineOutput needs the package diffusers: run pip install "maskgit-torch[diffusers]", or '
-            "say return_dict=False for a tuple."
+            "An ImagePipelineOutput needs the package diffusers; say return_dict=False for a tuple, or, "
+            f"{install_extra('diffusers')}."
         ) from error
     return ImagePipelineOutput

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from maskgit import __version__
 from maskgit.bars import bar
-from maskgit.errors import CheckpointError, ConfigError, OutputError, unknown_name
+from maskgit.errors import CheckpointError, ConfigError, OutputError, install_extra, unknown_name
 from maskgit.files import expand
 from maskgit.hub import write_folder, write_json
 from maskgit.pipeline import MaskGIT
@@ -354,9 +354,7 @@ def check_export(out: Path, *, format: str, parts: Sequence[str], overwrite: boo
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ConfigError(
-                f"Export to {format} needs {package}: pip install 'maskgit-torch[export]'."
-            ) from error
+            raise ConfigError(f"Export to {format} needs {package}: {install_extra('export')}.") from error
 
 
 def _describe(pipe: MaskGIT, format: str) -> dict[str, Any]:

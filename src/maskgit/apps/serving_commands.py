@@ -7,7 +7,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from maskgit.apps.flags import Model
-from maskgit.errors import ConfigError
+from maskgit.errors import ConfigError, install_extra
 
 
 def serve(
@@ -42,9 +42,7 @@ def serve(
         from maskgit.apps.serving.server import bind, run
         from maskgit.apps.serving.service import Limits, Service
     except ImportError as error:
-        raise ConfigError(
-            f"The server needs the package {error.name}; install it with pip install 'maskgit-torch[serve]'."
-        ) from error
+        raise ConfigError(f"The server needs the package {error.name}: {install_extra('serve')}.") from error
 
     limits = Limits(queue_size=queue_size, max_batch=max_batch, max_images=max_images, timeout=timeout)
     keys = read_keys(api_key_file) if api_key_file else ()

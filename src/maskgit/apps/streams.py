@@ -91,13 +91,17 @@ def open_closed() -> None:
 def outlets() -> Iterator[Outlet]:
     """Make printing and progress safe for the time of a command, and give what replaces standard output."""
     out, err = (_outlet(stream) for stream in (sys.stdout, sys.stderr))
-    with _readable_errors(sys.stdout), _readable_errors(sys.stderr):
-        with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
-            try:
-                yield out
-            finally:
-                out.flush()
-                err.flush()
+    with (
+        _readable_errors(sys.stdout),
+        _readable_errors(sys.stderr),
+        redirect_stdout(cast(TextIO, out)),
+        redirect_stderr(cast(TextIO, err)),
+    ):
+        try:
+            yield out
+        finally:
+            out.flush()
+            err.flush()
 
 
 def _outlet(stream: TextIO | None) -> Outlet:

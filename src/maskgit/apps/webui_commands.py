@@ -19,14 +19,12 @@ def page(
         host: Who may see it: 127.0.0.1 is this computer alone, 0.0.0.0 everybody who can reach it.
     """
     from maskgit.config import check_count
-    from maskgit.errors import ConfigError
+    from maskgit.errors import ConfigError, install_extra
 
     check_count("port", port, 0, 65_535)
     print("loading the libraries…", flush=True)
     try:
         from maskgit.apps.webui import serving
     except ImportError as error:
-        raise ConfigError(
-            f"The page needs the package {error.name}; install it with pip install 'maskgit-torch[app]'."
-        ) from error
+        raise ConfigError(f"The page needs the package {error.name}: {install_extra('app')}.") from error
     serving.serve(model, host, port)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskgit.config import Config, check_choice, check_count, check_range
-from maskgit.errors import ConfigError
+from maskgit.errors import ConfigError, install_extra
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.statistics import Collector, ImageStatistics, compare
 from maskgit.pipeline import MaskGIT
@@ -110,7 +110,7 @@ def tune(
     try:
         import optuna
     except ImportError as error:
-        raise ConfigError("Tuning needs Optuna: pip install 'maskgit-torch[tune]'.") from error
+        raise ConfigError(f"Tuning needs Optuna: {install_extra('tune')}.") from error
     space = space or SearchSpace()
     check_choice("direction", direction, DIRECTIONS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

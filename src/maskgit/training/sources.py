@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from maskgit.config import check_choice
-from maskgit.errors import ConfigError, DataError, ImageError, MaskGITError
+from maskgit.errors import ConfigError, DataError, ImageError, MaskGITError, install_extra
 from maskgit.training.idx import SPLITS, find_idx, read_idx
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def load_stream(
         import datasets
     except ImportError as error:
         raise DataError(
-            "Reading data sets needs the package `datasets`: pip install 'maskgit-torch[train]'."
+            f"Reading data sets needs the package `datasets`: {install_extra('train')}."
         ) from error
     reader, options = _reader(source, folder_labels)
     local = bool(options)
