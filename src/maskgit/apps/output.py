@@ -36,7 +36,7 @@ class Making:
     first_index: int = 0
     """Index of the first image; go on from a former run to get new ones."""
     batch_size: int = 16
-    """Images decoded together; does not change them."""
+    """Images decoded together. In float32 it does not change their tokens; in other types it may."""
     out: Path = Path("out")
     """The folder for the pictures; made if needed."""
     overwrite: bool = False
