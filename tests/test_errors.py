@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_missing_packages_are_named_with_a_cure_that_works(command, module, extra, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.startswith(("maskgit.apps.serving.", "maskgit.apps.webui."))]:
+    for name in [
+        name for name in sys.modules if name.startswith(("maskgit.apps.serving.", "maskgit.apps.webui."))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     assert cli.main(command.split()) == 2
