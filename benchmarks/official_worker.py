@@ -79,7 +79,10 @@ def import_official(checkout: Path) -> types.ModuleType:
     import jax.numpy as jnp
 
     jnp.DeviceArray = jax.Array  # type: ignore[attr-defined]
-    sys.path.insert(0, str(checkout))
+    # A folder without __init__.py, which a package of this name elsewhere on the path, ours, would hide.
+    package = types.ModuleType("maskgit")
+    package.__path__ = [str(checkout / "maskgit")]
+    sys.modules["maskgit"] = package
     with stand_ins():
         return importlib.import_module("maskgit.inference")
 

@@ -119,7 +119,11 @@ class Inpaint(Sampled):
 
     image: File
     mask: Mask
-    class_: Class = "guess"
+    class_: int | str | None = Field(
+        "guess",
+        alias="class",
+        description='A class\'s name or number; null is no class, "guess" the one that the model finds likeliest.',
+    )
     share: float = Field(0.0, ge=0, le=1)
     dilate: int = Field(0, ge=0)
     start_step: StartStep = 0
@@ -137,7 +141,9 @@ class Outpaint(Sampled):
     canvas: Pair | None = Field(None, description="In place of amounts, width and height of the result.")
     position: Pair | None = Field(None, description="Where the photo is in the canvas.")
     class_: Class = None
-    feather: Feather = None
+    feather: Annotated[
+        float | None, Field(ge=0, description="Pixels inside the photo over which it fades into what is new.")
+    ] = None
 
 
 class Reconstruct(Shown):
