@@ -56,6 +56,14 @@ def test_a_guess_that_cannot_be_printed_loses_no_picture(tmp_path):
     assert len(list((tmp_path / "out").glob("photo-*.png"))) == 1
 
 
+def test_what_is_no_text_is_printed_to_nobody(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with cli.outlets():
+        for stream in (sys.stdout, sys.stderr):
+            print(BYTES, "×", file=stream)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, which stands for a full disk")
 @pytest.mark.parametrize("command", ["info", "tune --help", "--version"])
 def test_a_full_disk_is_told(command, tmp_path):

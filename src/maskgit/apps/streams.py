@@ -105,7 +105,9 @@ def outlets() -> Iterator[Outlet]:
 
 
 def _outlet(stream: TextIO | None) -> Outlet:
-    return Outlet(open(os.devnull, "w", encoding="utf-8") if stream is None else stream)
+    if stream is None:
+        stream = open(os.devnull, "w", encoding="utf-8", errors=READABLE)
+    return Outlet(stream)
 
 
 @contextmanager
