@@ -106,7 +106,7 @@ def outlets() -> Iterator[Outlet]:
 
 def _outlet(stream: TextIO | None) -> Outlet:
     if stream is None:
-        stream = open(os.devnull, "w", encoding="utf-8", errors=READABLE)
+        stream = open(os.devnull, "w", encoding="utf-8", errors=READABLE)  # noqa: SIM115
     return Outlet(stream)
 
 
