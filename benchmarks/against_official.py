@@ -31,7 +31,7 @@ import torch
 
 import models
 import timing
-from workers import Worker, use_threads
+from workers import NO_CHECKOUT, OFFICIAL, Worker, use_threads
 
 HERE = Path(__file__).parent
 NAMES = ("forward", "decode", "encode", "image8")
@@ -146,6 +146,21 @@ def official_command(options: argparse.Namespace) -> list[str]:
     return [*command, "--size", options.size, "--device", options.device]
 
 
+def missing(checkout: Path, python: str) -> str | None:
+    """Return what the official side lacks to run at all, or None."""
+    if not (checkout / OFFICIAL).is_file():
+        return NO_CHECKOUT.format(checkout)
+    needed = "import jax, flax, ml_collections"
+    try:
+        done = subprocess.run([python, "-c", needed], capture_output=True, text=True)
+    except OSError as error:
+        return f"{python} cannot be run: {error.strerror}."
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        return f"{python} cannot {needed} ({last}): name another by --official-python."
+    return None
+
+
 def show(row: dict[str, Any]) -> None:
     """Print a row."""
     parts = [
@@ -209,6 +224,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="processors in use; 0 is all")
     options = parser.parse_args()
+    if problem := missing(options.official, options.official_python):
+        parser.error(problem)
     use_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         record = measure(options, Path(name))

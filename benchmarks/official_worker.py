@@ -3,7 +3,7 @@
     python benchmarks/official_worker.py CHECKOUT --size 256 [--device cpu] [--image FILE [--run MODE]]
 
 It works in a folder that holds `checkpoints/`, as the official code does, and leaves the checkout's files
-as they are: names that JAX has dropped are put back, and packages that are imported only for plotting,
+as they are: a name that JAX has dropped is put back, and packages that are imported only for plotting,
 downloading and opening files are stood in for where they are not installed. Everything is jitted, the whole
 decoding loop included, with the weights as arguments; the official demo jits less. With --image it makes one
 image from a fresh start and ends, in one of three run modes:
@@ -14,11 +14,14 @@ image from a fresh start and ends, in one of three run modes:
 """
 
 import argparse
+import importlib.machinery
 import importlib.util
 import os
 import sys
 import time
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +36,55 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def bridge(checkout: Path) -> None:
-    """Make today's JAX and this Python able to import the official code."""
+# What the official code imports at its top and needs only for plotting, downloading and opening files.
+STOOD_IN = (
+    ("requests",),
+    ("matplotlib", "matplotlib.pyplot", "matplotlib.patches"),
+    ("tensorflow", "tensorflow.compat", "tensorflow.compat.v1"),
+)
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """Stand in for packages that are not installed, as long as the official code is imported.
+
+    Later they would deceive the libraries that ask whether one is there.
+    """
+    made: list[str] = []
+    for names in STOOD_IN:
+        if installed(names[0]):
+            continue
+        for name in names:
+            spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            made.append(name)
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, sys.modules[name])
+    if "tensorflow" in made:
+        gfile = types.SimpleNamespace(GFile=open)
+        sys.modules["tensorflow.compat.v1"].io = types.SimpleNamespace(gfile=gfile)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name in made:
+            del sys.modules[name]
+
+
+def import_official(checkout: Path) -> types.ModuleType:
+    """Return the official module `inference`, made to run with today's JAX and this Python."""
+    # What asks for TensorFlow when it is imported comes before the stand-ins.
+    import flax  # noqa: F401
     import jax
     import jax.numpy as jnp
 
     jnp.DeviceArray = jax.Array  # type: ignore[attr-defined]
-    if not installed("requests"):
-        sys.modules["requests"] = types.ModuleType("requests")
-    if not installed("matplotlib"):
-        for name in ("matplotlib", "matplotlib.pyplot", "matplotlib.patches"):
-            sys.modules[name] = types.ModuleType(name)
-        for name in ("pyplot", "patches"):
-            setattr(sys.modules["matplotlib"], name, sys.modules[f"matplotlib.{name}"])
-    if not installed("tensorflow"):
-        tensorflow = types.ModuleType("tensorflow.compat.v1")
-        gfile = types.SimpleNamespace(GFile=open)
-        tensorflow.io = types.SimpleNamespace(gfile=gfile)  # type: ignore[attr-defined]
-        for name in ("tensorflow", "tensorflow.compat"):
-            sys.modules[name] = types.ModuleType(name)
-        sys.modules["tensorflow.compat.v1"] = tensorflow
-    sys.path.insert(0, str(checkout))
+    # A folder without __init__.py, which a package of this name elsewhere on the path, ours, would hide.
+    package = types.ModuleType("maskgit")
+    package.__path__ = [str(checkout / "maskgit")]
+    sys.modules["maskgit"] = package
+    with stand_ins():
+        return importlib.import_module("maskgit.inference")
 
 
 class Official:
@@ -62,9 +93,7 @@ class Official:
     def __init__(self, checkout: Path, size: int) -> None:
         import jax
 
-        bridge(checkout)
-        from maskgit import inference  # the official package, from the checkout
-
+        inference = import_official(checkout)
         self.generator = inference.ImageNet_class_conditional_generator(image_size=size)
         self.generator.transformer_variables = jax.device_put(self.generator.transformer_variables)
         self.generator.tokenizer_variables = jax.device_put(self.generator.tokenizer_variables)
@@ -209,6 +238,8 @@ def main() -> None:
     parser.add_argument("--image", type=Path)
     parser.add_argument("--run", default="jit", choices=["jit", "normal", "pmap"])
     options = parser.parse_args()
+    if not (options.checkout / workers.OFFICIAL).is_file():
+        parser.error(workers.NO_CHECKOUT.format(options.checkout))
     os.environ["JAX_PLATFORMS"] = options.device
     # The GPU's memory is shared with the other side.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -13,6 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# What a checkout of the official code holds, and what is told of one that does not.
+OFFICIAL = Path("maskgit", "inference.py")
+NO_CHECKOUT = (
+    f"{{}} holds no {OFFICIAL}: name a checkout, made by git clone https://github.com/google-research/maskgit"
+)
+
 
 class WorkerError(RuntimeError):
     """A worker could not do what it was asked, or has ended."""

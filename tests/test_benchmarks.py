@@ -201,3 +201,57 @@ def test_the_documents_tables_are_those_of_the_results():
     assert tables.filled(text, tables.RESULTS) == text
     kinds = [kind for _, kind, _, _ in tables.TABLE.findall(text)]
     assert set(kinds) == set(tables.TABLES)
+
+
+def test_stand_ins_stand_in_and_go(monkeypatch):
+    import importlib.util
+
+    import official_worker
+
+    missing = ("requests", "matplotlib", "tensorflow")
+    found = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None):
+        # As in a Python that has none of them, where sys.modules is asked first.
+        return None if name in missing and name not in sys.modules else found(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    for name in [name for name in sys.modules if name.partition(".")[0] in missing]:
+        monkeypatch.delitem(sys.modules, name)
+    before = set(sys.modules)
+    with official_worker.stand_ins():
+        import matplotlib.patches as patches
+        import matplotlib.pyplot as plt
+        import requests
+        import tensorflow.compat.v1 as tf
+
+        for name in missing:
+            # What asks whether a package is there is answered, whatever it does then.
+            assert importlib.util.find_spec(name) is not None
+        with tf.io.gfile.GFile(__file__, "rb") as file:
+            assert file.read(3) == b'"""'
+    assert {plt, patches, requests}.isdisjoint(sys.modules.values())
+    assert set(sys.modules) == before
+    assert not any(official_worker.installed(name) for name in missing)
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("against_official", ["--official", "gone"]),
+        ("official_worker", ["gone"]),
+        ("against_official", ["--official", "empty"]),
+        ("against_official", ["--official", "there", "--official-python", "no-such-python"]),
+        ("against_official", ["--official", "there", "--official-python", "false"]),
+    ],
+)
+def test_what_the_official_side_lacks_is_a_sentence(script, options, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "there" / "maskgit").mkdir(parents=True)
+    (tmp_path / "there" / "maskgit" / "inference.py").touch()
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    told = done.stderr.splitlines()[-1]
+    assert "git clone" in told if "there" not in options else options[-1] in told

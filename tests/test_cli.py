@@ -31,10 +31,7 @@ def photo(tmp_path):
 
 
 def run(*arguments) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
+    return cli.main([str(a) for a in arguments])
 
 
 def sentence(capsys) -> str:

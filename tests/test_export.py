@@ -264,5 +264,5 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(tiny, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     # Known before a model is looked for.
     assert run("export", "no-such-model", "--out", tmp_path / "out") == 2
-    assert "pip install 'maskgit-torch[export]'" in capsys.readouterr().err
+    assert "pip install -c constraints.txt '.[export]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ imported only to return an `ImagePipelineOutput`.
 Shapes: B images, S = N + 1 the sequence with its class token, h × w the token grid.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -19,16 +20,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from maskgit.bars import bar
 from maskgit.checks import check_choice, check_count, check_range, plain
 from maskgit.config import SamplerConfig
 from maskgit.devices import Device, Dtype
 from maskgit.editing import inpaint
-from maskgit.errors import ConfigError, MaskGITError
+from maskgit.errors import ConfigError, MaskGITError, install_extra
 from maskgit.filling import fill
 from maskgit.model import Label, Model, Picture
 from maskgit.noise import ImageNoise, seed_words
 from maskgit.pipeline import MaskGIT
-from maskgit.plans import plan_steps
+from maskgit.plans import num_steps
 from maskgit.policies import make_policy
 from maskgit.results import Output
 from maskgit.sampler import Decoded, decode_steps, free_tokens
@@ -122,7 +124,9 @@ class MaskGITPipeline:
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> "tqdm[Any]":
         """Return a progress bar with the options that were set."""
-        return tqdm(iterable, total=total, **self._progress_bar_config)
+        # As there, it also goes to a log file and stays.
+        shown = {"leave": True, "disable": sys.stderr is None} | self._progress_bar_config
+        return bar(iterable, total=total, **shown)
 
     def get_label_ids(self, label: Label | Sequence[Label]) -> list[int]:
         """Return the class numbers of names; see `MaskGIT.labels`."""
@@ -231,11 +235,11 @@ class _Watched:
         words = seed_words(self.seeds, model.device)
         noise = ImageNoise.of_words(words, indices, sequences.shape[1], model.vocabulary.num_codes)
         policy = make_policy(config.policy, config.policy_options)
-        planned = plan_steps(config, model.vocabulary.num_tokens, remasks=policy.remasks).steps
-        pipe._num_timesteps = planned - min(start_step, planned - 1)
+        num_tokens = model.vocabulary.num_tokens
+        pipe._num_timesteps = num_steps(config, num_tokens, remasks=policy.remasks, start_step=start_step)
         table, state = config.tables.guidance_scale, None
         if table is not None:
-            pipe._guidance_scale = table[planned - pipe._num_timesteps]
+            pipe._guidance_scale = table[-pipe._num_timesteps]
         scale = pipe._guidance_scale
         predict_logits = model.new_predictor(known=policy.reads_known)
         with pipe.progress_bar(total=pipe._num_timesteps) as bar:
@@ -375,7 +379,7 @@ def _output_class() -> "type[ImagePipelineOutput]":
         from diffusers import ImagePipelineOutput
     except ImportError as error:
         raise MaskGITError(
-            'An ImagePipelineOutput needs the package diffusers: run pip install "maskgit-torch[diffusers]", or '
-            "say return_dict=False for a tuple."
+            "An ImagePipelineOutput needs the package diffusers; say return_dict=False for a tuple, or, "
+            f"{install_extra('diffusers')}."
         ) from error
     return ImagePipelineOutput

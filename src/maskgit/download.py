@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
+from maskgit.bars import bar
 from maskgit.errors import ConfigError, DownloadError, OutputError
 from maskgit.files import expand, output_error, write_bytes
 from maskgit.locks import locked, waits_for
@@ -244,19 +243,11 @@ def _transfer(url: str, partial: Path, start: int) -> int | None:
             )
         with (
             partial.open("ab" if start else "wb") as file,
-            tqdm(
-                total=total,
-                initial=start,
-                unit="B",
-                unit_scale=True,
-                desc=partial.stem,
-                leave=False,
-                disable=None,
-            ) as bar,
+            bar(total=total, initial=start, unit="B", unit_scale=True, desc=partial.stem) as shown,
         ):
             while piece := answer.read(_PIECE):
                 file.write(piece)
-                bar.update(len(piece))
+                shown.update(len(piece))
                 if file.tell() > MAX_BYTES:
                     raise DownloadError(f"{url} sends more than the {MAX_BYTES} bytes that are allowed.")
     return total

@@ -40,6 +40,11 @@ class DataError(MaskGITError, ValueError):
     """A data set or cache is empty, unreadable, or does not belong to the model."""
 
 
+def install_extra(extra: str) -> str:
+    """Return what to do for packages that only some features need, a name in pyproject.toml's extras."""
+    return f"in a clone of the repository, run pip install -c constraints.txt '.[{extra}]'"
+
+
 def unknown_name(kind: str, name: object, choices: Iterable[str]) -> ConfigError:
     """Return the error for a `name` that is not among `choices`, with the nearest one suggested."""
     choices = list(choices)

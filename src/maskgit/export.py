@@ -21,10 +21,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from maskgit import __version__
-from maskgit.errors import CheckpointError, ConfigError, OutputError, unknown_name
+from maskgit.bars import bar
+from maskgit.errors import CheckpointError, ConfigError, OutputError, install_extra, unknown_name
 from maskgit.files import expand
 from maskgit.folders import write_folder, write_json
 from maskgit.pipeline import MaskGIT, plain_model
@@ -287,7 +287,7 @@ def export_model(
 
     def write(folder: Path) -> None:
         graphs = {}
-        for name in tqdm(dict.fromkeys(parts), unit="part", leave=False, disable=None if progress else True):
+        for name in bar(dict.fromkeys(parts), unit="part", shown=progress):
             part = PARTS[name](pipe).eval()
             written = _export_part(part, folder / (name + FORMATS[format].suffix), FORMATS[format], pipe)
             made.append(written._replace(path=out / written.path.name))
@@ -342,15 +342,19 @@ def check_export(out: Path, *, format: str, parts: Sequence[str], overwrite: boo
     for name in parts:
         if name not in PARTS:
             raise unknown_name("part", name, PARTS)
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"{out} has a name that is not UTF-8, which exporters cannot open; choose another folder."
+        ) from error
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise OutputError(f"{out} is there already; choose another folder, or say --overwrite.")
     for package in FORMATS[format].packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ConfigError(
-                f"Export to {format} needs {package}: pip install 'maskgit-torch[export]'."
-            ) from error
+            raise ConfigError(f"Export to {format} needs {package}: {install_extra('export')}.") from error
 
 
 def _describe(pipe: MaskGIT, format: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Shapes: B images, S the sequence with its class token, h × w the token grid.
 """
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ from maskgit.config import SamplerConfig
 from maskgit.devices import Landing, copies_aside, upload
 from maskgit.model import Model
 from maskgit.noise import ImageNoise
+from maskgit.plans import num_steps
 from maskgit.policies import make_policy
 from maskgit.policies.base import log_probs_of
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace, join_outputs
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace, announce, join_outputs
 from maskgit.sampler import Decoded, decode_steps
 
 if TYPE_CHECKING:
@@ -87,7 +89,10 @@ def fill_batches(
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
     first_index = check_count("first_index", first_index, 0, 2**62)
     seed = check_seed(seed)
-    known = return_steps or make_policy(config.policy, config.policy_options).reads_known
+    policy = make_policy(config.policy, config.policy_options)
+    known = return_steps or policy.reads_known
+    steps = num_steps(config, model.vocabulary.num_tokens, remasks=policy.remasks, start_step=start_step)
+    announce(callback, steps * math.ceil(len(sequences) / batch_size))
     waiting: tuple[Landing, list[Trace]] | None = None
     for start in range(0, len(sequences), batch_size):
         rows = slice(start, start + batch_size)

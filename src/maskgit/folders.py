@@ -19,7 +19,8 @@ CARD = "README.md"
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write plain values as JSON that can be read by people."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    # A class that is called after a folder whose name is no text keeps it in JSON's escapes.
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
 def write_folder(

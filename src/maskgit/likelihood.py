@@ -8,6 +8,7 @@ Source: Besag: Statistical Analysis of Non-Lattice Data (1975); for masked model
 1910.14659.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +22,10 @@ from maskgit.errors import ConfigError, RegionError
 from maskgit.filling import fill
 from maskgit.model import Label, Model
 from maskgit.noise import FOLDS, ImageNoise
+from maskgit.plans import num_steps
+from maskgit.policies import make_policy
 from maskgit.policies.critic import scores_by_folds
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, announce
 
 # Judges images: float32 (B, 3, H, W) in [0, 1] and labels int64 (B,), −1 for none → (B,), higher is better.
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -155,6 +158,14 @@ def generate_best(
     numbers = torch.tensor(model.labels(labels), dtype=torch.int64)
     if not len(numbers):
         raise ConfigError("There are no labels; give at least one class.")
+    remasks = make_policy(config.policy, config.policy_options).remasks
+    steps = num_steps(config, model.vocabulary.num_tokens, remasks=remasks)
+    announce(callback, steps * len(numbers) * math.ceil(candidates / batch_size))
+
+    def told(step: int, indices: Tensor, grid: Tensor) -> None:
+        assert callback is not None
+        callback(step, indices, grid)
+
     kept = []
     for place, number in enumerate(numbers):
         best: list[Tensor] = []
@@ -168,7 +179,7 @@ def generate_best(
                 seed=seed,
                 first_index=first,
                 batch_size=batch_size,
-                callback=callback,
+                callback=told if callback else None,
             )
             scores = _judge(model, made, number.expand(count), scorer, batch_size)
             new = [scores, made.images, made.tokens, torch.arange(first, first + count)]

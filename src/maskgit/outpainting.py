@@ -25,8 +25,10 @@ from maskgit.errors import ConfigError, RegionError
 from maskgit.filling import fill
 from maskgit.model import Label, Model, Picture
 from maskgit.photos import Photo
+from maskgit.plans import num_steps
+from maskgit.policies import make_policy
 from maskgit.provenance import EDITED
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, announce
 
 MAX_PIXELS = images.MAX_PIXELS
 # Windows are no more than tokens, and first_index may go to 2⁶².
@@ -207,6 +209,9 @@ def _fill(
     """Decode the windows of canvases int64 (B, R, C) in their order, each going by those before it."""
     first_index = check_count("first_index", first_index, 0, WINDOW_STRIDE - len(canvas))
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
+    remasks = make_policy(config.policy, config.policy_options).remasks
+    steps = num_steps(config, model.vocabulary.num_tokens, remasks=remasks)
+    announce(callback, steps * len(windows) * math.ceil(len(canvas) / batch_size))
     for start in range(0, len(canvas), batch_size):
         batch = canvas[start : start + batch_size]
         for number, (window, label) in enumerate(zip(windows, labels, strict=True)):

@@ -120,6 +120,14 @@ def _tables(
     return ratios_TN.to(device), mask_counts(ratios_TN).to(device)
 
 
+def num_steps(config: SamplerConfig, num_tokens: int, *, remasks: bool, start_step: int = 0) -> int:
+    """Return how many steps are made from `start_step` on, at most; see `plan_steps` for the rest."""
+    steps = config.steps
+    if not remasks and config.tables == StepTables():
+        steps = min(steps, num_tokens)
+    return steps - min(start_step, steps - 1)
+
+
 def plan_steps(
     config: SamplerConfig, num_tokens: int, *, remasks: bool, device: torch.device | str = "cpu"
 ) -> Plan:
@@ -133,9 +141,7 @@ def plan_steps(
         device: where the tables are to lie; they must not be changed.
     """
     tables = config.tables
-    steps = config.steps
-    if not remasks and tables == StepTables():
-        steps = min(steps, num_tokens)
+    steps = num_steps(config, num_tokens, remasks=remasks)
     # In float32, as the official code has it.
     progress = (torch.arange(1, steps + 1, dtype=torch.float32) / steps).tolist()
 

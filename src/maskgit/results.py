@@ -14,10 +14,18 @@ from torch import Tensor
 from maskgit import images, provenance
 
 # Called with the step's number, the indices int64 (B,) of the images and their tokens int64 (B, h, w) so far.
+# One with a method `expect` hears before the first step how many calls more will come at most.
 Callback = Callable[[int, Tensor, Tensor], None]
 # So many images are decoded together when the caller does not say: enough to fill a GPU, little enough
 # memory.
 DEFAULT_BATCH_SIZE = 16
+
+
+def announce(callback: Callback | None, num_calls: int) -> None:
+    """Tell a callback that wants to know it that so many calls more will come at most."""
+    expect = getattr(callback, "expect", None)
+    if expect is not None:
+        expect(num_calls)
 
 
 @dataclass(frozen=True)

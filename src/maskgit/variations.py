@@ -19,7 +19,7 @@ from maskgit.config import SamplerConfig
 from maskgit.editing import GUESS, resolve
 from maskgit.filling import fill
 from maskgit.model import Label, Model, Picture
-from maskgit.plans import plan_steps
+from maskgit.plans import num_steps, plan_steps
 from maskgit.policies import make_policy
 from maskgit.provenance import EDITED
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
@@ -117,7 +117,7 @@ def interpolate_classes(
     switch = check_range("switch", switch, 0, 1)
     config = model.sampler_config(**settings)
     remasks = make_policy(config.policy, config.policy_options).remasks
-    steps = plan_steps(config, model.vocabulary.num_tokens, remasks=remasks).steps
+    steps = num_steps(config, model.vocabulary.num_tokens, remasks=remasks)
     begun, ended = (
         model.vocabulary.sequence(torch.full((num_images,), model.label(label))) for label in (first, second)
     )

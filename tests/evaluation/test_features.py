@@ -134,7 +134,7 @@ def test_unknown_names_and_sizes_are_refused():
 
 def test_a_missing_package_is_named_with_its_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(MaskGITError, match=r'pip install "maskgit-torch\[train\]"'):
+    with pytest.raises(MaskGITError, match=r"pip install -c constraints.txt '.\[train\]'"):
         load_feature_net()
 
 

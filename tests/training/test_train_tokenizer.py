@@ -346,6 +346,12 @@ def test_a_run_with_a_constant_rate_may_be_made_longer(config, tmp_path):
     train_tokenizer(config)
     assert equal(weights(train_tokenizer(replace(config, steps=9))), weights(straight))
     assert any("revived_codes" in line for line in logged(config.out))
+    before = weights(Path(config.out) / "model")
+    for fewer in (8, 6, 1):
+        with pytest.raises(ConfigError, match=f"has made 9 steps already, but steps is {fewer}"):
+            train_tokenizer(replace(config, steps=fewer))
+    assert equal(weights(Path(config.out) / "model"), before)
+    assert json.loads((Path(config.out) / "run.json").read_text())["config"]["steps"] == 9
     falling = replace(config, out=str(tmp_path / "falling"), lr_schedule="cosine")
     train_tokenizer(falling)
     with pytest.raises(ConfigError, match="steps"):

@@ -5,7 +5,6 @@ torch and the model code are imported inside the commands, so that `--help` answ
 
 import atexit
 import gc
-import os
 import signal
 import sys
 import threading
@@ -34,6 +33,7 @@ from maskgit.apps.output import (
     slug,
 )
 from maskgit.apps.serving_commands import serve
+from maskgit.apps.streams import open_closed, outlets
 from maskgit.apps.training_commands import pack, tokenize, train
 from maskgit.apps.tuning_commands import tune
 from maskgit.apps.webui_commands import page
@@ -86,10 +86,7 @@ def generate(
         return
     settings = model.recorded("generate") | config.to_dict()
     sheet: list[Image.Image] = []
-    with (
-        Progress(config.steps, len(paths), making) as progress,
-        Writer(making.overwrite, making.marking.writing()) as writer,
-    ):
+    with Progress() as progress, Writer(making.overwrite, making.marking.writing()) as writer:
         # Each batch is written as soon as it is made, so that an interrupt loses little.
         batches = pipe.generate_batches(
             labels,
@@ -128,7 +125,7 @@ def _generate_best(
     from maskgit import images
 
     config = pipe.sampler_config(**sampler.given())
-    with Progress(config.steps, candidates * len(classes), making) as progress:
+    with Progress() as progress:
         made = pipe.generate_best(
             [label_of(pipe, name) for name in classes],
             candidates=candidates,
@@ -309,34 +306,41 @@ def _say(text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code (2: a wrong input, told in one sentence)."""
     arguments = [expand_argument(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    if arguments in (["--version"], ["-V"]):
-        print(__version__)
-        return 0
     if argv is None:
         _spare_the_collector()
+        open_closed()
     # Ended politely, so that what is half-written is removed; training has its own answer to SIGTERM.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
+    with outlets() as out:
+        code = _run(arguments)
+        out.flush()
+        if out.error is None or out.unread:
+            return code
+        print(f"maskgit: what is printed cannot be written: {out.error.strerror}.", file=sys.stderr)
+        return code or EXIT_INPUT
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a command and return its exit code."""
+    if arguments in (["--version"], ["-V"]):
+        print(__version__)
+        return 0
     try:
-        try:
-            with listening(_say):
-                app.cli(
-                    prog="maskgit",
-                    description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",
-                    args=arguments,
-                    sort_subcommands=False,
-                    config=(tyro.conf.OmitArgPrefixes,),
-                )
-        finally:
-            # What nobody reads any more is found out here, and not at exit.
-            sys.stdout.flush()
+        with listening(_say):
+            app.cli(
+                prog="maskgit",
+                description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",
+                args=arguments,
+                sort_subcommands=False,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as leaving:
+        # After help, wrong flags, or a training that was stopped.
+        return int(leaving.code or 0)
     except MaskGITError as error:
         print(f"maskgit: {error}", file=sys.stderr)
         return EXIT_INPUT
-    except BrokenPipeError:
-        # Who reads the output has had enough, as `head` does; nothing more is to be said, at exit neither.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_INTERRUPTED
     except OSError as error:
         # Whatever the file system has against a path that was given: too long, forbidden, gone.
         print(f"maskgit: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)

@@ -282,7 +282,7 @@ def _made(
     } | sampler.given()
     if explain:
         shared["return_steps"] = True
-    with Progress(config.steps, len(paths), making) as progress:
+    with Progress() as progress:
         made = make(pipe, shared | {"callback": progress})
     settings = model.recorded(command) | config.to_dict() | chosen
     if photo is not None:

@@ -75,7 +75,7 @@ class Model:
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is there."""
     dtype: Dtype = None
-    """The type the networks compute in; float32 gives the same tokens everywhere."""
+    """The type the networks compute in; in float32 an image's tokens do not depend on its batch."""
     speed: Speed = field(default_factory=Speed)
 
     def load(self) -> "MaskGIT":

@@ -37,7 +37,7 @@ class Making:
     first_index: int = 0
     """Index of the first image; go on from a former run to get new ones."""
     batch_size: int = 16
-    """Images decoded together; does not change them."""
+    """Images decoded together. In float32 it does not change their tokens; in other types it may."""
     out: Path = Path("out")
     """The folder for the pictures; made if needed."""
     overwrite: bool = False
@@ -60,14 +60,16 @@ class Making:
 class Progress:
     """A progress bar over decoding steps, on the terminal alone; used as a callback."""
 
-    def __init__(self, steps: int, count: int, making: Making) -> None:
-        self.total = steps * -(-count // making.batch_size)
-
     def __enter__(self) -> "Progress":
-        from tqdm import tqdm
+        from maskgit.bars import bar
 
-        self.bar = tqdm(total=self.total, unit="step", leave=False, disable=None)
+        self.bar = bar(total=0, unit="step")
         return self
+
+    def expect(self, num_calls: int) -> None:
+        """Hear from what decodes how many steps more there are."""
+        self.bar.total = (self.bar.total or 0) + num_calls
+        self.bar.refresh()
 
     def __call__(self, *_: object) -> None:
         self.bar.update()

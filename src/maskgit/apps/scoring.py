@@ -23,11 +23,11 @@ class Bars:
             self._bar.close()
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        from tqdm import tqdm
+        from maskgit.bars import bar
 
         if self._bar is None or name != self._name:
             self.__exit__()
-            self._bar, self._name = tqdm(desc=name, total=total, leave=False, disable=None), name
+            self._bar, self._name = bar(desc=name, total=total), name
         self._bar.n = done
         self._bar.refresh()
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from maskgit.apps.flags import Marking, Model, Network
-from maskgit.errors import ConfigError
+from maskgit.errors import ConfigError, install_extra
 from maskgit.proxies import missing_socks
 
 
@@ -48,9 +48,7 @@ def serve(
         from maskgit.apps.serving.server import bind, run
         from maskgit.apps.serving.service import Limits, Service
     except ImportError as error:
-        raise ConfigError(
-            f"The server needs the package {error.name}; install it with pip install 'maskgit-torch[serve]'."
-        ) from error
+        raise ConfigError(f"The server needs the package {error.name}: {install_extra('serve')}.") from error
 
     network.check()
     limits = Limits(

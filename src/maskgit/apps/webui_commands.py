@@ -21,7 +21,7 @@ def page(
         host: Who may see it: 127.0.0.1 is this computer alone, 0.0.0.0 everybody who can reach it.
     """
     from maskgit.checks import check_count
-    from maskgit.errors import ConfigError
+    from maskgit.errors import ConfigError, install_extra
     from maskgit.proxies import missing_socks
 
     check_count("port", port, 0, 65_535)
@@ -31,6 +31,6 @@ def page(
         from maskgit.apps.webui import serving
     except ImportError as error:
         raise missing_socks(error) or ConfigError(
-            f"The page needs the package {error.name}; install it with pip install 'maskgit-torch[app]'."
+            f"The page needs the package {error.name}: {install_extra('app')}."
         ) from error
     serving.serve(model, host, port, network, marking)

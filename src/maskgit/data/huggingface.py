@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from maskgit.data.folders import describe, pick_split
 from maskgit.data.rows import UNLABELLED, Row, Source
-from maskgit.errors import DataError, MaskGITError
+from maskgit.errors import DataError, MaskGITError, install_extra
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -96,7 +96,7 @@ def open_stream(
         import datasets
     except ImportError as error:
         raise DataError(
-            "Reading data sets needs the package `datasets`: pip install 'maskgit-torch[train]'."
+            f"Reading data sets needs the package `datasets`: {install_extra('train')}."
         ) from error
     name = source if local else f"{source} is no file or folder here, and on the hub it"
     builder = guard(name, lambda: datasets.load_dataset_builder(reader, wanted.config, **options))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from maskgit.bars import bar
 from maskgit.checks import check_count, check_range
 from maskgit.classes import sort_names
 from maskgit.data.augment import resize_and_centre_crop
@@ -81,7 +81,7 @@ def pack_images(
     with (
         new_image_cache(out, size) as writer,
         ThreadPoolExecutor(num_workers) as pool,
-        tqdm(desc="packing", unit=" images", disable=not progress) as bar,
+        bar(desc="packing", unit=" images", shown=progress) as shown,
     ):
         skipped: list[str] = []
         num_skipped = num_enlarged = 0
@@ -96,7 +96,7 @@ def pack_images(
             num_enlarged += sum(found.enlarged for found in good)
             num_skipped += len(bad)
             skipped += bad[: _LISTED - len(skipped)]
-            bar.update(len(chunk))
+            shown.update(len(chunk))
         _check_share(opened, writer.count, num_skipped, skipped, max_bad_share)
         writer.finish(
             *labels.finish(),

@@ -45,7 +45,8 @@ class Pictures(Protocol):
 
     Attributes:
         name: what it is, in words.
-        fingerprint: SHA-256 of what identifies its content, in hexadecimal.
+        fingerprint: SHA-256 in hexadecimal, of the content if it is packed or an .npz; else of the names and sizes
+            of its files, by which a picture that was changed and kept its size is not noticed.
         resolution: (height, width) in pixels.
         num_classes: how many classes its labels are of; 0 where it has none.
         class_names: a name for each of them; None where there are none, or they have numbers alone.

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from maskgit.bars import bar
 from maskgit.checks import check_choice, check_count, check_seed
 from maskgit.config import MAX_CODES, MAX_GRID
 from maskgit.data.augment import NUM_DRAWS, VIEWS
@@ -238,8 +238,8 @@ def write_token_cache(
     out = expand(out)
     _begin(out, plan)
     shards = _shards(out, plan)
-    with tqdm(shards[rank::world], desc="tokenizing", unit=" shards", disable=not progress) as bar:
-        for shard in bar:
+    with bar(shards[rank::world], desc="tokenizing", unit=" shards", shown=progress) as shown:
+        for shard in shown:
             if shard.load() is None:
                 with replacing(shard.file) as temporary, temporary.open("wb") as stream:
                     np.save(stream, _encode_shard(images, tokenizer, plan, shard, batch_size, device))

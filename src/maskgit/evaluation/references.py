@@ -32,7 +32,7 @@ class Reference:
         statistics: means and covariances; None where `images` are to give them.
         images: images whose features are compared one by one, and whose means and covariances count where
             there are no `statistics`.
-        digest: SHA-256 of the file or the data.
+        digest: SHA-256 of the file of statistics, or else the images' fingerprint (see `Pictures`).
     """
 
     name: str

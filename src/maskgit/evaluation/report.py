@@ -165,6 +165,7 @@ def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
 
     values, page = expand(folder) / JSON_NAME, expand(folder) / PAGE_NAME
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    write_bytes(page, render(report).encode())
-    write_bytes(values, text.encode() + b"\n")
+    write_bytes(page, render(report).encode(errors="backslashreplace"))
+    # A file name that is no text, in surrogates, becomes the escapes that JSON has for them.
+    write_bytes(values, text.encode(errors="backslashreplace") + b"\n")
     return values, page

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskgit.checks import check_choice, check_count, check_range, check_seed
 from maskgit.config import Config
-from maskgit.errors import ConfigError
+from maskgit.errors import ConfigError, install_extra
 from maskgit.evaluation.features import FeatureNet
 from maskgit.evaluation.statistics import Collector, ImageStatistics, compare
 from maskgit.pipeline import MaskGIT
@@ -111,7 +111,7 @@ def tune(
     try:
         import optuna
     except ImportError as error:
-        raise ConfigError("Tuning needs Optuna: pip install 'maskgit-torch[tune]'.") from error
+        raise ConfigError(f"Tuning needs Optuna: {install_extra('tune')}.") from error
     space = space or SearchSpace()
     trials = check_count("trials", trials, 1, 100_000)
     num_images = check_count("num_images", num_images, 1, 1_000_000)

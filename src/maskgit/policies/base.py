@@ -87,7 +87,7 @@ class Policy(Config):
     Class attributes:
         source: where it is from.
         defaults: settings of `SamplerConfig` that come with it unless they are given.
-        remasks: whether tokens that were kept may be masked again; if not, more steps than tokens are never made.
+        remasks: whether a step may keep no token, or mask kept ones again; if not, no more steps than tokens are made.
         reads_known: whether it reads the logits of known tokens, which then are always computed.
         adapts: whether the number of steps depends on the model's predictions; then the loop stops as soon as
             nothing is masked.

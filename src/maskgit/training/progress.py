@@ -203,6 +203,8 @@ class Logger:
             f"{duration(throughput.time_left(steps - step))} left, loss {float(loss):.4f}"
         )
         text += f", {note}" if note else ""
+        if sys.stderr is None:
+            return
         if not sys.stderr.isatty():
             print(f"step {step}/{steps}: {text}", file=sys.stderr, flush=True)
             return
@@ -222,7 +224,7 @@ class Logger:
 
     def say(self, sentence: str) -> None:
         """Print a sentence without breaking the line of progress."""
-        if self._is_main:
+        if self._is_main and sys.stderr is not None:
             tqdm.write(sentence, file=sys.stderr)
 
     def close(self) -> None:

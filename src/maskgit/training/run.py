@@ -251,7 +251,8 @@ def setup_run(
         The folder.
 
     Raises:
-        ConfigError: the folder holds a run of another config; the keys that differ are named.
+        ConfigError: the folder holds a run of another config, whose keys that differ are named, or one that has
+            made more steps than the config asks for.
         DataError: the data have changed since the run's checkpoint.
         OutputError: it cannot be written, or holds something else.
     """
@@ -259,7 +260,7 @@ def setup_run(
     path = run_dir / "run.json"
     given = {"config": config.to_dict(), "data": dict(data)}
     # Without a checkpoint there is nothing to lose, and the run begins anew.
-    if Checkpoints(run_dir).latest() is not None:
+    if checkpoints := Checkpoints(run_dir).committed():
         try:
             stored = json.loads(path.read_text("utf-8"))
             before, fingerprints = _flat(_completed(config, stored["config"])), dict(stored["data"])
@@ -277,6 +278,12 @@ def setup_run(
                 f"{run_dir} holds a run of another config: {'; '.join(changed)}. Set these back to go on, or "
                 "choose another folder."
             )
+        made = checkpoints[-1].step
+        if now.get("steps", made) < made:
+            raise ConfigError(
+                f"The run in {run_dir} has made {made} steps already, but steps is {now['steps']}. Give at least "
+                f"{made}, or choose another folder."
+            )
         # A test set that the run did not have before changes nothing that was computed.
         changed = sorted(
             n for n in given["data"] if n in fingerprints and fingerprints[n] != given["data"][n]
@@ -289,7 +296,7 @@ def setup_run(
         _verify(caches, run_dir, distributed)
     distributed.barrier()
     if distributed.is_main:
-        write_bytes(path, json.dumps(given, indent=2, ensure_ascii=False).encode() + b"\n")
+        write_bytes(path, json.dumps(given, indent=2).encode() + b"\n")
     distributed.barrier()
     return run_dir
 

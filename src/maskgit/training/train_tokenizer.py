@@ -94,7 +94,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
     inputs = open_images(config, distributed.rank, distributed.world)
     size, test_cache = inputs.size, inputs.test_cache
     num_tokens = (size // config.model.patch_size) ** 2
-    # A run whose learning rate does not look at the end may be made longer.
+    # A run whose learning rate does not look at the end may end later, or sooner if it is not there yet.
     may_change = (*MAY_CHANGE, "steps") if config.lr_schedule == "constant" else MAY_CHANGE
     run_dir = setup_run(
         config.out, config, inputs.fingerprints, distributed, may_change=may_change, caches=inputs.caches

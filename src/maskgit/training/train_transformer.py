@@ -96,7 +96,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
     device = distributed.device
     inputs = open_tokens(config, distributed.rank, distributed.world)
     test_cache = inputs.test_cache
-    # A run whose learning rate does not look at the end may be made longer.
+    # A run whose learning rate does not look at the end may end later, or sooner if it is not there yet.
     may_change = (*MAY_CHANGE, "steps") if config.lr_schedule == "constant" else MAY_CHANGE
     run_dir = setup_run(
         config.out, config, inputs.fingerprints, distributed, may_change=may_change, caches=inputs.caches

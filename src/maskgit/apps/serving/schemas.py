@@ -61,12 +61,12 @@ Mask = Annotated[
 # What a number may be where only the policy knows what it is for.
 Number = Annotated[int, Field(ge=-(2**63), lt=2**64)] | Annotated[float, Field(ge=-1e18, le=1e18)]
 Word = Annotated[str, Field(max_length=MAX_WORD)]
-Class = Annotated[
-    Annotated[int, Field(ge=0, lt=MAX_CODES)] | Annotated[str, Field(max_length=MAX_NAME)] | None,
-    Field(
-        alias="class",
-        description="A class's name or number (name:… or number:… says which); null is no class.",
-    ),
+_NameOrNumber = Annotated[int, Field(ge=0, lt=MAX_CODES)] | Annotated[str, Field(max_length=MAX_NAME)] | None
+_ABOUT_CLASS = "A class's name or number (name:… or number:… says which); null is no class"
+Class = Annotated[_NameOrNumber, Field(alias="class", description=f"{_ABOUT_CLASS}.")]
+GuessableClass = Annotated[
+    _NameOrNumber,
+    Field(alias="class", description=f'{_ABOUT_CLASS}, "guess" the one that the model finds likeliest.'),
 ]
 Pixel = Annotated[int, Field(ge=-MAX_PIXELS, le=MAX_PIXELS)]
 # A list ends at its first fault: those of a long one would fill the memory.
@@ -159,7 +159,7 @@ class Inpaint(Sampled):
 
     image: File
     mask: Mask
-    class_: Class = "guess"
+    class_: GuessableClass = "guess"
     invert: bool = Field(False, description="Make new what the mask does not mark.")
     share: float = Field(0.0, ge=0, le=1)
     dilate: int = Field(0, ge=0, le=MAX_GRID)
@@ -178,7 +178,9 @@ class Outpaint(Sampled):
     canvas: Pair | None = Field(None, description="In place of amounts, width and height of the result.")
     position: Pair | None = Field(None, description="Where the photo is in the canvas.")
     class_: Class = None
-    feather: Feather = None
+    feather: Annotated[
+        float | None, Field(ge=0, description="Pixels inside the photo over which it fades into what is new.")
+    ] = None
 
 
 class Reconstruct(Shown):
