@@ -166,6 +166,29 @@ service.close()
 """)
 
 
+def test_batches_begun_before_a_fork_say_so():
+    run("""
+from maskgit.errors import DataError
+from maskgit.training.data import ahead
+batches = ahead(lambda step: (step, made()), 5, 2)
+assert next(batches)[0] == 5
+
+def work():
+    try:
+        next(batches)
+    except DataError as error:
+        assert "begin them anew" in str(error)
+    else:
+        raise AssertionError("no error")
+    step, tokens = next(ahead(lambda step: (step, made()), 6, 2))
+    assert step == 6 and torch.equal(tokens, wanted)
+
+forked(work)
+assert next(batches)[0] == 6
+batches.close()
+""")
+
+
 def test_a_service_that_was_not_started_starts_after_a_fork():
     run("""
 from maskgit.apps.serving.service import Limits, Service

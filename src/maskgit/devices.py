@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ DTYPES = {
 }
 
 
-def is_dtype(value: object) -> bool:
+def is_dtype(value: object) -> TypeGuard[Dtype]:
     """Return whether a value names a type, which then need not be one that networks compute in."""
     if isinstance(value, str):
         return isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)

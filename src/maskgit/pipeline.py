@@ -6,7 +6,7 @@ Shapes: B images, S = N + 1 the sequence with its class token, K codes, h × w t
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ class MaskGIT:
             if is_dtype(one):
                 dtype = one
             elif one is not None:
-                device = one
+                device = cast(Device, one)
         chosen, kind = None if device is None else choose_device(device), choose_dtype(dtype)
         self.tokenizer.to(device=chosen, dtype=kind)
         self.transformer.to(device=chosen, dtype=kind)
