@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from maskgit.errors import ConfigError, unknown_name
+from maskgit.forks import check_process
 
 # What callers name them by.
 Device = str | int | torch.device
@@ -50,7 +51,7 @@ def choose_dtype(value: Any) -> torch.dtype | None:
     if isinstance(value, str | torch.dtype):
         name = str(value).removeprefix("torch.")
     elif is_dtype(value):
-        name = np.dtype(value).name
+        name = np.dtype(cast(Any, value)).name
     else:
         name = repr(value)[:80]
     if name in DTYPES:
@@ -75,13 +76,13 @@ def choose_device(name: Device = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        check_process(device)
         torch.empty(1, device=device)
+    except ConfigError:
+        raise
     # An unknown name, a build without it and a missing driver raise RuntimeError, AssertionError and others.
     except Exception as error:
         shown = str(name) if isinstance(name, torch.device) else name
-        # What CUDA says after a fork: that it cannot be used there, and the way out.
-        if "forked subprocess" in str(error):
-            raise ConfigError(f"The device {shown!r} is not available in this process: {error}") from error
         raise ConfigError(f"The device {shown!r} is not available here; try --device cpu.") from error
     return device
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskgit.checks import check_count, check_seed
 from maskgit.config import SamplerConfig
+from maskgit.forks import check_process
 from maskgit.model import Model
 from maskgit.noise import ImageNoise
 from maskgit.policies import make_policy
@@ -86,6 +87,7 @@ def fill_batches(
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
     first_index = check_count("first_index", first_index, 0, 2**62)
     seed = check_seed(seed)
+    check_process(model.device)
     known = return_steps or make_policy(config.policy, config.policy_options).reads_known
     waiting: _Landing | None = None
     for start in range(0, len(sequences), batch_size):
