@@ -23,7 +23,8 @@ from maskgit.apps.serving.faults import (
     ServiceError,
     UnavailableError,
 )
-from maskgit.batching import Batcher, Job, News, equal_sizes, ran_out_of_memory
+from maskgit.batch_sizes import equal_sizes, ran_out_of_memory
+from maskgit.batching import Batcher, Job, News
 from maskgit.forks import resets
 from maskgit.pipeline import MaskGIT
 
