@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from maskgit import MaskGIT
-from maskgit.batching import Batcher, Job, equal_sizes
+from maskgit.batch_sizes import equal_sizes
+from maskgit.batching import Batcher, Job
 from maskgit.errors import ConfigError
 
 MIXED = [

@@ -25,6 +25,8 @@ from maskgit.errors import ConfigError, RegionError
 from maskgit.evaluation.distributions import inception_score, kernel_distance
 from maskgit.evaluation.evaluate import EvaluationConfig
 from maskgit.evaluation.intervals import bootstrap_interval
+from maskgit.evaluation.manifolds import authenticity, density_coverage, precision_recall
+from maskgit.evaluation.neighbours import nearest_neighbours
 from maskgit.evaluation.sampling import SampleConfig
 from maskgit.training.stream_config import StreamConfig
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
@@ -191,6 +193,10 @@ WHOLE_ENTRIES = {
     "bootstrap_interval, seed": lambda _, n: bootstrap_interval(LOGITS[:, 0], resamples=9, seed=n),
     "kernel_distance, subsets": lambda _, n: kernel_distance(LOGITS, LOGITS[:5], subsets=n, subset_size=3),
     "kernel_distance, subset_size": lambda _, n: kernel_distance(LOGITS, LOGITS[:5], subset_size=n),
+    "precision_recall, k": lambda _, n: precision_recall(LOGITS, LOGITS[::-1], k=n),
+    "density_coverage, k": lambda _, n: density_coverage(LOGITS, LOGITS[::-1], k=n),
+    "authenticity, chunk": lambda _, n: authenticity(LOGITS, LOGITS[::-1], chunk=n),
+    "nearest_neighbours, k": lambda _, n: nearest_neighbours(LOGITS, LOGITS, k=n),
     "inception_score, splits": lambda _, n: inception_score(LOGITS, splits=n),
     "inception_score, seed": lambda _, n: inception_score(LOGITS, splits=2, seed=n),
 }

@@ -166,6 +166,61 @@ service.close()
 """)
 
 
+def test_a_gpu_that_was_used_before_a_fork_is_refused():
+    # No GPU is needed for it: CUDA is only asked whether it was used.
+    run("""
+from maskgit.devices import choose_device
+from maskgit.errors import ConfigError
+torch.cuda.is_initialized = lambda: True
+
+class OnGpu(MaskGIT):
+    device = torch.device("cuda")
+
+there = OnGpu(pipe.config, pipe.tokenizer, pipe.transformer)
+
+def work():
+    for attempt in (
+        lambda: choose_device("cuda"),
+        lambda: pipe.to("cuda:0"),
+        lambda: there.generate("frog", steps=1),
+        lambda: there.encode_pixels(torch.zeros(1, 3, 32, 32)),
+        lambda: there.decode_on_device(wanted),
+    ):
+        try:
+            attempt()
+        except ConfigError as error:
+            assert "spawn" in str(error), error
+        else:
+            raise AssertionError("no error")
+    check()
+
+forked(work)
+""")
+
+
+def test_batches_begun_before_a_fork_say_so():
+    run("""
+from maskgit.errors import DataError
+from maskgit.training.data import ahead
+batches = ahead(lambda step: (step, made()), 5, 2)
+assert next(batches)[0] == 5
+
+def work():
+    try:
+        next(batches)
+    except DataError as error:
+        assert "begin them anew" in str(error)
+    else:
+        raise AssertionError("no error")
+    step, tokens = next(ahead(lambda step: (step, made()), 6, 2))
+    assert step == 6 and torch.equal(tokens, wanted)
+
+forked(work)
+assert next(batches)[0] == 6
+batches.close()
+""")
+
+
 def test_a_service_that_was_not_started_starts_after_a_fork():
     run("""
 from maskgit.apps.serving.service import Limits, Service

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from maskgit.batch_sizes import free_memory, in_parts, ran_out_of_memory
 from maskgit.checks import check_count, check_seed, check_whole
 from maskgit.config import SamplerConfig
 from maskgit.devices import upload
@@ -249,7 +250,7 @@ class Batcher:
             padded = torch.cat([part, part[:1].expand(self.decode_size - len(part), -1, -1)])
             return self.model.decode_tokens(padded)[: len(part)]
 
-        return self._in_parts(tokens, work, self._halve_decoding, lambda: self.decode_size)
+        return in_parts(self.model, tokens, work, lambda: self.decode_size, self._halve_decoding)
 
     def predict(self, sequence: Tensor) -> Tensor:
         """Return the logits of sequences, no more at once than there are rows in a batch.
@@ -264,40 +265,7 @@ class Batcher:
         def work(part: Tensor) -> Tensor:
             return self.model.predict_logits(part.to(self.model.device)).cpu()
 
-        return self._in_parts(sequence, work, self._halve_steps, lambda: self.sizes[-1])
-
-    def _in_parts(
-        self,
-        tensor: Tensor,
-        work: Callable[[Tensor], Tensor],
-        halve: Callable[[], bool],
-        at_once: Callable[[], int],
-    ) -> Tensor:
-        """Return what work makes of a tensor's rows, in parts that become smaller where memory runs out."""
-        made = []
-        while len(tensor):
-            part = tensor[: at_once()]
-            failure = None
-            try:
-                made.append(work(part))
-            except Exception as error:
-                if not ran_out_of_memory(error):
-                    raise
-                failure = error
-            if failure is None:
-                tensor = tensor[len(part) :]
-            elif not self._make_room(failure, halve):
-                raise failure
-        return torch.cat(made)
-
-    def _make_room(self, failure: Exception, halve: Callable[[], bool]) -> bool:
-        """Free what can be freed after memory ran out, and halve a size for good; return whether it could be."""
-        # The failed step's tensors live as long as its error's frames.
-        failure.with_traceback(None)
-        self.model.free_memory()
-        halved = halve()
-        self.halvings += halved
-        return halved
+        return in_parts(self.model, sequence, work, lambda: self.sizes[-1], self._halve_steps)
 
     def _let_in(self) -> list[News]:
         failed = []
@@ -416,9 +384,11 @@ class Batcher:
                 failure = error
             if failure is None:
                 continue
-            if ran_out_of_memory(failure) and self._make_room(failure, halve):
-                items = part + items
-                continue
+            if ran_out_of_memory(failure):
+                free_memory(self.model, failure)
+                if halve():
+                    items = part + items
+                    continue
             if len(part) == 1:
                 news.append(News(part[0].job, part[0].step, error=failure))
                 continue
@@ -431,12 +401,14 @@ class Batcher:
         half = self.sizes[-1] // 2
         if half:
             self.sizes = tuple(size for size in self.sizes if size <= half) or (half,)
+            self.halvings += 1
         return half > 0
 
     def _halve_decoding(self) -> bool:
         can = self.decode_size > 1
         if can:
             self.decode_size //= 2
+            self.halvings += 1
         return can
 
 
@@ -450,38 +422,3 @@ def _make_plan(job: Job, num_free: int) -> _Plan:
     numbers = torch.cat([plan.numbers(number, first, free).pack() for number in range(first, plan.steps)])
     options = json.dumps(config.policy_options, sort_keys=True)
     return _Plan((config.policy, options, guides), policy, guides, first, numbers)
-
-
-def equal_sizes(model: MaskGIT, max_batch: int) -> tuple[int, ...]:
-    """Return the sizes of batch whose rows get the same bits on this machine as in the largest.
-
-    It tries powers of two, for which a matrix product may or may not be computed in another order; the choice
-    depends on shapes alone, so that what holds for some tokens holds for all.
-
-    Args:
-        model: is run on random tokens.
-        max_batch: the largest size.
-
-    Returns:
-        Sizes, rising, of which the last is max_batch.
-    """
-    generator = torch.Generator().manual_seed(0)
-    shape = (2 * max_batch, model.vocabulary.num_tokens + 1)
-    sequences = torch.randint(model.vocabulary.size, shape, generator=generator).to(model.device)
-    sizes = [2**power for power in range(max_batch.bit_length()) if 2**power < max_batch]
-    # A guided batch goes through the network with a copy of it that has no classes.
-    for copies in (1, 2):
-        largest = model.predict_logits(sequences[: copies * max_batch])
-        sizes = [
-            size
-            for size in sizes
-            if torch.equal(model.predict_logits(sequences[: copies * size]), largest[: copies * size])
-        ]
-    return (*sizes, max_batch)
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is no memory left, on the device or the host."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from maskgit.errors import ConfigError, unknown_name
+from maskgit.forks import check_process
 
 # What callers name them by.
 Device = str | int | torch.device
@@ -26,7 +27,7 @@ DTYPES = {
 }
 
 
-def is_dtype(value: object) -> bool:
+def is_dtype(value: object) -> TypeGuard[Dtype]:
     """Return whether a value names a type, which then need not be one that networks compute in."""
     if isinstance(value, str):
         return isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
@@ -53,7 +54,7 @@ def choose_dtype(value: Any) -> torch.dtype | None:
     if isinstance(value, str | torch.dtype):
         name = str(value).removeprefix("torch.")
     elif is_dtype(value):
-        name = np.dtype(value).name
+        name = np.dtype(cast(Any, value)).name
     else:
         name = repr(value)[:80]
     if name in DTYPES:
@@ -78,13 +79,13 @@ def choose_device(name: Device = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        check_process(device)
         torch.empty(1, device=device)
+    except ConfigError:
+        raise
     # An unknown name, a build without it and a missing driver raise RuntimeError, AssertionError and others.
     except Exception as error:
         shown = str(name) if isinstance(name, torch.device) else name
-        # What CUDA says after a fork: that it cannot be used there, and the way out.
-        if "forked subprocess" in str(error):
-            raise ConfigError(f"The device {shown!r} is not available in this process: {error}") from error
         raise ConfigError(f"The device {shown!r} is not available here; try --device cpu.") from error
     return device
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from maskgit.checks import check_count, check_seed
 from maskgit.config import SamplerConfig
 from maskgit.devices import Landing, copies_aside, upload
+from maskgit.forks import check_process
 from maskgit.model import Model
 from maskgit.noise import ImageNoise
 from maskgit.plans import num_steps
@@ -89,6 +90,7 @@ def fill_batches(
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
     first_index = check_count("first_index", first_index, 0, 2**62)
     seed = check_seed(seed)
+    check_process(model.device)
     policy = make_policy(config.policy, config.policy_options)
     known = return_steps or policy.reads_known
     steps = num_steps(config, model.vocabulary.num_tokens, remasks=policy.remasks, start_step=start_step)

@@ -2,7 +2,7 @@
 
 A parallel region of GNU OpenMP, which torch's CPU builds use, waits in a forked child for the threads that its
 parent had, for ever. They are given back before a fork, and both processes start new ones when they need them;
-where the runtime cannot do so, the child computes in one thread.
+where the runtime cannot do so, the child computes in one thread. CUDA cannot be mended, and is refused.
 
 Importing this module is enough for that; an object that has locks, threads or connections of its own asks for
 more by `resets`.
@@ -12,7 +12,12 @@ import ctypes
 import os
 import sys
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from maskgit.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 # omp_pause_hard of OpenMP 5.0's omp_pause_resource_t.
 _PAUSE_HARD = 2
@@ -48,19 +53,34 @@ def give_back_threads() -> bool:
     return pause is not None and pause(_PAUSE_HARD) == 0
 
 
+def check_process(device: "torch.device") -> None:
+    """Raise a `ConfigError` if a device was used before this process was forked, and cannot be used in it."""
+    if device.type == "cuda" and _cuda_stayed_behind:
+        raise ConfigError(
+            "CUDA was used before this process was forked, and cannot be used in it; start processes by "
+            'multiprocessing\'s method "spawn", or load the model after the fork.'
+        )
+
+
 def _before_fork() -> None:
-    global _can_compute
-    _can_compute = "torch" not in sys.modules or give_back_threads()
+    global _can_compute, _uses_cuda
+    torch = sys.modules.get("torch")
+    _can_compute = torch is None or give_back_threads()
+    # A fork may come while torch is still being imported.
+    cuda = getattr(torch, "cuda", None)
+    _uses_cuda = cuda is not None and cuda.is_initialized()
 
 
 def _after_fork() -> None:
+    global _cuda_stayed_behind
+    _cuda_stayed_behind = _cuda_stayed_behind or _uses_cuda
     if not _can_compute:
         sys.modules["torch"].set_num_threads(1)
     for thing in list(_RESETS):
         thing.after_fork()
 
 
-_can_compute = True
+_can_compute, _uses_cuda, _cuda_stayed_behind = True, False, False
 # Windows has no forks.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_child=_after_fork)

@@ -48,6 +48,8 @@ class Model(Protocol):
 
     def predict_logits(self, sequence: Tensor) -> Tensor: ...
 
+    def free_memory(self) -> None: ...
+
     def fill_batches(
         self,
         sequences: Tensor,

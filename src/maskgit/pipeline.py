@@ -13,11 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-# Imported for what it does when a process forks.
 from maskgit import (
     editing,
     filling,
-    forks,  # noqa: F401
     images,
     likelihood,
     outpainting,
@@ -28,6 +26,7 @@ from maskgit.classes import find_class
 from maskgit.config import ModelConfig, SamplerConfig, StepTables
 from maskgit.devices import Device, Dtype, choose_device, choose_dtype, is_dtype
 from maskgit.errors import ConfigError
+from maskgit.forks import check_process
 from maskgit.guidance import PredictLogits
 from maskgit.model import Label, Picture
 from maskgit.policies import POLICIES
@@ -151,7 +150,7 @@ class MaskGIT:
             raise ConfigError("An optimized model stays where it is; optimize the one that it was made from.")
         for one in where:
             if is_dtype(one):
-                dtype = cast(Dtype, one)
+                dtype = one
             elif one is not None:
                 device = cast(Device, one)
         chosen, kind = None if device is None else choose_device(device), choose_dtype(dtype)
@@ -379,11 +378,13 @@ class MaskGIT:
 
     def decode_on_device(self, tokens: Tensor) -> Tensor:
         """Return the images of tokens on the model's device: int64 (B, h, w) there → float32 (B, 3, H, W)."""
+        check_process(self.device)
         parts = [self.tokenizer.decode(part).float().clamp(0, 1) for part in tokens.split(self._slice())]
         return torch.cat(parts)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return the tokens of images: float (B, 3, H, W) in [0, 1] → int64 (B, h, w), on the CPU."""
+        check_process(self.device)
         parts = pixels.to(self.device).split(self._slice())
         return torch.cat([self.tokenizer.encode(part).cpu() for part in parts])
 

@@ -1,5 +1,6 @@
 """The service without HTTP: requests of all kinds in shared batches, and how they end."""
 
+import itertools
 import threading
 import time
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from maskgit import MaskGIT
+from maskgit.apps.serving import worker
 from maskgit.apps.serving.faults import (
     ClientGoneError,
     DeadlineError,
@@ -137,12 +139,29 @@ def test_where_memory_runs_out_edits_go_on_in_smaller_batches(pipe, kind, monkey
     service.close()
 
 
-def test_edits_are_part_of_the_time_that_the_next_client_is_told(service):
-    for _ in range(3):
-        service.submit(lambda m: m.vary(PHOTO, 1.0, "dog", steps=2)).future.result()
-    before = service.stats.seconds_per_image
-    service.submit(lambda m: m.vary(PHOTO, 1.0, "dog", steps=24, num_images=2)).future.result()
-    assert service.stats.seconds_per_image != before
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda m: m.vary(PHOTO, 1.0, "dog", steps=4),
+        lambda m: m.panorama("ship", 96, steps=2),
+        lambda m: m.reconstruct(PHOTO),
+    ],
+    ids=["a variation", "a panorama of several windows", "no steps at all"],
+)
+def test_the_next_client_is_told_the_time_that_a_request_takes(service, work, monkeypatch):
+    # A clock that goes on by a second for each time that it is read.
+    ticks = itertools.count()
+    monkeypatch.setattr(worker, "_FADING", 1.0)
+    monkeypatch.setattr(service._worker, "_busy", 0.0)
+    monkeypatch.setattr(service._worker, "_made", 0.0)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: float(next(ticks)))
+    for _ in range(2):
+        service.submit(work).future.result()
+    turns = service._worker._busy
+    assert turns >= 2
+    # Two images were asked for, whatever number of windows they had.
+    assert service._worker._made == 2
+    assert 0 < service.stats.seconds_per_image <= turns / 2
 
 
 def test_a_callback_is_told_of_every_step_in_the_requests_own_thread(service):

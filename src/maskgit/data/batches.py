@@ -7,6 +7,7 @@ Shapes: B images of a step over all processes, b those of one process, S cached 
 h × w the token grid.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 from maskgit.checks import check_choice, check_count, check_seed
 from maskgit.data.augment import AUGMENTATIONS, NUM_DRAWS
 from maskgit.data.caches import ImageCache, TokenCache
-from maskgit.errors import ConfigError
+from maskgit.errors import ConfigError, DataError
 from maskgit.noise import uniform
 
 # The streams of `noise.uniform` that training data draws from.
@@ -313,8 +314,11 @@ def ahead(
     """Give make(start), make(start + 1), … for ever, made ahead by threads if there are any.
 
     `closed` is set when no more is wanted, before the threads are waited for.
+
+    Raises:
+        DataError: this process was forked since the threads were started.
     """
-    step = start
+    step, process = start, os.getpid()
     if num_workers == 0:
         while True:
             yield make(step)
@@ -327,6 +331,11 @@ def ahead(
                 made.append(pool.submit(make, step))
                 step += 1
             yield made.popleft().result()
+            if os.getpid() != process:
+                raise DataError(
+                    "These batches were begun before this process was forked, and the threads that make them stayed "
+                    "behind; begin them anew."
+                )
     finally:
         if closed is not None:
             closed.set()

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from maskgit.checks import check_whole
 from maskgit.errors import DataError
 from maskgit.evaluation.vectors import as_finite, check_same_dim
 
@@ -64,6 +65,7 @@ def precision_recall(
         device: where distances are computed; it must know float64.
 
     Raises:
+        ConfigError: a setting is no whole number.
         DataError: the shapes do not fit, a value is not finite, or there are too few vectors.
 
     Source: Kynkäänniemi et al.: Improved Precision and Recall Metric for Assessing Generative Models,
@@ -72,6 +74,7 @@ def precision_recall(
     Differs: ADM's evaluator computes distances in float16; ours are float64, so that the third digit may
     differ.
     """
+    k = check_whole("k", k)
     vectors = _Pair(real, generated, k, chunk, device)
     radii, generated_radii = vectors.radii(vectors.real, k), vectors.radii(vectors.generated, k)
     inside = torch.zeros(len(vectors.generated), dtype=torch.bool, device=device)
@@ -97,6 +100,7 @@ def density_coverage(
         k: the neighbour that decides the radius; the paper takes 5.
 
     Raises:
+        ConfigError: a setting is no whole number.
         DataError: the shapes do not fit, a value is not finite, or there are too few vectors.
 
     Source: Naeem et al.: Reliable Fidelity and Diversity Metrics for Generative Models, ICML 2020, §3.
@@ -104,6 +108,7 @@ def density_coverage(
     Differs: a vector exactly on a ball's surface counts as inside, as for precision; the paper's code leaves
     it out.
     """
+    k = check_whole("k", k)
     vectors = _Pair(real, generated, k, chunk, device)
     radii = vectors.radii(vectors.real, k)
     balls = torch.zeros((), dtype=torch.int64, device=device)
@@ -135,6 +140,7 @@ def authenticity(
         The share, in [0, 1]: 0 for copies; compare it with that of real images held out from training.
 
     Raises:
+        ConfigError: a setting is no whole number.
         DataError: the shapes do not fit, a value is not finite, or there are too few vectors.
 
     Source: Alaa, van Breugel, Saveliev, van der Schaar: How Faithful is your Synthetic Data?, ICML 2022: its
@@ -174,6 +180,7 @@ class _Pair:
         )
         check_same_dim(self.real, self.generated)
         smallest = min(len(self.real), len(self.generated))
+        chunk = check_whole("chunk", chunk)
         if not 1 <= k < smallest or chunk < 1:
             raise DataError(
                 f"k must be above 0 and below {smallest}, the size of the smaller set, and chunk above 0, "

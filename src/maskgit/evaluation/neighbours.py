@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from maskgit.checks import check_whole
 from maskgit.errors import DataError
 from maskgit.evaluation.metrics import Floats, as_doubles, as_vectors
 
@@ -40,6 +41,7 @@ def nearest_neighbours(
         `Neighbours`; a copy of a query is at distance 0 exactly.
 
     Raises:
+        ConfigError: k or chunk is no whole number.
         DataError: the shapes do not fit, a value is not finite, or the gallery has fewer than k vectors.
     """
     names = "Queries", "Gallery vectors"
@@ -48,6 +50,7 @@ def nearest_neighbours(
         raise DataError(
             f"Queries have {queries.shape[1]} dimensions, but the gallery has {gallery.shape[1]}."
         )
+    k, chunk = check_whole("k", k), check_whole("chunk", chunk)
     if not 1 <= k <= len(gallery) or chunk < 1:
         raise DataError(
             f"k must be 1 to {len(gallery)}, the gallery's size, and chunk above 0, not {k} and {chunk}."

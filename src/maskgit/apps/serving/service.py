@@ -266,7 +266,9 @@ class Service:
     def _run(self, work: Callable[[MaskGIT], T], ticket: Ticket, images: int, pixels: int, client: str) -> T:
         try:
             ticket.check()
-            return work(SharedModel(self._worker, ticket))
+            made = work(SharedModel(self._worker, ticket))
+            self._worker.answered(images)
+            return made
         finally:
             # What is left of its work is dropped.
             ticket.cancel()

@@ -23,7 +23,8 @@ from maskgit.apps.serving.faults import (
     ServiceError,
     UnavailableError,
 )
-from maskgit.batching import Batcher, Job, News, equal_sizes, ran_out_of_memory
+from maskgit.batch_sizes import equal_sizes, ran_out_of_memory
+from maskgit.batching import Batcher, Job, News
 from maskgit.engine.graphs import fixed_sizes
 from maskgit.forks import resets
 from maskgit.pipeline import MaskGIT
@@ -75,11 +76,12 @@ class Stats:
     """What a worker has done.
 
     Attributes:
-        images, steps, failures: finished images, steps of the batch, jobs that failed.
+        images, steps, failures: jobs that are finished, steps of the batch, jobs that failed; a job is an image, or a
+            window of a larger one.
         rows: images in the batch now.
         waiting: images that wait for a place in it.
         halvings: how often memory ran out.
-        seconds_per_image: lately, while there was work.
+        seconds_per_image: of the thread's time, for an image that was asked for, lately.
     """
 
     images: int = 0
@@ -202,6 +204,13 @@ class Worker:
                 results[news.job] = news
         return [results[job] for job in jobs]
 
+    def answered(self, images: int) -> None:
+        """Hear how many images a request asked for whose answer is ready, to estimate the speed."""
+        with self._changed:
+            self._made += images
+            if self._made > 1:
+                self.stats.seconds_per_image = self._busy / self._made
+
     def _check_open(self) -> None:
         if isinstance(self.failure, UnavailableError):
             raise self.failure
@@ -271,6 +280,7 @@ class Worker:
 
     def _turn(self) -> None:
         """Run what was called for, and make a step."""
+        started = time.perf_counter()
         with self._changed:
             calls, self._calls = self._calls, deque()
             fillings, self._fillings = self._fillings, deque()
@@ -287,19 +297,17 @@ class Worker:
                 self._drop(filling, fault)
         if len(self.batcher):
             self._step()
+        with self._changed:
+            self._busy = _FADING * self._busy + time.perf_counter() - started
+            self._made *= _FADING
         self.stats.rows, self.stats.waiting = self.batcher.num_rows, self.batcher.num_waiting
 
     def _step(self) -> None:
-        started = time.perf_counter()
         all_news = self.batcher.step()
         stats = self.stats
         finished = sum(news.pixels is not None for news in all_news)
         stats.images, stats.steps = stats.images + finished, stats.steps + 1
         self._count_halvings()
-        self._busy = _FADING * self._busy + time.perf_counter() - started
-        self._made = _FADING * self._made + finished
-        if self._made > 1:
-            stats.seconds_per_image = self._busy / self._made
         # Told last: whoever has an image finds it counted.
         for news in all_news:
             owner = self._owners[news.job]
