@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -287,6 +289,20 @@ def _spare_the_collector() -> None:
     atexit.register(gc.freeze)
 
 
+@contextmanager
+def _polite() -> Iterator[None]:
+    """End on SIGTERM so that what is half-written is removed; training has its own answer to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        # A program that calls this one keeps its own; None is one that Python did not set.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
 def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -299,18 +315,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if argv is None:
         _spare_the_collector()
-    # Ended politely, so that what is half-written is removed; training has its own answer to SIGTERM.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
     try:
         try:
-            app.cli(
-                prog="maskgit",
-                description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",
-                args=arguments,
-                sort_subcommands=False,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+            with _polite():
+                app.cli(
+                    prog="maskgit",
+                    description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",
+                    args=arguments,
+                    sort_subcommands=False,
+                    config=(tyro.conf.OmitArgPrefixes,),
+                )
         finally:
             # What nobody reads any more is found out here, and not at exit.
             sys.stdout.flush()

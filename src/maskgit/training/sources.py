@@ -5,8 +5,10 @@ import itertools
 import json
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -231,12 +233,21 @@ def load_stream(
     reader, options = _reader(source, folder_labels)
     local = bool(options)
     name = str(source) if local else f"{source} is no file or folder here, and on the hub it"
+    if not local and str(datasets.config.HF_DATASETS_CACHE).startswith("~"):
+        raise DataError(
+            f"This user has no home folder to keep what is read of {source}; name a folder that can be written with "
+            "the environment variable HF_HOME."
+        )
     if revision is not None:
         if local:
             raise ConfigError(f"revision is for data sets on the hub, but {source} is a file or folder here.")
         options = {"revision": revision}
-    builder = _guard(name, lambda: datasets.load_dataset_builder(reader, config, **options))
-    splits = _guard(name, builder.as_streaming_dataset)
+    # `datasets` makes a cache for every source, also for those that lie here and are never copied to it.
+    with tempfile.TemporaryDirectory() if local else nullcontext() as cache:
+        builder = _guard(
+            name, lambda: datasets.load_dataset_builder(reader, config, cache_dir=cache, **options)
+        )
+        splits = _guard(name, builder.as_streaming_dataset)
     if split is None:
         split = next(iter(splits)) if len(splits) == 1 else "train"
     if split not in splits:
