@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from maskgit.apps.cli import main
+from maskgit.engine import probe
 
 # A user whom the system does not know, on a system where one folder alone can be written.
 SCRIPT = """
@@ -31,6 +32,9 @@ def read_only(event, arguments):
             return
     elif event in NAMED:
         path = arguments[NAMED[event]]
+        # Relative to an open folder, which was judged when what is in it was made.
+        if arguments[-1] not in (-1, None) and not os.path.isabs(path):
+            return
     else:
         return
     if isinstance(path, (str, bytes, os.PathLike)):
@@ -82,9 +86,8 @@ COMMANDS = {
 @pytest.mark.parametrize("home", [{}, {"HOME": "/nowhere"}], ids=["no-home", "unwritable-home"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_needs_no_cache_works_without_a_home(command, home, tmp_path, photos):
-    places = {"OUT": tmp_path / "out", "PHOTO": photos / "a" / "1.png", "PHOTOS": photos}
-    arguments = [text if text not in places else places[text] for text in COMMANDS[command]]
-    arguments = [str(a).replace("OUT/", f"{tmp_path}/out/") for a in arguments]
+    places = {"OUT": f"{tmp_path}/out", "PHOTO": f"{photos}/a/1.png", "PHOTOS": f"{photos}"}
+    arguments = [places.get(text, text.replace("OUT/", f"{tmp_path}/out/")) for text in COMMANDS[command]]
     (tmp_path / "out").mkdir()
     done = run(tmp_path, *arguments, **home)
     assert done.returncode == 0, done.stderr
@@ -110,6 +113,7 @@ def test_a_home_that_cannot_be_written_is_no_fault_of_the_network(tmp_path):
 
 
 def test_the_command_line_knows_the_tilde_everywhere(tmp_path, monkeypatch, photos, capsys):
+    monkeypatch.setattr(probe, "measured", lambda **_: {"float32 torch": 1.0, "bfloat16 torch": 1.0})
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     sizes = ["--steps", "1"]
