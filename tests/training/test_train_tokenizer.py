@@ -15,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit import hub
 from maskgit.config import TokenizerConfig
-from maskgit.errors import ConfigError, DataError
+from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.tokenizer import Tokenizer
 from maskgit.training import codebook
 from maskgit.training import train_tokenizer as loop
 from maskgit.training.caches import ImageCache
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.optim import make_adam
-from maskgit.training.run import Distributed, TrainingError
+from maskgit.training.run import Distributed, TrainingError, held_run
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run
 from maskgit.training.tokenizer_evaluation import comparison_device, evaluate_tokenizer
@@ -402,3 +402,12 @@ def test_recipes_are_valid(name):
     path = Path(__file__).parents[2] / "recipes" / name / "tokenizer.toml"
     config = TokenizerTrainingConfig.from_dict(tomllib.loads(path.read_text("utf-8")))
     assert config.model.patch_size == 4
+
+
+def test_a_folder_that_another_run_holds_is_refused_before_anything_is_done(config, tmp_path):
+    run = replace(config, out=str(tmp_path / "run"), data="not even looked at")
+    alone = Distributed(0, 1, torch.device("cpu"))
+    with held_run(run.out, alone):
+        with pytest.raises(OutputError, match="is the folder of a run that process"):
+            train_tokenizer(run)
+        assert [path.name for path in Path(run.out).iterdir()] == ["run.lock"]
