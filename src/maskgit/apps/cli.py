@@ -203,8 +203,8 @@ def convert(
         dest: The folder to write.
         transformer: The transformer's checkpoint, if source is the tokenizer's.
         to_flax: Write official checkpoints for the JAX code instead.
-        activation: The tokenizer's; not recorded in a checkpoint.
-        quantizer: The tokenizer's; not recorded in a checkpoint.
+        activation: The tokenizer's; a checkpoint does not record it, but --to-flax writes it beside.
+        quantizer: The tokenizer's; likewise.
         overwrite: Replace a model, or checkpoints, that are there.
     """
     from maskgit import convert as conversion
