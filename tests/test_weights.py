@@ -113,7 +113,7 @@ WRAPS = [compiled, compiled_parts, data_parallel, data_parallel_parts]
 def test_a_wrapped_network_is_saved_and_converted_as_itself(wrap, model, tiny, tmp_path):
     wrap(model)
     assert_equal(tiny, hub.load_model(model.save_pretrained(tmp_path / "saved")))
-    hub.save_tokenizer(model.tokenizer, tmp_path / "tokenizer")
+    hub.save_tokenizer(nn.DataParallel(model.tokenizer), tmp_path / "tokenizer")
     again = hub.load_tokenizer(tmp_path / "tokenizer").state_dict()
     assert all(torch.equal(again[name], value) for name, value in tiny.tokenizer.state_dict().items())
     convert.save_official(model, tmp_path / "flax")

@@ -241,15 +241,14 @@ def _load_stage(
         module = kind(config)
     expected = weights.shapes(module.state_dict())
     counters = {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
-    with ExitStack() as opened:
+    with ExitStack() as opened, _blame_file(path):
         files = [opened.enter_context(_open_weights(file, device)) for file in _weight_files(path)]
         homes = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         found = {name: tuple(file.get_slice(name).get_shape()) for name, file in homes.items()}
         problems = weights.differences(expected, found)
         if problems:
             raise CheckpointError(f"{path} does not fit its config: {weights.listed(problems)}.")
-        with _blame_file(path):
-            state = {name: homes[name].get_tensor(name) for name in expected}
+        state = {name: homes[name].get_tensor(name) for name in expected}
     wrong = [name for name, t in state.items() if t.is_floating_point() == (name in counters)]
     if wrong:
         raise CheckpointError(f"{path} does not fit its config: {wrong[0]} is {state[wrong[0]].dtype}.")
@@ -335,11 +334,11 @@ def save_model(model: MaskGIT, path: str | Path, *, dtype: torch.dtype | None = 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
     """Write a folder that holds a tokenizer alone; see `save_model`."""
-
-    state = _stored(Tokenizer, tokenizer.config, tokenizer, dtype)
+    config: TokenizerConfig = weights.unwrapped(tokenizer).config
+    state = _stored(Tokenizer, config, tokenizer, dtype)
 
     def write(folder: Path) -> None:
-        _write_stage(folder, tokenizer.config.to_dict(), state)
+        _write_stage(folder, config.to_dict(), state)
 
     return write_folder(path, ("config.json", WEIGHTS), write)
 
