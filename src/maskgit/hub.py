@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -170,7 +170,7 @@ def _converted(name: str, urls: Official, cache: Path | None, local_files_only: 
             return folder
         paths = [download.fetch(url, folder=downloads) for url in urls]
         try:
-            model = load_official(*paths)
+            model = load_official(paths[0], paths[1])
         except CheckpointError as error:
             # What came may have been a proxy's page; its checksum must not stand in the way of the next try.
             for path in paths:
@@ -266,7 +266,7 @@ def _weight_files(path: Path) -> list[Path]:
     if path.exists() or not index.exists():
         return [path]
     shards = read_json(index).get("weight_map")
-    names = set(shards.values()) if isinstance(shards, dict) and shards else {None}
+    names: set[Any] = set(shards.values()) if isinstance(shards, dict) and shards else {None}
     # A name with a slash could lead out of the folder.
     if not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):
         raise CheckpointError(f"{index} does not list the safetensors files of its weights as `weight_map`.")
@@ -334,7 +334,7 @@ def save_model(model: MaskGIT, path: str | Path, *, dtype: torch.dtype | None = 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
     """Write a folder that holds a tokenizer alone; see `save_model`."""
-    config: TokenizerConfig = weights.unwrapped(tokenizer).config
+    config = cast(Tokenizer, weights.unwrapped(tokenizer)).config
     state = _stored(Tokenizer, config, tokenizer, dtype)
 
     def write(folder: Path) -> None:
