@@ -220,7 +220,7 @@ def test_weights_in_shards_are_read(model, tiny, tmp_path):
 
     index = shard(tmp_path / "model" / "transformer", "transformer")
     file = tmp_path / "model" / "transformer" / "model.safetensors.index.json"
-    for bad in ("../tokenizer/model.safetensors", "/etc/passwd", "model.bin", 3):
+    for bad in ("../tokenizer/model.safetensors", "/etc/passwd", "model.bin", 3, [1]):
         file.write_text(json.dumps(index | {"weight_map": {"head.bias": bad}}))
         with pytest.raises(CheckpointError, match="weight_map"):
             hub.load_model(tmp_path / "model")

@@ -266,11 +266,11 @@ def _weight_files(path: Path) -> list[Path]:
     if path.exists() or not index.exists():
         return [path]
     shards = read_json(index).get("weight_map")
-    names: set[Any] = set(shards.values()) if isinstance(shards, dict) and shards else {None}
+    names: list[Any] = list(shards.values()) if isinstance(shards, dict) and shards else [None]
     # A name with a slash could lead out of the folder.
     if not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):
         raise CheckpointError(f"{index} does not list the safetensors files of its weights as `weight_map`.")
-    return [path.with_name(name) for name in sorted(names)]
+    return [path.with_name(name) for name in sorted(set(names))]
 
 
 @contextmanager
