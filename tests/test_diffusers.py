@@ -385,3 +385,18 @@ def test_the_documents_examples_run(tmp_path, monkeypatch, photo, mask):
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(block, "docs/diffusers.md", "exec"), names)
     assert sorted(os.listdir()) == ["cat.png", "filled.png", "mask.png", "photo.png"]
+
+
+def test_a_models_place_is_named_as_diffusers_names_it(monkeypatch, tmp_path):
+    from maskgit import hugging_face
+
+    asked = {}
+
+    def download(repo_id, **options):
+        asked.update(options, repo_id=repo_id)
+        return MaskGIT.from_pretrained().save_pretrained(tmp_path / "model")
+
+    monkeypatch.setattr(hugging_face, "download", download)
+    options = {"revision": "v1", "token": "hf_x", "cache_dir": str(tmp_path), "local_files_only": True}
+    MaskGITPipeline.from_pretrained("someone/model", **options)
+    assert asked == options | {"repo_id": "someone/model"}

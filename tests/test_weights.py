@@ -113,7 +113,7 @@ WRAPS = [compiled, compiled_parts, data_parallel, data_parallel_parts]
 def test_a_wrapped_network_is_saved_and_converted_as_itself(wrap, model, tiny, tmp_path):
     wrap(model)
     assert_equal(tiny, hub.load_model(model.save_pretrained(tmp_path / "saved")))
-    hub.save_tokenizer(model.tokenizer, tmp_path / "tokenizer")
+    hub.save_tokenizer(nn.DataParallel(model.tokenizer), tmp_path / "tokenizer")
     again = hub.load_tokenizer(tmp_path / "tokenizer").state_dict()
     assert all(torch.equal(again[name], value) for name, value in tiny.tokenizer.state_dict().items())
     convert.save_official(model, tmp_path / "flax")
@@ -220,7 +220,7 @@ def test_weights_in_shards_are_read(model, tiny, tmp_path):
 
     index = shard(tmp_path / "model" / "transformer", "transformer")
     file = tmp_path / "model" / "transformer" / "model.safetensors.index.json"
-    for bad in ("../tokenizer/model.safetensors", "/etc/passwd", "model.bin", 3):
+    for bad in ("../tokenizer/model.safetensors", "/etc/passwd", "model.bin", 3, [1]):
         file.write_text(json.dumps(index | {"weight_map": {"head.bias": bad}}))
         with pytest.raises(CheckpointError, match="weight_map"):
             hub.load_model(tmp_path / "model")

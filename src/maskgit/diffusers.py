@@ -70,6 +70,10 @@ class MaskGITPipeline:
         *,
         dtype: Dtype | None = None,
         torch_dtype: Dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> Self:
         """Return the pipeline of a model by name or path.
 
@@ -77,12 +81,20 @@ class MaskGITPipeline:
             pretrained_model_name_or_path: as for `MaskGIT.from_pretrained`; None is the bundled model.
             dtype: as for `MaskGIT.from_pretrained`.
             torch_dtype: the older name of dtype.
+            revision, token, cache_dir, local_files_only: see `maskgit.hub.locate`.
 
         Raises:
             CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
         """
-        chosen = torch_dtype if dtype is None else dtype
-        return cls(MaskGIT.from_pretrained(pretrained_model_name_or_path, dtype=chosen))
+        model = MaskGIT.from_pretrained(
+            pretrained_model_name_or_path,
+            dtype=torch_dtype if dtype is None else dtype,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        return cls(model)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the model as a folder; see `maskgit.hub.save_model`."""

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -240,15 +240,14 @@ def _load_stage(
         module = kind(config)
     expected = weights.shapes(module.state_dict())
     counters = {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
-    with ExitStack() as opened:
+    with ExitStack() as opened, _blame_file(path):
         files = [opened.enter_context(_open_weights(file)) for file in _weight_files(path)]
         homes = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         found = {name: tuple(file.get_slice(name).get_shape()) for name, file in homes.items()}
         problems = weights.differences(expected, found)
         if problems:
             raise CheckpointError(f"{path} does not fit its config: {weights.listed(problems)}.")
-        with _blame_file(path):
-            state = {name: homes[name].get_tensor(name) for name in expected}
+        state = {name: homes[name].get_tensor(name) for name in expected}
     wrong = [name for name, t in state.items() if t.is_floating_point() == (name in counters)]
     if wrong:
         raise CheckpointError(f"{path} does not fit its config: {wrong[0]} is {state[wrong[0]].dtype}.")
@@ -268,14 +267,11 @@ def _weight_files(path: Path) -> list[Path]:
     if path.exists() or not index.exists():
         return [path]
     shards = read_json(index).get("weight_map")
-    listed = list(shards.values()) if isinstance(shards, dict) else []
+    names: list[Any] = list(shards.values()) if isinstance(shards, dict) and shards else [None]
     # A name with a slash could lead out of the folder.
-    names = {
-        name for name in listed if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name)
-    }
-    if not listed or not all(isinstance(name, str) and name in names for name in listed):
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):
         raise CheckpointError(f"{index} does not list the safetensors files of its weights as `weight_map`.")
-    return [path.with_name(name) for name in sorted(names)]
+    return [path.with_name(name) for name in sorted(set(names))]
 
 
 @contextmanager
@@ -340,11 +336,11 @@ def save_model(model: MaskGIT, path: str | Path, *, dtype: Dtype | None = None) 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: Dtype | None = None) -> Path:
     """Write a folder that holds a tokenizer alone; see `save_model`."""
-
-    state = _stored(Tokenizer, tokenizer.config, tokenizer, dtype)
+    config = cast(Tokenizer, weights.unwrapped(tokenizer)).config
+    state = _stored(Tokenizer, config, tokenizer, dtype)
 
     def write(folder: Path) -> None:
-        _write_stage(folder, tokenizer.config.to_dict(), state)
+        _write_stage(folder, config.to_dict(), state)
 
     return write_folder(path, ("config.json", WEIGHTS), write)
 

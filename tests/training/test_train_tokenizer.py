@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskgit import hub
 from maskgit.config import TokenizerConfig
 from maskgit.data.writers import new_image_cache
-from maskgit.errors import ConfigError, DataError
+from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.tokenizer import Tokenizer
 from maskgit.training import codebook
 from maskgit.training import train_tokenizer as loop
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.optim import make_adam
-from maskgit.training.run import Distributed, TrainingError
+from maskgit.training.run import Distributed, TrainingError, held_run
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run
 from maskgit.training.tokenizer_parts import gumbel_noise, gumbel_tau, make_networks
@@ -391,3 +391,12 @@ def test_every_size_that_the_tokenizer_takes_trains_with_the_discriminator(confi
     small = replace(config, out="", model=replace(config.model, channel_multipliers=(1,)))
     with pytest.raises(ConfigError, match="4 pixels a side or more"):
         small.check_image_size(2)
+
+
+def test_a_folder_that_another_run_holds_is_refused_before_anything_is_done(config, tmp_path):
+    run = replace(config, out=str(tmp_path / "run"), data="not even looked at")
+    alone = Distributed(0, 1, torch.device("cpu"))
+    with held_run(run.out, alone):
+        with pytest.raises(OutputError, match="is the folder of a run that process"):
+            train_tokenizer(run)
+        assert [path.name for path in Path(run.out).iterdir()] == ["run.lock"]

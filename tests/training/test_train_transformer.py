@@ -17,14 +17,14 @@ from maskgit import hub
 from maskgit.config import SamplerConfig, TokenizerConfig, TransformerConfig
 from maskgit.data.caches import TokenCache
 from maskgit.data.writers import write_image_cache, write_token_cache
-from maskgit.errors import CheckpointError, ConfigError, DataError
+from maskgit.errors import CheckpointError, ConfigError, DataError, OutputError
 from maskgit.tokenizer import Tokenizer
 from maskgit.training import train_transformer as module
 from maskgit.training.checkpoint import Checkpoints, weights_fingerprint
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.losses import sequence_cross_entropy
 from maskgit.training.masking import draw_masks
-from maskgit.training.run import EXIT_INTERRUPTED, Distributed, TrainingError
+from maskgit.training.run import EXIT_INTERRUPTED, Distributed, TrainingError, held_run
 from maskgit.training.train_transformer import flops_per_image, train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_dry_run import dry_run
@@ -579,3 +579,12 @@ def test_recipes_are_configs_that_say_what_they_cost_and_reach(name):
         assert recipe.model == TransformerConfig(grid_size=int(name.removeprefix("imagenet")) // 16)
         # 300 epochs.
         assert recipe.steps * recipe.batch_size == pytest.approx(300 * 1_281_167, rel=1e-3)
+
+
+def test_a_folder_that_another_run_holds_is_refused_before_anything_is_done(config, tmp_path):
+    run = replace(config, out=str(tmp_path / "run"), data="not even looked at")
+    alone = Distributed(0, 1, torch.device("cpu"))
+    with held_run(run.out, alone):
+        with pytest.raises(OutputError, match="is the folder of a run that process"):
+            train_transformer(run)
+        assert [path.name for path in Path(run.out).iterdir()] == ["run.lock"]

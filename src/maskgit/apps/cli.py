@@ -8,6 +8,8 @@ import gc
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -209,8 +211,8 @@ def convert(
         dest: The folder to write.
         transformer: The transformer's checkpoint, if source is the tokenizer's.
         to_flax: Write official checkpoints for the JAX code instead.
-        activation: The tokenizer's; not recorded in a checkpoint.
-        quantizer: The tokenizer's; not recorded in a checkpoint.
+        activation: The tokenizer's; a checkpoint does not record it, but --to-flax writes it beside.
+        quantizer: The tokenizer's; likewise.
         overwrite: Replace a model, or checkpoints, that are there.
     """
     from maskgit import convert as conversion
@@ -295,6 +297,20 @@ def _spare_the_collector() -> None:
     atexit.register(gc.freeze)
 
 
+@contextmanager
+def _polite() -> Iterator[None]:
+    """End on SIGTERM so that what is half-written is removed; training has its own answer to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        # A program that calls this one keeps its own; None is one that Python did not set.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
 def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -309,9 +325,6 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         _spare_the_collector()
         open_closed()
-    # Ended politely, so that what is half-written is removed; training has its own answer to SIGTERM.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
     with outlets() as out:
         code = _run(arguments)
         out.flush()
@@ -327,7 +340,7 @@ def _run(arguments: list[str]) -> int:
         print(__version__)
         return 0
     try:
-        with listening(_say):
+        with _polite(), listening(_say):
             app.cli(
                 prog="maskgit",
                 description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",

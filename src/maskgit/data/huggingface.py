@@ -4,7 +4,9 @@ import glob
 import itertools
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -99,8 +101,18 @@ def open_stream(
             f"Reading data sets needs the package `datasets`: {install_extra('train')}."
         ) from error
     name = source if local else f"{source} is no file or folder here, and on the hub it"
-    builder = guard(name, lambda: datasets.load_dataset_builder(reader, wanted.config, **options))
-    splits = guard(name, builder.as_streaming_dataset)
+    if not local and str(datasets.config.HF_DATASETS_CACHE).startswith("~"):
+        raise DataError(
+            f"This user has no home folder to keep what is read of {source}; name a folder that can be written with "
+            "the environment variable HF_HOME."
+        )
+    # `datasets` makes a cache for every source, also for those that lie here and are never copied to it.
+    with tempfile.TemporaryDirectory() if local else nullcontext() as cache:
+        builder = guard(
+            name,
+            lambda: datasets.load_dataset_builder(reader, wanted.config, cache_dir=cache, **options),
+        )
+        splits = guard(name, builder.as_streaming_dataset)
     parts = {str(part): tuple(map(str, files)) for part, files in (builder.config.data_files or {}).items()}
     left_out = _check_parts(source, own_files, parts, wanted.split)
     split = pick_split(source, wanted.split, list(splits))

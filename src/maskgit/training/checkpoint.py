@@ -15,9 +15,8 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -90,6 +89,9 @@ class Checkpoints:
         self._thread: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: Future[Any] | None = None
+        # A single process is a single process. For good, and not around each call: the filters belong to the whole
+        # process, and a thread that set them back would set back what others did meanwhile.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         if asynchronous:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             # Its collectives run beside the training's, so they need a group of their own.
@@ -197,8 +199,7 @@ class Checkpoints:
             )
         expanded = _expand(state)
         try:
-            with _quiet():
-                dcp.load(expanded, storage_reader=dcp.FileSystemReader(path), no_dist=not self._parallel)
+            dcp.load(expanded, storage_reader=dcp.FileSystemReader(path), no_dist=not self._parallel)
         # Derived from BaseException; it holds each process's own error.
         except dcp.CheckpointException as error:
             reasons = "; ".join(str(_cause(failure)) for failure in error.failures.values())
@@ -286,8 +287,7 @@ def _restore(given: Any, loaded: Any) -> Any:
 def _guard(path: Path, action: Callable[[], T]) -> T:
     """Do something that writes, with the library's errors turned into ours."""
     try:
-        with _quiet():
-            return action()
+        return action()
     except dcp.CheckpointException as error:
         causes = [_cause(failure) for failure in error.failures.values()]
         for cause in causes:
@@ -301,14 +301,6 @@ def _guard(path: Path, action: Callable[[], T]) -> T:
     # How the library reports a zip stream whose disk is full.
     except RuntimeError as error:
         raise OutputError(f"{path} cannot be written: {error}.") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library from warning that a single process is a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _cause(failure: Any) -> BaseException:

@@ -1,0 +1,193 @@
+"""Where and for whom it runs: users without a home, systems that can be read only, other threads of a program."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from maskgit.apps.cli import main
+from maskgit.engine import probe
+
+# A user whom the system does not know, on a system where one folder alone can be written.
+SCRIPT = """
+import errno, os, pwd, sys
+
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = unknown
+writable = (sys.argv[1], "/dev/", "/proc/")
+NAMED = {"os.mkdir": 0, "os.rename": 1, "os.remove": 0, "os.link": 1, "os.symlink": 1, "os.rmdir": 0, "os.chmod": 0}
+
+def read_only(event, arguments):
+    if event == "open":
+        path, mode, flags = arguments
+        if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+    elif event in NAMED:
+        path = arguments[NAMED[event]]
+        # Relative to an open folder, which was judged when what is in it was made.
+        if arguments[-1] not in (-1, None) and not os.path.isabs(path):
+            return
+    else:
+        return
+    if isinstance(path, (str, bytes, os.PathLike)):
+        path = os.path.abspath(os.fsdecode(path))
+        if not path.startswith(writable):
+            raise OSError(errno.EROFS, "Read-only file system", path)
+
+from maskgit.apps.cli import main
+from maskgit.engine import probe
+
+# Which is measured anew without a cache, and takes long on a busy machine.
+probe._measure = lambda: {"float32 torch": 1.0, "bfloat16 torch": 1.0}
+sys.addaudithook(read_only)
+sys.exit(main(sys.argv[2:]))
+"""
+HOMES = ("HOME", "MASKGIT_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
+
+
+def run(folder, *arguments, **environment):
+    kept = {key: value for key, value in os.environ.items() if key not in HOMES}
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), *map(str, arguments)],
+        env=kept | {"TMPDIR": str(folder)} | environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (40, 40), (100 * i, 50, 0)).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+COMMANDS = {
+    "generate": ("generate", "--class", "frog", "--steps", "1", "--out", "OUT"),
+    "edit": ("edit", "PHOTO", "--box", "0", "0", "8", "8", "--class", "frog", "--steps", "1", "--out", "OUT"),
+    "info": ("info", "cifar10"),
+    "pack": ("pack", "PHOTOS", "OUT/packed", "--size", "8"),
+    "convert": ("convert", "cifar10", "OUT/flax", "--to-flax"),
+}
+
+
+@pytest.mark.parametrize("home", [{}, {"HOME": "/nowhere"}], ids=["no-home", "unwritable-home"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_needs_no_cache_works_without_a_home(command, home, tmp_path, photos):
+    places = {"OUT": f"{tmp_path}/out", "PHOTO": f"{photos}/a/1.png", "PHOTOS": f"{photos}"}
+    arguments = [places.get(text, text.replace("OUT/", f"{tmp_path}/out/")) for text in COMMANDS[command]]
+    (tmp_path / "out").mkdir()
+    done = run(tmp_path, *arguments, **home)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "variable"), [("imagenet256", "MASKGIT_CACHE"), ("someone/model", "HF_HOME")]
+)
+def test_what_needs_a_cache_says_which_variable_to_set(model, variable, tmp_path):
+    done = run(tmp_path, "info", model)
+    assert done.returncode == 2
+    assert variable in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_home_that_cannot_be_written_is_no_fault_of_the_network(tmp_path):
+    done = run(tmp_path, "info", "imagenet256", HOME="/nowhere")
+    assert done.returncode == 2
+    assert "Read-only file system" in done.stderr
+    assert "MASKGIT_CACHE" in done.stderr
+    assert "network" not in done.stderr
+
+
+def test_the_command_line_knows_the_tilde_everywhere(tmp_path, monkeypatch, photos, capsys):
+    monkeypatch.setattr(probe, "measured", lambda **_: {"float32 torch": 1.0, "bfloat16 torch": 1.0})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--steps", "1"]
+    assert main(["generate", "--class=frog", "--out=~/frogs", *sizes]) == 0
+    Image.new("L", (40, 40), 255).save(tmp_path / "mask.png")
+    photo = "~/photos/a/1.png"
+    assert main(["inpaint", photo, "--mask=~/mask.png", "--class=frog", "--out=~/filled", *sizes]) == 0
+    assert main(["interpolate", photo, "~/photos/b/1.png", "--class=frog", "--out=~/between", *sizes]) == 0
+    assert main(["pack", "~/photos", "~/packed", "--size=8"]) == 0
+    assert main(["convert", "cifar10", "~/flax", "--to-flax"]) == 0
+    assert main(["convert", "~/flax", "~/model"]) == 0
+    assert main(["info", "~/model"]) == 0
+    (tmp_path / "preset.json").write_text(json.dumps({"sampler": {"steps": 1}}))
+    assert main(["generate", "--class=1", "--model=~/model", "--preset=~/preset.json", "--out=~/ones"]) == 0
+    capsys.readouterr()
+    made = {"frogs", "filled", "between", "packed", "flax", "model", "ones"}
+    assert made <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "~").exists()
+
+
+def test_python_and_recipes_know_the_tilde(tmp_path, monkeypatch, photos):
+    from maskgit import convert, hub, images
+    from maskgit.data.caches import ImageCache
+    from maskgit.data.npz import open_npz
+    from maskgit.data.pack import pack_images
+    from maskgit.evaluation.weights import local_file
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert images.read_image("~/photos/a/1.png").size == (40, 40)
+    assert images.read_image(Path("~/photos/a/1.png")).size == (40, 40)
+    images.save_png("~/new/picture.png", Image.new("RGB", (3, 3)))
+    packed = pack_images("~/photos", "~/packed", size=8)
+    assert packed.path == tmp_path / "packed"
+    # As recipes name their data.
+    assert ImageCache.open("~/packed").fingerprint == packed.fingerprint
+    convert.save_official(hub.from_pretrained(), "~/flax")
+    convert.load_official("~/flax/tokenizer_checkpoint", "~/flax/maskgit_checkpoint")
+    assert local_file("~/weights.safetensors") == tmp_path / "weights.safetensors"
+    (tmp_path / "file.npz").write_bytes(b"PK\x05\x06" + bytes(18))
+    with open_npz("~/file.npz") as archive:
+        assert not archive.names
+    assert {"new", "packed", "flax"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "~").exists()
+
+
+def test_the_command_line_gives_a_programs_own_signal_handler_back(capsys):
+    def own(*_):
+        pass
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        for arguments in (["policies"], ["info", "no such model"]):
+            main(arguments)
+            assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_checkpoint_leaves_the_programs_warning_filters_alone(tmp_path):
+    """The filters belong to all threads: what one adds during another's save must still be there after it."""
+    import torch
+    from torch.distributed import checkpoint as dcp
+
+    from maskgit.training.checkpoint import Checkpoints
+
+    checkpoints, whole = Checkpoints(tmp_path), dcp.save
+
+    def save(*args, **options):
+        warnings.filterwarnings("ignore", message="of another thread")
+        return whole(*args, **options)
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp, "save", save)
+        checkpoints.save(1, {"step": torch.tensor(1)})
+        patterns = [entry[1].pattern for entry in warnings.filters if entry[1] is not None]
+    assert "of another thread" in patterns
