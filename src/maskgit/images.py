@@ -235,7 +235,13 @@ def encode(
 
     Raises:
         ConfigError: the settings are no JSON values, or too long.
+        OutputError: files of this kind cannot be so large, or the file cannot be signed.
     """
+    if max(image.size) > _SIDES[form]:
+        raise OutputError(
+            f"The picture has {image.width} × {image.height} pixels, but a {form} has at most {_SIDES[form]:,} a "
+            "side; ask for png."
+        )
     source = image.info.get(provenance.KEY)
     picture = imagefiles.keep_alpha(image)
     if picture.mode == "RGBA" and image.mode != "RGBA":
@@ -263,6 +269,8 @@ def encode(
 
 
 _QUALITY = {"jpeg": 95, "webp": 90}
+# Pixels: what libjpeg and libwebp write.
+_SIDES = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
 # Bytes of one segment of a JPEG, without its length and the name of XMP.
 _SEGMENT, _XMP_SEGMENT = 65_533, 65_533 - 29
 
