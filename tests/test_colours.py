@@ -2,10 +2,13 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
 from maskgit import images, photos, profiles
@@ -289,6 +292,56 @@ def test_a_profile_that_unpacks_without_end_is_left_out():
     seen, notes = said(lambda: read(with_chunks(encoded(Image.fromarray(array)), (b"iCCP", bomb))))
     assert np.array_equal(seen, array)
     assert "very large colour profile" in notes[0]
+
+
+# Damaged files
+
+
+def seeds():
+    """Small files of every kind, with all that is read of them."""
+    image = Image.fromarray(noise(12, 9))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.IFD.GPSInfo] = {1: "N", 2: (1.0, 2.0, 3.0)}
+    exif[ExifTags.IFD.Exif] = {
+        ExifTags.Base.ColorSpace: 0xFFFF,
+        ExifTags.IFD.Interop: {ExifTags.Interop.InteropIndex: "R03"},
+    }
+    made = [
+        encoded(image, kind, icc_profile=p3_profile(), exif=exif.tobytes())
+        for kind in ("PNG", "JPEG", "WEBP", "TIFF")
+    ]
+    made.append(encoded(image.convert("L"), icc_profile=grey_profile(1.0)))
+    made.append(encoded(image.convert("CMYK"), "TIFF", icc_profile=cmyk_profile()))
+    made.append(deep_png(noise(6, 7, 3, np.uint16), (b"sBIT", b"\x0c\x0c\x0c"), (b"tRNS", bytes(6))))
+    chunks = ((b"gAMA", struct.pack(">I", 100_000)), (b"cICP", bytes([12, 13, 0, 1])))
+    return [*made, with_chunks(encoded(image), *chunks)]
+
+
+SEEDS = seeds()
+
+
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=8),
+    st.floats(0, 1),
+)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+def test_damaged_photos_are_read_or_refused_and_nothing_else(data, changes, cut):
+    damaged = bytearray(data)
+    for place, value in changes:
+        damaged[int(place**2 * (len(data) - 1))] = value
+    if cut < 0.2:
+        del damaged[int(cut * 5 * len(damaged)) :]
+    with warnings.catch_warnings(), listening(lambda text: None):
+        warnings.simplefilter("ignore")
+        try:
+            photo = photos.open_picture(bytes(damaged), "photo")
+        except ImageError:
+            return
+        if photo.width * photo.height < 10_000:
+            images.encode(photo)
+            images.encode(photo, "jpeg")
 
 
 # Deep data

@@ -230,6 +230,13 @@ def test_settings_that_cannot_be_written(stored, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("form", "side"), [("jpeg", 65_501), ("webp", 16_384)])
+def test_pictures_too_large_for_a_format_are_refused(form, side):
+    with pytest.raises(OutputError, match=f"{side} × 1 pixels.*ask for png"):
+        images.encode(Image.new("RGB", (side, 1)), form)
+    assert images.encode(Image.new("RGB", (side - 1, 1)), form)
+
+
 def test_missing_folders_are_made_and_files_replaced_unless_forbidden(tmp_path):
     path = tmp_path / "new" / "folder" / "a.png"
     images.save_png(path, picture(seed=1))

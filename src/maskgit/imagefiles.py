@@ -24,7 +24,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from maskgit import pngfile, profiles, provenance
+from maskgit import jpegfile, pngfile, profiles, provenance
 from maskgit.errors import ImageError, MaskGITError
 from maskgit.files import expand
 from maskgit.notes import note
@@ -85,8 +85,6 @@ _DECODE_ERRORS = (
 
 # What is known of a picture beside its pixels, and stays with it.
 METADATA = ("icc_profile", "exif", "xmp")
-# A JPEG that lacks its end is read once more, whole; larger ones are refused.
-MAX_JPEG = 2**28
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -224,66 +222,12 @@ def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
     except OSError:
         if not isinstance(image, JpegImageFile):
             raise
-        whole = _without_end(image)
+        whole = jpegfile.without_end(image)
         if whole is None:
             raise
         note(f"{name} lacks the marker at its end; its picture is whole.")
         return whole
     return image
-
-
-def _without_end(image: JpegImageFile) -> Image.Image | None:
-    """Return a JPEG that lacks its end marker alone, or None if some of its picture is missing, too."""
-    file = image.fp
-    if file is None:
-        # It was read to its end, and something in it is wrong.
-        return None
-    file.seek(0)
-    data = file.read(MAX_JPEG + 1)
-    if len(data) > MAX_JPEG or not _all_scans(data):
-        return None
-    # The last byte may be the first half of the marker.
-    data = data.removesuffix(b"\xff")
-    end = b"\xff\xd9"
-    # Whatever stands after a whole picture, no pixel changes; where data are missing, these are taken for them.
-    readings = []
-    for filler in (b"", b"\x55" * 256, b"\xaa" * 256):
-        with JpegImageFile(io.BytesIO(data + filler + end)) as reading:
-            reading.load()
-            readings.append(reading.copy())
-            readings[-1].info = dict(image.info)
-    first, *others = (reading.tobytes() for reading in readings)
-    return readings[0] if all(other == first for other in others) else None
-
-
-def _all_scans(data: bytes) -> bool:
-    """Return whether a JPEG's scans bring each coefficient of each component to its last bit.
-
-    Source: ITU-T T.81, B.2.2, B.2.3 and G.1.1.1.
-    """
-    place, wanted, found = 2, set[int](), dict[tuple[int, int], int]()
-    progressive = False
-    while place + 4 <= len(data):
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        segment = data[place + 4 : place + 2 + length]
-        if data[place] != 0xFF or length < 2:
-            return False
-        place += 2 + length
-        if marker in (0xC0, 0xC1, 0xC2) and len(segment) >= 6 + 3 * segment[5]:
-            progressive = marker == 0xC2
-            wanted = {segment[6 + 3 * i] for i in range(segment[5])}
-        elif marker == 0xDA and segment and len(segment) >= 4 + 2 * segment[0]:
-            first, last, bits = segment[-3:]
-            for i in range(segment[0]):
-                for coefficient in range(first, min(last, 63) + 1) if progressive else range(64):
-                    found[segment[1 + 2 * i], coefficient] = bits & 15 if progressive else 0
-            # The scan's own data end at the next marker.
-            following = _MARKER.search(data, place)
-            place = following.start() if following else len(data)
-    return bool(wanted) and all(found.get((c, k)) == 0 for c in wanted for k in range(64))
-
-
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 def orientation(image: Image.Image) -> int:

@@ -166,6 +166,8 @@ def _converters(icc: bytes, mode: str) -> _Converters:
         forth = ImageCms.buildTransform(own, srgb, mode, "RGB", relative, flags)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
         raise BrokenError("has a broken colour profile") from error
+    except ImportError as error:
+        raise BrokenError("has a colour profile, which this Pillow was built without a reader of") from error
     try:
         back = ImageCms.buildTransform(srgb, own, "RGB", mode, relative, flags)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):

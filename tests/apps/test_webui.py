@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit import images
+from maskgit import images, provenance
+from maskgit.apps.flags import Marking
 from maskgit.apps.webui import edits, pictures
 from maskgit.apps.webui.forms import SamplerForm, SubjectForm
 from maskgit.apps.webui.page import theme
@@ -352,3 +353,19 @@ def test_the_command_says_what_it_does_and_leaves_nothing_behind(tmp_path):
         assert running.wait(PATIENCE) == 0
     assert rest == ""
     assert not list(tmp_path.glob("maskgit-page-*"))
+
+
+def test_saved_pictures_say_what_they_are(tiny, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(photo)
+    made = {
+        provenance.GENERATED: tiny.generate(1, steps=1),
+        provenance.EDITED: tiny.edit(photo, (8, 8, 8, 8), 1, steps=1),
+    }
+    for mark in (True, False):
+        page = Studio(tiny, "tiny", Shelf(tmp_path), Marking(mark=mark))
+        for source, output in made.items():
+            page.save(output, {"class": "1"}, 0, 0, photo)
+            (path,) = page.shelf.folder.glob("*/1-0-00000.png")
+            assert (source.encode() in path.read_bytes()) == mark
+            path.unlink()

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from maskgit.apps.flags import Model, Network, Speed
+from maskgit.apps.flags import Marking, Model, Network, Speed
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.gates import read_keys
 from maskgit.apps.serving.service import Limits, Service
@@ -46,6 +46,8 @@ class Options(BaseModel):
         num_cpus, num_gpus: what each replica needs; it computes in num_cpus threads.
         max_queued_requests: requests that wait at a proxy while all replicas are full; further ones are told
             to come again later.
+        mark: whether pictures say that a model made them. For C2PA, the variables MASKGIT_C2PA_CERT and
+            MASKGIT_C2PA_KEY name files that must be on every node.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -67,6 +69,7 @@ class Options(BaseModel):
     num_cpus: float = Field(1.0, gt=0)
     num_gpus: float = Field(0.0, ge=0)
     max_queued_requests: int = Field(64, ge=1)
+    mark: bool = True
 
     def limits(self) -> Limits:
         """Return what a replica takes.
@@ -102,7 +105,11 @@ class Replica:
         self._network = options.network()
         self._keys = read_keys(options.api_key_file) if options.api_key_file else ()
         self._service = Service(
-            model.load(), options.model, options.limits(), recorded=model.recorded("serve")
+            model.load(),
+            options.model,
+            options.limits(),
+            recorded=model.recorded("serve"),
+            marking=Marking(options.mark),
         )
 
     # Ray's name for what makes the application, once the constructor has run.
