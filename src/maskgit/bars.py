@@ -15,4 +15,5 @@ def bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options:
         shown: False keeps it off a terminal, too.
         **options: further ones of `tqdm`.
     """
-    return tqdm(iterable, **{"leave": False, "disable": None if shown and sys.stderr else True} | options)
+    given: dict[str, Any] = {"leave": False, "disable": None if shown and sys.stderr else True}
+    return tqdm(iterable, **given | options)

@@ -137,8 +137,8 @@ class MaskGITPipeline:
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> "tqdm[Any]":
         """Return a progress bar with the options that were set."""
         # As there, it also goes to a log file and stays.
-        shown = {"leave": True, "disable": sys.stderr is None} | self._progress_bar_config
-        return bar(iterable, total=total, **shown)
+        options: dict[str, Any] = {"leave": True, "disable": sys.stderr is None}
+        return bar(iterable, total=total, **options | self._progress_bar_config)
 
     def get_label_ids(self, label: Label | Sequence[Label]) -> list[int]:
         """Return the class numbers of names; see `MaskGIT.labels`."""
