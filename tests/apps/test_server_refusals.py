@@ -237,6 +237,13 @@ def test_health_is_answered_while_a_body_is_parsed(client, form, monkeypatch):
         assert answer.result().status_code == 422
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/models"])
+def test_the_head_of_an_answer_can_be_asked_for(client, path):
+    answer = client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-length"] == client.get(path).headers["content-length"]
+
+
 def bounded(schema: dict) -> bool:
     """Return whether JSON of a schema has a largest size."""
     kinds = schema.get("anyOf") or [schema]

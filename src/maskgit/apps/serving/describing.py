@@ -74,6 +74,8 @@ def add_get(
         answers[503] = {"model": schemas.Health, "description": _ERRORS[503]}
     name = path.rpartition("/")[2]
     app.add_api_route(path, route, summary=summary, operation_id=name, responses=answers, response_model=None)
+    # Those who watch servers often ask for the head alone.
+    app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False, response_model=None)
 
 
 def describe_bodies(app: FastAPI) -> None:
