@@ -300,7 +300,7 @@ def raw(client: httpx.Client, head: str, parts, wait: float = 10.0) -> bytes:
         return answer
 
 
-HEAD = "POST /v1/edit HTTP/1.1\nHost: x\nContent-Type: application/json\n"
+HEAD = "POST /v1/edit HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
 MEGABYTE = b"x" * 2**20
 
 

@@ -16,6 +16,7 @@ _REFERENCE = "#/components/schemas/{model}"
 _BINARY = {"type": "string", "format": "binary"}
 _ERRORS = {
     401: "The key is missing or wrong.",
+    403: "The server is called by a name that is not allowed, or used by another site's page.",
     406: "The client accepts nothing that can be made.",
     408: "The body came too slowly.",
     413: "The body or a picture is too large.",
