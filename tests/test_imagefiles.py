@@ -287,3 +287,39 @@ def test_reading_leaves_pillow_as_it_was():
     with pytest.raises(ImageError):
         images.read_image(png(100_000, 100_000, 8, 2))
     assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters))
+
+
+def png_of(mode: str, interlaced: bool, rows_missing: int) -> bytes:
+    """A PNG of 13 × 11 pixels, whole in itself, whose pixel data ends early."""
+    depth, colour, bits = {"1": (1, 0, 1), "P4": (4, 3, 4), "RGB": (8, 2, 24), "RGBA16": (16, 6, 64)}[mode]
+    passes = [
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    ]
+    lines = []
+    for x, y, across, down in passes if interlaced else [(0, 0, 1, 1)]:
+        columns = len(range(x, 13, across))
+        lines += [bytes(1 + -(-columns * bits // 8))] * len(range(y, 11, down))
+    data = zlib.compress(b"".join(lines[: len(lines) - rows_missing]))
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 13, 11, depth, colour, 0, 0, interlaced)
+    palette = chunk(b"PLTE", bytes(48)) if mode == "P4" else b""
+    parts = [chunk(b"IDAT", data[start : start + 7]) for start in range(0, len(data), 7)]
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + b"".join(parts) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("mode", ["1", "P4", "RGB", "RGBA16"])
+def test_a_png_whose_pixels_end_early_is_refused(mode, interlaced):
+    assert images.read_image(png_of(mode, interlaced, 0)).size == (13, 11)
+    for missing in (1, 5):
+        with pytest.raises(ImageError, match="cut short"):
+            images.read_image(png_of(mode, interlaced, missing))

@@ -200,6 +200,8 @@ def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], 
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
             raise ImageError(f"{name} is animated or has pages ({frames} frames); extract one frame first.")
+        if isinstance(image, PngImageFile):
+            _check_png_whole(image)
         decoded = _decoded(image, name)
         result = convert(decoded, name)
         info = result.info
@@ -228,6 +230,50 @@ def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
         note(f"{name} lacks the marker at its end; its picture is whole.")
         return whole
     return image
+
+
+def _check_png_whole(image: PngImageFile) -> None:
+    """Check that a PNG's pixel data is as long as its size asks for: Pillow leaves what is missing black.
+
+    Source: the PNG specification (ISO/IEC 15948), sections 7.2, 8.2 and 11.2.2.
+
+    Raises:
+        ValueError: it ends early.
+    """
+    file = image.fp
+    assert file is not None
+    at = file.tell()
+    file.seek(16)
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", file.read(13))
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = (
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    )
+    left = 0
+    for x, y, across, down in passes if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - x) // across), -(-(height - y) // down)
+        left += rows * (1 + (columns * bits + 7) // 8) if columns > 0 and rows > 0 else 0
+    unpacking = zlib.decompressobj()
+    file.seek(8)
+    while left > 0 and not unpacking.eof and len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"IDAT":
+            data = file.read(length)
+            while data and left > 0 and not unpacking.eof:
+                left -= len(unpacking.decompress(data, 2**20))
+                data = unpacking.unconsumed_tail
+            file.seek(4, os.SEEK_CUR)
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+    file.seek(at)
+    if left > 0:
+        raise ValueError(f"{left:,} bytes of its pixels are missing")
 
 
 def orientation(image: Image.Image) -> int:

@@ -57,7 +57,7 @@ def url(request, pipe):
 
 
 def test_the_example_behind_which_it_runs_is_whole():
-    assert "maskgit serve --trusted-proxies 127.0.0.1" in EXAMPLE
+    assert "maskgit serve --trusted-proxies 127.0.0.1 --allowed-hosts images.example.org" in EXAMPLE
     assert "listen 80;" in EXAMPLE
     assert BARE != EXAMPLE
 
@@ -134,7 +134,7 @@ def test_the_page_generates_and_edits_under_the_path(url, tmp_path):
 
 def test_the_page_alone_is_told_where_it_is(pipe):
     """What a browser asks for begins with what the page's config says."""
-    network = Network(root_path="/mg", trusted_proxies=("192.0.2.1",))
+    network = Network("/mg", ("192.0.2.1",), ("images.example.org",))
     app = application(pipe, "cifar10", network)
     headers = {"x-forwarded-host": "images.example.org", "x-forwarded-proto": "https"}
     for peer, root in (
@@ -335,6 +335,9 @@ def test_the_path_is_the_whole_one_whether_the_proxy_left_it_or_not(path, wanted
         ({"trusted_proxies": ("nginx",)}, "10.0.0.0/8"),
         ({"trusted_proxies": ("10.0.0.0/40",)}, "10.0.0.0/8"),
         ({"trusted_proxies": ("*",)}, "10.0.0.0/8"),
+        ({"allowed_hosts": ("http://x",)}, "images.example.org"),
+        ({"cors_origins": ("app.example.org",)}, "https://app.example.org"),
+        ({"cors_origins": ("*",)}, "https://app.example.org"),
     ],
 )
 def test_wrong_flags_are_told_in_a_sentence(flags, words, capsys):
@@ -345,3 +348,69 @@ def test_wrong_flags_are_told_in_a_sentence(flags, words, capsys):
     for command in ("serve", "app"):
         assert main([command, "--port", "0", f"--{name.replace('_', '-')}", given]) == 2
         assert words in capsys.readouterr().err
+
+
+HOSTS = Network(
+    trusted_proxies=("127.0.0.1",),
+    allowed_hosts=("images.example.org", "*.below.example"),
+    cors_origins=("https://app.example.org",),
+)
+
+
+@pytest.fixture(scope="module")
+def exposed():
+    with in_thread(Limits(max_batch=2), network=HOSTS) as (client, _):
+        yield client
+
+
+@pytest.mark.parametrize("told", ["host", "x-forwarded-host"])
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost", 200), ("LOCALHOST:1", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("10.1.2.3:80", 200),
+     ("images.example.org", 200), ("Images.Example.Org:443", 200), ("a.below.example", 200),
+     ("evil.example", 403), ("below.example", 403), ("images.example.org.evil.example", 403),
+     ("localhost.evil.example", 403), ("notlocalhost", 403)],
+)  # fmt: skip
+def test_the_server_answers_to_its_own_names(exposed, host, status, told):
+    answer = exposed.get("/healthz", headers={told: host})
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["type"] == "foreign"
+        assert "--allowed-hosts" in answer.json()["error"]["message"]
+    assert exposed.get("/healthz/", headers={told: host}).status_code in (403, 404)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"origin": "http://localhost"}, 200),
+        ({"origin": "https://app.example.org", "sec-fetch-site": "cross-site"}, 200),
+        ({"origin": "https://x", "sec-fetch-site": "same-origin"}, 200),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "http://localhost:9"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://localhost", "sec-fetch-site": "cross-site"}, 403),
+        ({"origin": "http://localhost", "sec-fetch-site": "same-site"}, 403),
+    ],
+)
+@pytest.mark.parametrize("form", [False, True])
+def test_other_sites_pages_are_refused(exposed, headers, status, form):
+    request = (
+        {"files": {"class": (None, "1"), "steps": (None, "1")}}
+        if form
+        else {"json": {"class": 1, "steps": 1}}
+    )
+    answer = exposed.post("/v1/generate", headers={"host": "localhost"} | headers, **request)
+    assert answer.status_code == status
+    named = "https://app.example.org" if headers.get("origin") == "https://app.example.org" else None
+    assert answer.headers.get("access-control-allow-origin") == named
+
+
+def test_without_a_flag_no_other_site_is_asked_in(exposed):
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    for origin, status in (("https://app.example.org", 200), ("https://evil.example", 400)):
+        assert exposed.options("/v1/generate", headers={"origin": origin} | asked).status_code == status
+    with in_thread(Limits(max_batch=2)) as (client, _):
+        answer = client.get("/v1/models", headers={"origin": "https://app.example.org"})
+        assert "access-control-allow-origin" not in answer.headers

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import logging
 import socket
@@ -13,12 +14,16 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.server import ServerState
 
 from maskgit import MaskGIT, images
 from maskgit.apps.serving import schemas
 from maskgit.apps.serving.app import create_app
+from maskgit.apps.serving.connections import Patient
 from maskgit.apps.serving.gates import BodyGate, read_keys
 from maskgit.apps.serving.making import MAKERS
+from maskgit.apps.serving.server import configured
 from maskgit.apps.serving.service import Limits, Service
 from maskgit.errors import ConfigError
 from servers import in_thread
@@ -237,6 +242,13 @@ def test_health_is_answered_while_a_body_is_parsed(client, form, monkeypatch):
         assert answer.result().status_code == 422
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/models"])
+def test_the_head_of_an_answer_can_be_asked_for(client, path):
+    answer = client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-length"] == client.get(path).headers["content-length"]
+
+
 def bounded(schema: dict) -> bool:
     """Return whether JSON of a schema has a largest size."""
     kinds = schema.get("anyOf") or [schema]
@@ -293,7 +305,7 @@ def raw(client: httpx.Client, head: str, parts, wait: float = 10.0) -> bytes:
         return answer
 
 
-HEAD = "POST /v1/edit HTTP/1.1\nHost: x\nContent-Type: application/json\n"
+HEAD = "POST /v1/edit HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
 MEGABYTE = b"x" * 2**20
 
 
@@ -320,6 +332,68 @@ def test_a_slow_body_is_refused(client):
     answer = raw(client, f"{HEAD}Content-Length: 1000\n\n", [b"{"])
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"within 1 seconds" in answer
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(Patient, "head_seconds", 0.2)
+    monkeypatch.setattr(Patient, "take_seconds", 0.2)
+
+
+@pytest.mark.parametrize(
+    "head", ["", "GET /healthz HT", "GET /healthz HTTP/1.1\nHost: localhost\nX: ", "GET / HTTP/1.1\n\nGET /"]
+)
+def test_a_connection_without_a_whole_request_is_closed(client, hasty, head):
+    # It returns when the server has closed.
+    raw(client, head, [])
+
+
+def test_a_connection_that_is_kept_is_closed_when_no_further_request_comes(client, hasty):
+    answer = raw(client, "GET /healthz HTTP/1.1\nHost: localhost\n\nGET /hea", [])
+    assert answer.count(b"HTTP/1.1 200") == 1
+
+
+def test_a_request_under_way_is_not_cut_off(client, hasty):
+    """Its body comes when a connection without a request would long be closed."""
+    late = threading.Event()
+
+    def body():
+        yield b'{"class": 1, '
+        late.wait(0.8)
+        yield b'"steps": 1}'
+
+    headers = {"content-type": "application/json"}
+    assert client.post("/v1/generate", content=body(), headers=headers).status_code == 200
+
+
+def test_an_answer_that_nobody_takes_is_let_go():
+    """The protocol is told that the transport is full, as asyncio does."""
+    ended = []
+    loop = asyncio.new_event_loop()
+
+    async def run():
+        protocol = Patient(configured(lambda scope: None), ServerState(), {})
+        protocol.take_seconds = 0
+        protocol.transport = type("Full", (), {"abort": lambda self: ended.append(True)})()
+        protocol.flow = FlowControl(protocol.transport)
+        protocol.flow.write_paused = True
+        protocol.pause_writing()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+
+    loop.run_until_complete(run())
+    loop.close()
+    assert ended
+
+
+def test_connections_are_counted(client, monkeypatch):
+    monkeypatch.setattr(Patient, "max_connections", 3)
+    with contextlib.ExitStack() as stack:
+        address = (client.base_url.host, client.base_url.port)
+        held = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(4)]
+        # The client's own connection may be one of them.
+        assert held[-1].recv(65536).startswith(b"HTTP/1.1 503")
+        assert held[-1].recv(65536) == b""
 
 
 @pytest.mark.parametrize("length", ["-5", "abc", "1e3"])

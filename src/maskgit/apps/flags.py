@@ -126,6 +126,8 @@ class Model:
 
 # A path that a proxy may show a server under.
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){1,16}")
+_ALLOWED = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_ORIGIN = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,14 @@ class Network:
     """Proxies, as addresses or networks such as 10.0.0.0/8, whose X-Forwarded-For, -Proto, -Host and -Prefix are
     believed. They must set all four, or pass on none that they were sent."""
 
+    allowed_hosts: Annotated[
+        tuple[str, ...], arg(metavar="NAME", help_behavior_hint="(default: this machine)")
+    ] = ()
+    """Names that the server may be called by, such as images.example.org, or *.example.org for all below it. What it
+    is called by this machine, and addresses, are always allowed: no other site can point those at the server."""
+    cors_origins: Annotated[tuple[str, ...], arg(metavar="ORIGIN", help_behavior_hint="(default: none)")] = ()
+    """Other sites whose pages may use the server, such as https://app.example.org."""
+
     def check(self) -> None:
         """Check what was given.
 
@@ -152,6 +162,18 @@ class Network:
                 f"-._~, but is {self.root_path!r:.200}."
             )
         self.proxies()
+        for name in self.allowed_hosts:
+            if not _ALLOWED.fullmatch(name):
+                raise ConfigError(
+                    "allowed_hosts are names such as images.example.org or *.example.org, without a port, but one is "
+                    f"{name!r:.200}."
+                )
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    "cors_origins are written like https://app.example.org or http://localhost:3000, without a path, "
+                    f"but one is {origin!r:.200}."
+                )
 
     def proxies(self) -> list[IPv4Network | IPv6Network]:
         """Return the trusted proxies as networks.

@@ -38,7 +38,7 @@ class Options(BaseModel):
         max_batch: images that it makes together.
         max_images: images that one request may ask for.
         max_per_client: images of one client that a replica accepts and has not answered yet; None is all.
-        root_path, trusted_proxies: as for `maskgit serve`.
+        root_path, trusted_proxies, allowed_hosts, cors_origins: as for `maskgit serve`.
         timeout: seconds in which a request must be answered.
         api_key_file: keys, one a line; the file must be on every node.
         num_replicas: how many there are; with max_replicas, how many at least.
@@ -62,6 +62,8 @@ class Options(BaseModel):
     max_per_client: int | None = None
     root_path: str = ""
     trusted_proxies: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
     timeout: float = Limits.timeout
     api_key_file: Path | None = None
     num_replicas: int = Field(1, ge=1)
@@ -91,7 +93,7 @@ class Options(BaseModel):
         Raises:
             ConfigError: something cannot be meant.
         """
-        network = Network(root_path=self.root_path, trusted_proxies=self.trusted_proxies)
+        network = Network(self.root_path, self.trusted_proxies, self.allowed_hosts, self.cors_origins)
         network.check()
         return network
 

@@ -84,6 +84,8 @@ def bare_app(lifespan: Any = None) -> FastAPI:
         description="Generate and edit images with a masked generative transformer.",
         docs_url=None,
         redoc_url=None,
+        # A redirection would repeat whatever host was named.
+        redirect_slashes=False,
         lifespan=lifespan,
     )
     for command, maker in MAKERS.items():

@@ -16,6 +16,7 @@ _REFERENCE = "#/components/schemas/{model}"
 _BINARY = {"type": "string", "format": "binary"}
 _ERRORS = {
     401: "The key is missing or wrong.",
+    403: "The server is called by a name that is not allowed, or used by another site's page.",
     406: "The client accepts nothing that can be made.",
     408: "The body came too slowly.",
     413: "The body or a picture is too large.",
@@ -74,6 +75,8 @@ def add_get(
         answers[503] = {"model": schemas.Health, "description": _ERRORS[503]}
     name = path.rpartition("/")[2]
     app.add_api_route(path, route, summary=summary, operation_id=name, responses=answers, response_model=None)
+    # Those who watch servers often ask for the head alone.
+    app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False, response_model=None)
 
 
 def describe_bodies(app: FastAPI) -> None:

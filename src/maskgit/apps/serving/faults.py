@@ -33,6 +33,13 @@ class UnauthorizedError(ServiceError):
     kind = "unauthorized"
 
 
+class ForeignError(ServiceError):
+    """The server is called by another's name, or used by another site's page."""
+
+    status = 403
+    kind = "foreign"
+
+
 class NotAcceptableError(ServiceError):
     """The client accepts nothing that can be made."""
 

@@ -89,7 +89,7 @@ class KeyGate:
             await self.app(scope, receive, send)
             return
         address = client_address(scope)
-        key = self._known(_header(scope, b"authorization"))
+        key = self._known(header(scope, b"authorization"))
         if key is not None or not self.keys:
             scope["maskgit.client"] = address if key is None else f"key {key}"
             await self.app(scope, receive, send)
@@ -145,7 +145,7 @@ class BodyGate:
         Raises:
             ServiceError: it is too large or too slow.
         """
-        length = _header(scope, b"content-length")
+        length = header(scope, b"content-length")
         if length.isdigit() and int(length[:20]) > self.max_bytes:
             raise self._too_large()
         parts: list[bytes] = []
@@ -191,7 +191,8 @@ def client_address(scope: MutableMapping[str, Any]) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else str(address)
 
 
-def _header(scope: MutableMapping[str, Any], name: bytes) -> bytes:
+def header(scope: MutableMapping[str, Any], name: bytes) -> bytes:
+    """Return a request's header, empty if it has none of that name."""
     return next((value for key, value in scope["headers"] if key.lower() == name), b"")
 
 

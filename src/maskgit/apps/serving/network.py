@@ -4,11 +4,15 @@ import ipaddress
 import re
 from collections.abc import MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from maskgit.apps.flags import PREFIX, Network
-from maskgit.apps.serving.gates import App, Receive, Send
+from maskgit.apps.serving.faults import ForeignError, ServiceError
+from maskgit.apps.serving.gates import App, Receive, Send, header, refuse
+from maskgit.proxies import is_loopback
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -18,7 +22,17 @@ _PROXIES_WORDS = re.compile(rb"x-forwarded-.*|x-gradio-server")
 
 
 def place(app: FastAPI, network: Network) -> None:
-    """Let an application see its requests as the clients in front of trusted proxies sent them."""
+    """Let an application see its requests as the clients in front of trusted proxies sent them, and no others'."""
+    # The last one added is the outermost.
+    if network.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=network.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["retry-after"],
+        )
+    app.add_middleware(OriginGate, network=network)
     app.add_middleware(Forwarded, network=network)
 
 
@@ -111,3 +125,50 @@ def _address(text: str) -> Address | None:
         return None
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
+
+
+class OriginGate:
+    """Refuses what is called by a name that is not ours, and what another site's page asks for.
+
+    The first keeps out sites that point a name of their own at this machine; the second, their forms.
+    Source: as net/http's CrossOriginProtection in Go 1.25 tells a browser's requests from other sites.
+    """
+
+    def __init__(self, app: App, network: Network) -> None:
+        self.app = app
+        self._names = [name.lower() for name in network.allowed_hosts]
+        self._origins = [origin.lower() for origin in network.cors_origins]
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        fault = self._fault(scope) if scope["type"] == "http" else None
+        if fault is None:
+            await self.app(scope, receive, send)
+        else:
+            await refuse(fault, receive, send)
+
+    def _fault(self, scope: MutableMapping[str, Any]) -> ServiceError | None:
+        host = header(scope, b"host").decode("latin-1").lower()
+        name = urlsplit(f"//{host}").hostname if _HOST.fullmatch(host) else None
+        if name is None or not self._allows(name):
+            return ForeignError(
+                f"The server is not called {host!r:.200}; whoever runs it may allow that with --allowed-hosts."
+            )
+        origin = header(scope, b"origin").decode("latin-1").lower()
+        site = header(scope, b"sec-fetch-site")
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") or origin in self._origins:
+            return None
+        # Older browsers say the origin alone; programs neither.
+        own = site in (b"same-origin", b"none") if site else origin.partition("://")[2] in ("", host)
+        if own and origin != "null":
+            return None
+        return ForeignError(
+            f"A page of {origin!r:.200} may not use this server; whoever runs it may allow that with --cors-origins."
+        )
+
+    def _allows(self, name: str) -> bool:
+        return (
+            is_loopback(name)
+            or _address(name) is not None
+            or name in self._names
+            or any(name.endswith(one[1:]) for one in self._names if one.startswith("*."))
+        )

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from maskgit.apps.flags import Network
 from maskgit.apps.serving.app import create_app
+from maskgit.apps.serving.connections import Patient
 from maskgit.apps.serving.service import Service
 from maskgit.errors import ConfigError
 
@@ -45,6 +46,7 @@ def configured(app: FastAPI) -> uvicorn.Config:
     """Return how uvicorn is to run the application."""
     return uvicorn.Config(
         app,
+        http=Patient,
         # What proxies say is the application's to judge.
         proxy_headers=False,
         log_config=None,

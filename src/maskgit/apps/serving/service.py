@@ -209,11 +209,17 @@ class Service:
                     raise self._worker.failure
                 state = "stopping" if self._draining else "not ready yet"
                 raise UnavailableError(f"The server is {state}; send the request to another one, or later.")
-            full = self._images + images > limits.queue_size
-            # A single large picture is always taken.
-            if full or (self._pixels and self._pixels + pixels > 4 * limits.max_pixels):
+            if self._images + images > limits.queue_size:
                 raise OverloadedError(
-                    f"All {limits.queue_size} places of the queue are taken; come again later.",
+                    f"{self._images} of the queue's {limits.queue_size} places are taken, and {images} more would be needed; "
+                    "come again later.",
+                    self.retry_after(),
+                )
+            # A single large picture is always taken.
+            if self._pixels and self._pixels + pixels > 4 * limits.max_pixels:
+                raise OverloadedError(
+                    f"Pictures of {self._pixels:,} pixels are worked on, and with these there would be more than the "
+                    f"{4 * limits.max_pixels:,} that are held at once; come again later.",
                     self.retry_after(),
                 )
             if self._clients[client] + images > most:

@@ -7,6 +7,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from maskgit.apps.flags import Marking, Model, Network
+from maskgit.apps.serving.connections import Patient
 from maskgit.apps.serving.network import place
 from maskgit.apps.webui.page import mount
 from maskgit.errors import ConfigError
@@ -40,7 +41,7 @@ def serve(model: Model, host: str, port: int, network: Network, marking: Marking
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(
-            app, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=PATIENCE
+            app, http=Patient, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=PATIENCE
         )
         # Ctrl-C is how a page is ended, nothing that went wrong.
         with suppress(KeyboardInterrupt):
