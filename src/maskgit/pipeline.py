@@ -18,8 +18,9 @@ from maskgit.config import ModelConfig, SamplerConfig, StepTables, check_count
 from maskgit.errors import ConfigError
 from maskgit.guidance import PredictLogits
 from maskgit.policies import POLICIES
+from maskgit.precision import whole_float32
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, join_outputs
-from maskgit.sampler import StepFunction, decode_step
+from maskgit.sampler import Forgetful, StepFunction, decode_step
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
 from maskgit.vocabulary import Vocabulary
@@ -99,6 +100,13 @@ class MaskGIT:
         self.tokenizer.to(device=device, dtype=dtype)
         self.transformer.to(device=device, dtype=dtype)
         return self
+
+    def free_memory(self) -> None:
+        """Give back the memory that is kept for speed: captured decoding steps, and what torch holds for later."""
+        if isinstance(self.decode_step, Forgetful):
+            self.decode_step.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def optimize(self, mode: str = "fast", **choices: Any) -> "MaskGIT":
         """Return the model made ready to run fast; see `maskgit.engine.optimize`."""
@@ -277,7 +285,8 @@ class MaskGIT:
     @torch.no_grad()
     def predict_logits(self, sequence: Tensor) -> Tensor:
         """Return the logits of the image codes: int64 (B, S) → float (B, S, num_codes)."""
-        return self.transformer(sequence, codes=self.vocabulary.num_codes)
+        with whole_float32(sequence.device, self.transformer):
+            return self.transformer(sequence, codes=self.vocabulary.num_codes)
 
     def new_predictor(self, *, known: bool = True) -> PredictLogits:
         """Return what predicts logits through one decoding: `predict_logits`, or another form of it.

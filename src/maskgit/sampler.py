@@ -5,7 +5,7 @@ Source: paper §3.2; official libml/parallel_decode.py.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -74,6 +74,15 @@ class StepFunction(Protocol):
         guides: bool,
         last: bool = False,
     ) -> Made: ...
+
+
+@runtime_checkable
+class Forgetful(Protocol):
+    """A step function that keeps memory for speed, such as captured steps."""
+
+    def forget(self) -> None:
+        """Drop it; what is needed is made anew."""
+        ...
 
 
 class Decoded(NamedTuple):

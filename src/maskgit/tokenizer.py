@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from maskgit.config import TokenizerConfig
 from maskgit.errors import ImageError
+from maskgit.precision import whole_float32
 from maskgit.quantizer import make_quantizer
 
 
@@ -169,7 +170,10 @@ class Tokenizer(nn.Module):
             raise ImageError(
                 f"Image sides must be multiples of {patch}, but are {images.shape[3]} × {images.shape[2]} pixels."
             )
-        return self.quantizer.tokens(self.encoder(images.to(self.dtype)))
+        with whole_float32(images.device, self.encoder):
+            features = self.encoder(images.to(self.dtype))
+        with whole_float32(images.device):
+            return self.quantizer.tokens(features)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -194,7 +198,8 @@ class Tokenizer(nn.Module):
             raise ImageError(
                 f"Tokens must be in [0, {codes}), but run from {tokens.min()} to {tokens.max()}."
             )
-        return self.decoder(self.quantizer.embed(tokens))
+        with whole_float32(tokens.device, self.decoder):
+            return self.decoder(self.quantizer.embed(tokens))
 
     @property
     def dtype(self) -> torch.dtype:

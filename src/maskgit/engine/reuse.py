@@ -10,6 +10,7 @@ Source: Liu et al., ReCAP, arXiv 2505.19089.
 import torch
 from torch import Tensor
 
+from maskgit.precision import whole_float32
 from maskgit.transformer import Layer, Transformer
 
 # Where more would have to be computed, it is all computed: little time is lost, and nothing is approximate.
@@ -85,6 +86,10 @@ class ContextReuse:
     def _evaluate(self, sequence: Tensor, positions: Tensor | None) -> Tensor:
         """Return the logits (B, P, K) of positions int64 (B, P), None for all, and keep keys and values."""
         transformer = self.transformer if positions is None else self.local
+        with whole_float32(sequence.device):
+            return self._run(transformer, sequence, positions)
+
+    def _run(self, transformer: Transformer, sequence: Tensor, positions: Tensor | None) -> Tensor:
         x = transformer.embed(sequence)
         if positions is None:
             self._keys_and_values = []

@@ -7,7 +7,6 @@ and KID, which are defined by the network of `inception`, and cannot be compared
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from maskgit.download import sha256
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError, unknown_name
 from maskgit.evaluation import dinov2, inception
 from maskgit.evaluation.weights import local_file, read_state_dict
+from maskgit.precision import whole_float32
 
 # Images a forward pass of a feature net sees at once, which bounds memory.
 CHUNK = 64
@@ -198,15 +198,9 @@ class FeatureNet:
         # Resizing leaves values above 1 by rounding; a NaN or another range passes no such comparison.
         if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
             raise ImageError(f"Images must be in [0, 1], but reach from {low.item():g} to {high.item():g}.")
-        with torch.autocast(x.device.type, enabled=False), _full_precision(x.device):
+        # Rounded inputs move scores.
+        with torch.autocast(x.device.type, enabled=False), whole_float32(x.device):
             return self._compute(x)
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Keep convolutions on a GPU from rounding their inputs to TensorFloat-32, which moves scores."""
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def _effnet_lite0(size: int, device: torch.device, weights: Path | None) -> FeatureNet:
