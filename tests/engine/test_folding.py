@@ -62,9 +62,9 @@ def test_gelu_in_pieces_far_from_zero():
     assert PiecewiseGelu()(torch.full((1, 1), torch.nan)).isnan()
 
 
-def test_inference_mode_leaves_nothing_behind(tiny):
+def test_inference_mode_leaves_nothing_behind(tiny, form):
     # What is made there must not be changed in place outside.
-    model = tiny.optimize("exact")
+    model = tiny.optimize(**form)
     with torch.inference_mode():
         made = model.generate([0, 1], seed=1, steps=3)
     again = model.generate([0, 1], seed=1, steps=3)

@@ -13,6 +13,7 @@ from maskgit.policies import POLICIES
 from maskgit.policies.confidence import Confidence
 from maskgit.tokenizer import Tokenizer
 from maskgit.transformer import Transformer
+from ties import assert_same_tokens
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +66,15 @@ def test_masked_tokens_are_predicted_as_ever(bundled, predictor, num_known):
         assert made.any(-1).sum(1).tolist() == [most] * len(sequence)
 
 
-def test_a_class_is_evaluated_once_at_the_first_step(bundled):
-    model = bundled.optimize("exact")
+def test_a_class_is_evaluated_once_at_the_first_step(bundled, float32):
+    model = bundled.optimize(**float32)
     expected = bundled.predict_logits(bundled.vocabulary.sequence(torch.tensor([6, 8, 6, 6])))
-    counted = Counted(model.transformer)
-    counted_locally = Counted(model.local_transformer)
+    # One network on some ways, two on others.
+    counters = [Counted(network) for network in {model.transformer, model.local_transformer}]
     predict = model.masked_predictor
     for labels, rows in (([6], 1), ([6, 8, 6, 6], 1), ([8, 8, 6, 8], 0), ([1, 2, 3, 4], 4)):
         made = predict(bundled.vocabulary.sequence(torch.tensor(labels)))
-        assert counted.take() + counted_locally.take() == rows
+        assert sum(counted.take() for counted in counters) == rows
         for row, label in enumerate(labels):
             if label in (6, 8):
                 assert torch.allclose(made[row], expected[[6, 8].index(label)], atol=1e-5)
@@ -91,31 +92,31 @@ def test_what_is_remembered_is_bounded(bundled, predictor, monkeypatch):
     assert [number - offset for number in predictor._first] == [1, 3, 4]
 
 
-def test_nothing_is_remembered_in_bfloat16(bundled):
+def test_nothing_is_remembered_in_bfloat16(bundled, bfloat16):
     # There an image would depend on the batches before it.
-    predict = bundled.optimize("exact", dtype="bfloat16").masked_predictor
+    predict = bundled.optimize(**bfloat16).masked_predictor
     predict(bundled.vocabulary.sequence(torch.tensor([6, 6, 8])))
     assert not predict._first
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_makes_the_same_images(bundled, policy):
-    arguments = {"seed": 5, "steps": 6, "policy": policy, "guidance_scale": 2.0, "num_images": 2}
+def test_every_policy_makes_the_same_images(bundled, policy, float32):
+    arguments = {"seed": 5, "steps": 5, "policy": policy, "guidance_scale": 2.0}
     expected = bundled.generate(["frog", "ship", None], **arguments)
-    model = bundled.optimize("exact")
-    for batch_size in (6, 4, 1):
+    model = bundled.optimize(**float32)
+    for batch_size in (3, 2):
         made = model.generate(["frog", "ship", None], batch_size=batch_size, **arguments)
-        assert torch.equal(made.tokens, expected.tokens)
+        assert_same_tokens(made.tokens, expected.tokens)
 
 
-def test_a_trace_tells_of_known_tokens_too(bundled):
+def test_a_trace_tells_of_known_tokens_too(bundled, float32):
     expected = bundled.generate("frog", seed=3, steps=6, return_steps=True)
-    made = bundled.optimize("exact").generate("frog", seed=3, steps=6, return_steps=True)
+    made = bundled.optimize(**float32).generate("frog", seed=3, steps=6, return_steps=True)
     assert torch.allclose(made.trace.confidence, expected.trace.confidence, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_few_layers(num_layers):
+def test_few_layers(num_layers, float32):
     torch.manual_seed(0)
     config = ModelConfig(
         tokenizer=TokenizerConfig(filters=32, channel_multipliers=(1, 1), embedding_dim=16, codebook_size=30),
@@ -127,11 +128,11 @@ def test_few_layers(num_layers):
     )  # fmt: skip
     model = MaskGIT(config, Tokenizer(config.tokenizer).eval(), Transformer(config.transformer).eval())
     expected = model.generate([0, 1, 2, 2], seed=1)
-    assert torch.equal(model.optimize("exact").generate([0, 1, 2, 2], seed=1).tokens, expected.tokens)
+    assert_same_tokens(model.optimize(**float32).generate([0, 1, 2, 2], seed=1).tokens, expected.tokens)
 
 
 @pytest.mark.parametrize("reads", [False, True])
-def test_a_policy_that_reads_known_tokens_gets_their_logits(bundled, reads, monkeypatch):
+def test_a_policy_that_reads_known_tokens_gets_their_logits(bundled, reads, monkeypatch, float32):
     seen = []
 
     @dataclass(frozen=True)
@@ -145,5 +146,5 @@ def test_a_policy_that_reads_known_tokens_gets_their_logits(bundled, reads, monk
             return super().choose(step, memory)
 
     monkeypatch.setitem(POLICIES, "reader", Reader)
-    bundled.optimize("exact").generate("frog", seed=1, steps=8, policy="reader")
+    bundled.optimize(**float32).generate("frog", seed=1, steps=8, policy="reader")
     assert seen[-1] == (0 if reads else 1)

@@ -6,11 +6,12 @@ from torch import nn
 
 from maskgit import MaskGIT
 from maskgit.batching import Batcher
-from maskgit.engine import Engine, choose, probe
-from maskgit.engine.linear import PATHS
+from maskgit.engine import Engine, choose
+from maskgit.engine.linear import ways
 from maskgit.engine.reuse import LARGEST_SHARE, ContextReuse
 from maskgit.errors import ConfigError
 from maskgit.policies import POLICIES
+from ties import assert_same_tokens
 
 
 @pytest.fixture(scope="module")
@@ -157,19 +158,19 @@ def test_rows_do_not_depend_on_their_companions(bundled, sequence, counted):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_makes_whole_images_near_the_exact_ones(bundled, policy):
-    settings = {"steps": 6, "policy": policy, "seed": 5, "temperature": 0.0, "choice_temperature": 0.0}
+def test_every_policy_makes_whole_images_near_the_exact_ones(bundled, policy, float32):
+    settings = {"steps": 5, "policy": policy, "seed": 5, "temperature": 0.0, "choice_temperature": 0.0}
     exact = bundled.generate(["frog", "ship"], **settings)
-    full = bundled.optimize("exact", reuse=1).generate(["frog", "ship"], **settings)
-    assert torch.equal(full.tokens, exact.tokens)
-    made = bundled.optimize("exact", reuse=2).generate(["frog", "ship"], **settings)
+    full = bundled.optimize(**float32, reuse=1).generate(["frog", "ship"], **settings)
+    assert_same_tokens(full.tokens, exact.tokens)
+    made = bundled.optimize(**float32, reuse=2).generate(["frog", "ship"], **settings)
     assert made.tokens.max() < 512
     assert (made.tokens == exact.tokens).float().mean() > 0.3
 
 
-def test_the_bundled_model_stays_near_and_images_are_independent(bundled, counted):
+def test_the_bundled_model_stays_near_and_images_are_independent(bundled, float32):
     asked = {"num_images": 3, "seed": 4}
-    model = bundled.optimize("exact", reuse=2)
+    model = bundled.optimize(**float32, reuse=2)
     assert model.engine.reuse == 2
     whole = model.generate(["frog", "ship"], **asked).tokens
     assert torch.equal(model.generate(["frog", "ship"], batch_size=1, **asked).tokens, whole)
@@ -177,9 +178,8 @@ def test_the_bundled_model_stays_near_and_images_are_independent(bundled, counte
     assert 0.6 < (whole == exact).float().mean() < 1
 
 
-@pytest.mark.parametrize("choices", [{"dtype": "bfloat16"}, {"quantize": "int8"}])
-def test_it_goes_with_other_types(bundled, sequence, choices):
-    model = bundled.optimize("fast", reuse=2, **choices)
+def test_it_goes_with_every_form(bundled, sequence, form):
+    model = bundled.optimize(**form, reuse=2)
     predict = model.new_predictor()
     assert torch.equal(predict(sequence), model.predict_logits(sequence))
     again, full = predict(sequence).float(), bundled.predict_logits(sequence)
@@ -187,11 +187,10 @@ def test_it_goes_with_other_types(bundled, sequence, choices):
     assert model.generate("frog", steps=3).tokens.shape == (1, 8, 8)
 
 
-def test_weights_packed_for_full_evaluations_stay_packed(bundled, monkeypatch):
-    if not PATHS["mkl"][0]():
+def test_weights_packed_for_full_evaluations_stay_packed(bundled):
+    if "mkl" not in ways(torch.float32):
         pytest.skip("this build of torch has no MKL")
-    monkeypatch.setattr(probe, "fastest", lambda dtype: "mkl")
-    model = bundled.optimize("exact", reuse=3)
+    model = bundled.optimize("exact", linear="mkl", reuse=3)
     model.generate("frog", steps=6)
     # Of a guided image and its copy without a class; local evaluations pack nothing, and share the weights.
     layer, local = model.transformer.layers[0].mlp.up, model.local_transformer.layers[0].mlp.up
@@ -208,4 +207,4 @@ def test_what_does_not_go_is_refused(bundled):
         Engine(device="cuda", graphs=True, reuse=2)
     assert not choose("fast", device=torch.device("cuda"), dtype="bfloat16", reuse=2).graphs
     with pytest.raises(ConfigError, match="leave reuse at 1"):
-        Batcher(bundled.optimize("exact", reuse=2), max_batch=1)
+        Batcher(bundled.optimize("exact", linear="torch", reuse=2), max_batch=1)

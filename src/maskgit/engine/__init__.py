@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from maskgit.compiled import Compiled
 from maskgit.config import Config, check_choice, check_count, check_range
 from maskgit.devices import choose_device
 from maskgit.engine import probe
@@ -25,7 +26,7 @@ from maskgit.engine.convolution import can_pack, prepare_convolutions
 from maskgit.engine.folding import fold_biases, replace_gelus
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import keep_freed_memory
-from maskgit.engine.linear import FIXED_ROWS, has_int8, replace_linears
+from maskgit.engine.linear import FIXED_ROWS, PATHS, replace_linears, ways
 from maskgit.engine.masked import MaskedPredictor
 from maskgit.errors import ConfigError
 
@@ -65,6 +66,10 @@ class Engine(Config):
     graphs: bool = False
     reuse: int = 1
 
+    def numbers(self) -> dict[str, Any]:
+        """Return what of it decides the last bits of numbers, as JSON values: all but which device it is."""
+        return {key: value for key, value in self.to_dict().items() if key != "device"}
+
     def validate(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("quantize", self.quantize, ("", "int8"))
@@ -73,7 +78,7 @@ class Engine(Config):
             raise ConfigError("int8 is for CPUs; on a GPU use bfloat16 (fast).")
         if self.quantize and self.dtype != "float32":
             raise ConfigError(f"int8 layers take and give float32, so the dtype cannot be {self.dtype}.")
-        if self.quantize and not has_int8():
+        if self.quantize and "int8" not in ways(torch.float32):
             raise ConfigError("This build of torch has no int8 products; use the exact or the fast mode.")
         if self.graphs and kind != "cuda":
             raise ConfigError("CUDA graphs need a CUDA device.")
@@ -84,16 +89,46 @@ class Engine(Config):
             )
 
 
-def choose(
+def choose(mode: str = "fast", **choices: Any) -> Engine:
+    """Return how a model should run: of the `alternatives` the one that was measured to be the fastest here.
+
+    Args:
+        mode: exact, fast or int8.
+        **choices: as for `alternatives`.
+
+    Raises:
+        ConfigError: a choice is unknown, not available here, or does not go with another.
+    """
+    found = alternatives(mode, **choices)
+    if len(found) == 1:
+        return found[0]
+    times = probe.measured()
+
+    def seconds(engine: Engine) -> float:
+        if engine.quantize:
+            # Where they are close, bfloat16 and float32 are the more accurate.
+            return times["int8 int8"] / 0.8
+        if not engine.compile:
+            return times[f"{engine.dtype} {engine.linear}"]
+        return min(time for name, time in times.items() if name.startswith(f"{engine.dtype} "))
+
+    return min(found, key=seconds)
+
+
+def alternatives(
     mode: str = "fast",
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     compile: bool | None = None,
     quantize: str | None = None,
+    linear: str | None = None,
     reuse: int = 1,
-) -> Engine:
-    """Return how a model should run; what is None is the mode's choice.
+) -> list[Engine]:
+    """Return the ways to run a model that are open here; what is None is the mode's choice.
+
+    Which of them is the fastest is measured, so that it may differ between machines and numbers of threads; all
+    else is the same everywhere.
 
     Args:
         mode: exact, fast or int8.
@@ -101,6 +136,7 @@ def choose(
         dtype: a type or its name.
         compile: whether to use `torch.compile`.
         quantize: "int8" or "" (no).
+        linear: the way of linear layers on a CPU, a key of `engine.linear.PATHS`.
         reuse: of so many evaluations in decoding one at least is full; above 1 there are no CUDA graphs.
 
     Raises:
@@ -114,68 +150,49 @@ def choose(
     if dtype is not None:
         named = str(dtype).removeprefix("torch.")
         check_choice("dtype", named, DTYPES)
-    if quantize is None:
-        quantize = (
-            "int8" if mode == "int8" or (mode == "fast" and named is None and _prefers_int8(kind)) else ""
-        )
-    if named is None:
-        named = "bfloat16" if mode == "fast" and not quantize and _is_fast_in_bfloat16(kind) else "float32"
+    fast = mode == "fast"
     if compile is None:
-        compile = mode == "fast" and kind == "cuda"
-    # The compiler packs weights itself.
-    packs = kind == "cpu" and named != "float16" and not quantize and not compile
-    return Engine(
-        device=str(chosen),
-        dtype=named,
-        quantize=quantize,
-        linear=probe.fastest(named) if packs else "torch",
-        compile=compile,
-        graphs=mode == "fast" and kind == "cuda" and reuse == 1,
-        reuse=reuse,
-    )
+        compile = fast and kind == "cuda"
+    forms = _forms(kind, named, fast, "int8" if mode == "int8" and quantize is None else quantize)
+    graphs = fast and kind == "cuda" and reuse == 1
+    found = []
+    for form, quantized in forms:
+        # The compiler packs weights itself.
+        packs = kind == "cpu" and form != "float16" and not quantized and not compile
+        open_ways = [way for way in ways(getattr(torch, form)) if way != "int8"] if packs else ["torch"]
+        if linear is not None:
+            check_choice("linear", linear, [name for name in PATHS if name != "int8"])
+            open_ways = [way for way in open_ways if way == linear]
+        found += [Engine(str(chosen), form, quantized, way, compile, graphs, reuse) for way in open_ways]
+    if not found:
+        asked = f"{named or 'float32'}{', compiled' if compile else ''}"
+        raise ConfigError(f"Linear layers of {asked} cannot go the way {linear!r} on this machine's {kind}.")
+    return found
 
 
-def _is_fast_in_bfloat16(kind: str) -> bool:
+def _forms(kind: str, dtype: str | None, fast: bool, quantize: str | None) -> list[tuple[str, str]]:
+    """Return the pairs of a number type and a quantization that a device may be the fastest with."""
+    if dtype is not None or quantize or not fast:
+        return [(dtype or "float32", quantize or "")]
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return [("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32", "")]
     if kind != "cpu":
-        return False
-    times = probe.measured()
-    return times[f"bfloat16 {probe.fastest('bfloat16')}"] < times[f"float32 {probe.fastest('float32')}"]
+        return [("float32", "")]
+    found = [("float32", ""), ("bfloat16", "")]
+    return found + [("float32", "int8")] * (quantize is None and "int8" in ways(torch.float32))
 
 
-def _prefers_int8(kind: str) -> bool:
-    if kind != "cpu" or not has_int8():
-        return False
-    times = probe.measured()
-    others = min(times[f"{dtype} {probe.fastest(dtype)}"] for dtype in probe.DTYPES)
-    # Where they are close, bfloat16 and float32 are the more accurate.
-    return times.get("int8 int8", float("inf")) < 0.8 * others
-
-
-def optimize(
-    model: "MaskGIT",
-    mode: str = "fast",
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    compile: bool | None = None,
-    quantize: str | None = None,
-    reuse: int = 1,
-) -> "MaskGIT":
+def optimize(model: "MaskGIT", mode: str = "fast", **choices: Any) -> "MaskGIT":
     """Return the model made ready to run fast; the one it is made from stays as it is.
 
     Weights that need not change are shared. The returned model is for running: with bfloat16, float16 or int8
     weights it is not the one to save.
 
     Args:
+        model: as it was loaded.
         mode: "exact", "fast" or "int8".
-        device: where to run; None stays where the model is.
-        dtype: float32, bfloat16 or float16 in place of the mode's choice.
-        compile: whether `torch.compile` builds the networks, in place of the mode's choice.
-        quantize: "int8" or "" in place of the mode's choice.
-        reuse: above 1, decoding is approximate: of so many evaluations in a row one at least is full, and the
-            others compute only tokens that are masked or new (`engine.reuse`).
+        **choices: as for `alternatives`, in place of the mode's own; the device is the model's if none is given.
+            With reuse above 1, decoding is approximate (`engine.reuse`).
 
     Returns:
         A `MaskGIT` whose `engine` says how it runs.
@@ -184,20 +201,28 @@ def optimize(
         ConfigError: a choice is unknown, not available here, or does not go with another; or the model was
             optimized before.
     """
+    if choices.get("device") is None:
+        choices["device"] = model.device
+    return build(model, choose(mode, **choices))
+
+
+def build(model: "MaskGIT", engine: Engine) -> "MaskGIT":
+    """Return the model made to run as an engine says; see `optimize`.
+
+    Raises:
+        ConfigError: the model was optimized before, or this machine cannot run it so.
+    """
     from maskgit.pipeline import MaskGIT
 
     if model.engine is not None:
         raise ConfigError("This model is optimized already; optimize the one that it was made from.")
-    engine = choose(
-        mode,
-        device=device or model.device,
-        dtype=dtype,
-        compile=compile,
-        quantize=quantize,
-        reuse=reuse,
-    )
+    form: torch.dtype = getattr(torch, engine.dtype)
+    if engine.device == "cpu" and (engine.quantize or engine.linear) not in ways(form):
+        raise ConfigError(
+            f"This machine has no {engine.quantize or engine.linear!r} products of {engine.dtype}, which the engine asks for."
+        )
     made = MaskGIT(model.config, _shared(model.tokenizer), _shared(model.transformer))
-    made.to(torch.device(engine.device), getattr(torch, engine.dtype))
+    made.to(torch.device(engine.device), form)
     if engine.device == "cpu":
         keep_freed_memory()
         if engine.dtype == "float32" and engine.linear != "onednn" and not engine.compile:
@@ -210,17 +235,14 @@ def optimize(
         replace_linears(
             made.transformer.layers if engine.quantize else made.transformer, engine.quantize or engine.linear
         )
-    # Channels last pays for convolutions everywhere; where the device is a GPU, in half precision.
-    if engine.device == "cpu" or engine.dtype != "float32":
-        kind: torch.dtype = getattr(torch, engine.dtype)
-        pack = engine.device == "cpu" and kind != torch.float16 and not engine.compile and can_pack(kind)
+    # On a GPU channels last pays in half precision, and there only where the compiler joins the norms between.
+    if engine.device == "cpu" or (engine.compile and engine.dtype != "float32"):
+        pack = engine.device == "cpu" and form != torch.float16 and not engine.compile and can_pack(form)
         prepare_convolutions(made.tokenizer, pack=pack)
-    if engine.device.startswith("cuda") and mode == "exact":
-        # On by default, and three digits short of float32; set for the whole process, as torch has it.
-        torch.backends.cudnn.allow_tf32 = False
     if engine.compile:
         for network in (made.transformer, made.tokenizer.decoder, made.tokenizer.encoder):
-            network.compile(**COMPILE_OPTIONS[torch.device(engine.device).type])
+            options = COMPILE_OPTIONS[torch.device(engine.device).type]
+            network.forward = Compiled(network.forward, **options)  # type: ignore[method-assign]
     elif engine.device == "cpu" and engine.reuse == 1 and len(made.transformer.layers) > 1:
         made.masked_predictor = MaskedPredictor(
             made.transformer,

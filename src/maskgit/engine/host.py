@@ -1,4 +1,4 @@
-"""What the host gives a process: memory that is kept when freed, and threads."""
+"""What the host gives a process: memory that is kept when freed, threads, and bfloat16."""
 
 import ctypes
 import math
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
+
+from maskgit.engine.linear import ways
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 256 * 2**20
@@ -49,3 +51,16 @@ def cpu_quota() -> float | None:
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return None
+
+
+def has_bfloat16_units() -> bool:
+    """Return whether this CPU multiplies bfloat16 by instructions of its own, and oneDNN may use them.
+
+    Without them bfloat16 is slower than float32. Where torch does not say what the CPU has, the answer is no.
+    """
+    said: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    if "avx512_bf16" not in said:
+        # Not promised by torch.
+        ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        said = {"avx512_bf16": ask is not None and ask()}
+    return bool(said["avx512_bf16"]) and "onednn" in ways(torch.bfloat16)

@@ -3,6 +3,7 @@
 Shapes: M rows (of all images of a batch), I inputs, O outputs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -74,8 +75,8 @@ class OneDnnLinear(nn.Linear):
 class Int8Linear(nn.Module):
     """A linear layer in int8: weights scaled by output, inputs by row as they come.
 
-    Rows have scales of their own, so an image does not depend on its companions. Where the CPU adds pairs of
-    products in 16 bits (no VNNI), inputs have 7 bits, for 8 would overflow.
+    Rows have scales of their own, so an image does not depend on its companions. Where pairs of products are added
+    in 16 bits (on CPUs without VNNI), inputs have 7 bits, for 8 would overflow.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -87,15 +88,13 @@ class Int8Linear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         quantized = (weight / self.scales[:, None]).round().to(torch.int8)
         self.pack = torch.ops.onednn.qlinear_prepack(quantized, None)
-        self.largest = 127 if has_vnni() else 63
+        self.largest = 127 if adds_in_32_bits() else 63
 
     def forward(self, input: Tensor) -> Tensor:
         scale = input.abs().amax(-1, keepdim=True).clamp(min=1e-12) / self.largest
-        rows = (input / scale).round_()
-        if self.largest == 127:
-            rows, zero = rows.to(torch.int8), 0
-        else:
-            rows, zero = rows.add_(64).to(torch.uint8), 64
+        # Without a sign: for signed inputs oneDNN has nothing but plain loops where there is no AMX.
+        zero = self.largest + 1
+        rows = (input / scale).round_().add_(zero).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
             rows, 1.0, zero, self.pack, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
@@ -107,14 +106,20 @@ def has_int8() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
-def has_vnni() -> bool:
-    """Return whether the CPU adds products of int8 in 32 bits."""
-    # Not promised by torch; where it cannot be asked, 7 bits are safe.
-    look = getattr(torch.cpu, "_is_vnni_supported", None)
-    return look is not None and bool(look())
+@functools.cache
+def adds_in_32_bits() -> bool:
+    """Return whether oneDNN adds products of int8 in 32 bits here, not pairs of them in 16, which may overflow."""
+    # Whether the CPU has VNNI and whether oneDNN may use it only a product tells.
+    rows, weight = torch.full((2, 64), 255, dtype=torch.uint8), torch.full((64, 64), 127, dtype=torch.int8)
+    ones, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int64)
+    pack = torch.ops.onednn.qlinear_prepack(weight, None)
+    product = torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 128, pack, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return bool((product == 127 * 127 * 64).all())
 
 
-# How a layer may be computed: whether this torch can, and how to make the layer's module.
+# How a layer may be computed: whether this build of torch can, and how to make the layer's module.
 PATHS: dict[str, tuple[Callable[[], bool], Callable[[nn.Linear], nn.Module]]] = {
     "torch": (lambda: True, lambda linear: linear),
     "mkl": (has_mkl, MklLinear.of),
@@ -123,6 +128,32 @@ PATHS: dict[str, tuple[Callable[[], bool], Callable[[nn.Linear], nn.Module]]] = 
 }
 # What packs anew for another number of rows, which takes longer than it saves if that number keeps changing.
 FIXED_ROWS = ("mkl",)
+
+
+@functools.cache
+def ways(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the keys of `PATHS` by which a layer of a type can be computed here.
+
+    Each is tried on a small layer: what oneDNN and MKL can do on a CPU, or are allowed to, only they know. "int8"
+    takes and gives float32.
+    """
+    return tuple(name for name, (there, make) in PATHS.items() if there() and _works(name, make, dtype))
+
+
+@torch.no_grad()
+def _works(name: str, make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype) -> bool:
+    if name in ("mkl", "int8") and dtype != torch.float32:
+        return False
+    with torch.inference_mode(False):
+        layer = nn.Linear(16, 16, dtype=dtype, device="meta").to_empty(device="cpu").requires_grad_(False)
+        for parameter in layer.parameters():
+            parameter.zero_()
+        try:
+            make(layer)(torch.zeros(2, 16, dtype=dtype))
+        # As for bfloat16 in oneDNN where the CPU has no instructions for it.
+        except RuntimeError:
+            return False
+    return True
 
 
 def replace_linears(module: nn.Module, path: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit.download import cache_dir
-from maskgit.engine.linear import PATHS, Int8Linear
+from maskgit.engine.linear import PATHS, ways
 
 # One image of the 256 model through the first layer of its MLP.
 ROWS, INPUTS, OUTPUTS = 257, 768, 3072
@@ -23,62 +23,52 @@ ROUNDS = 5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def fastest(dtype: str, *, refresh: bool = False) -> str:
-    """Return the fastest way (a key of `linear.PATHS`) to compute a linear layer in a type.
-
-    Args:
-        dtype: float32 or bfloat16.
-        refresh: measure anew.
-    """
-    times = measured(refresh=refresh)
-    names = [name.partition(" ")[2] for name in times if name.startswith(f"{dtype} ")]
-    return min(names, key=lambda name: times[f"{dtype} {name}"])
+def names() -> list[str]:
+    """Return the types and ways that there are to measure here, such as "float32 mkl" and "int8 int8"."""
+    found = [f"{dtype} {way}" for dtype, kind in DTYPES.items() for way in ways(kind) if way != "int8"]
+    return found + ["int8 int8"] * ("int8" in ways(torch.float32))
 
 
 def measured(*, refresh: bool = False) -> dict[str, float]:
-    """Return the seconds of each type and way, such as {"float32 mkl": 0.003}; "int8" is float32 in and out.
+    """Return the seconds of each of `names`; "int8" is float32 in and out.
 
     They are read from the cache if this CPU was measured by this torch with as many threads, and else written.
     """
-    path = cache_dir() / "cpu" / f"{_machine()}.json"
+    path = place(torch.get_num_threads())
     if not refresh:
         known = _read(path)
         if known is not None:
             return known
-    times = _measure()
-    return _keep(path, times, replace=refresh)
+    return keep(path, _measure(), replace=refresh)
 
 
-def _machine() -> str:
-    """Name what the times depend on."""
+def place(threads: int) -> Path:
+    """Return the file of the cache that holds this CPU's times with so many threads."""
     name = torch.backends.cpu.get_cpu_capability()
     about: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     parts = [
         about.get("architecture", "cpu"),
         about.get("cpu_name", ""),
         name,
-        f"{torch.get_num_threads()}threads",
+        f"{threads}threads",
+        # What oneDNN can do here does not follow from the CPU alone.
+        f"{len(names())}ways",
     ]
     text = "-".join([*map(str, parts), torch.__version__])
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)[:120]
+    return (
+        cache_dir() / "cpu" / ("".join(c if c.isalnum() or c in ".-" else "_" for c in text)[:120] + ".json")
+    )
 
 
 def _measure() -> dict[str, float]:
     rows = torch.randn(1, ROWS, INPUTS, generator=torch.Generator().manual_seed(0))
-    layer = nn.Linear(INPUTS, OUTPUTS).requires_grad_(False)
     calls: dict[str, Callable[[], Tensor]] = {}
-    for dtype, kind in DTYPES.items():
-        x, typed = rows.to(kind), nn.Linear(INPUTS, OUTPUTS, dtype=kind).requires_grad_(False)
-        for name, (there, make) in PATHS.items():
-            if name == "int8" or not there() or (name == "mkl" and dtype != "float32"):
-                continue
-            try:
-                calls[f"{dtype} {name}"] = _call(make(typed), x)
-            except RuntimeError:
-                # oneDNN packs bfloat16 only where the CPU has instructions for it.
-                continue
-    if PATHS["int8"][0]():
-        calls["int8 int8"] = _call(Int8Linear(layer), rows)
+    for name in names():
+        dtype, _, way = name.partition(" ")
+        # int8 layers take float32 and give it.
+        kind = DTYPES.get(dtype, torch.float32)
+        layer = nn.Linear(INPUTS, OUTPUTS, dtype=kind).requires_grad_(False)
+        calls[name] = _call(PATHS[way][1](layer), rows.to(kind))
     return dict(zip(calls, time_in_turns(list(calls.values())), strict=True))
 
 
@@ -105,13 +95,12 @@ def _read(path: Path) -> dict[str, float] | None:
         times = json.loads(path.read_text("utf-8"))
         if not all(isinstance(seconds, float) and seconds > 0 for seconds in times.values()):
             return None
-        known = {f"{dtype} {name}" for dtype in DTYPES for name in PATHS} | {"int8 int8"}
-        return times if {"float32 torch", "bfloat16 torch"} <= times.keys() <= known else None
+        return times if times.keys() == set(names()) else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
-def _keep(path: Path, times: dict[str, float], *, replace: bool) -> dict[str, float]:
+def keep(path: Path, times: dict[str, float], *, replace: bool) -> dict[str, float]:
     """Write what was measured and return what is remembered: another process may have been first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

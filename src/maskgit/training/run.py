@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from maskgit.config import Config, check_choice
 from maskgit.devices import choose_device
+from maskgit.engine.host import has_bfloat16_units
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
 from maskgit.files import write_bytes
 from maskgit.training.caches import ImageCache, TokenCache
@@ -334,7 +335,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        fast = device.type == "cpu" and has_bfloat16_units()
     return torch.bfloat16 if fast else torch.float32
 
 
