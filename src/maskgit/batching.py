@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from maskgit.config import SamplerConfig, check_count
+from maskgit.devices import send
 from maskgit.errors import ConfigError
 from maskgit.noise import ImageNoise, seed_words
 from maskgit.pipeline import MaskGIT
@@ -98,7 +99,7 @@ class _Plan:
         policy: which tokens stay.
         guides: whether any step is guided; every step of a batch then is, at a scale of 1 where it is not.
         first: the step that decoding begins at.
-        numbers: float64 (steps made, 9), each step's `Numbers`, packed.
+        numbers: float32 (steps made, 9), each step's `Numbers`, packed.
     """
 
     key: tuple[str, str, bool]
@@ -110,13 +111,15 @@ class _Plan:
 
 @dataclass
 class _Row:
-    """A job in the batch: int64 and bool (S,) and the policy's memory of it, on the device."""
+    """A job in the batch; its tensors are on the device: sequence and free (S,), its seed's words and its index."""
 
     job: Job
     plan: _Plan
     sequence: Tensor
     free: Tensor
-    memory: Memory
+    words: Tensor
+    index: Tensor
+    memory: Memory = ()
     made: int = 0
 
     @property
@@ -149,7 +152,7 @@ class Batcher:
             max_batch: images in the batch; further ones wait.
             sizes: rows that a batch is padded to, the fewest that are enough; None is max_batch alone. Only
                 sizes whose rows get the same bits (`equal_sizes`) keep a job's result independent of its
-                companions.
+                companions to the bit.
             decode_size: images that go through the tokenizer's decoder at once; None is 1 on a CPU and 8
                 elsewhere.
 
@@ -243,12 +246,19 @@ class Batcher:
 
     @torch.no_grad()
     def _begin(self, job: Job) -> _Row:
-        device = self.model.device
-        free = free_tokens(job.sequence[None], self.model.vocabulary.mask)
+        free = free_tokens(job.sequence[None], self.model.vocabulary.mask)[0]
         plan = self._plan(job, int(free.sum()))
-        free = free.to(device)
-        memory = begin(plan.policy, free, self.model.vocabulary.num_codes, self._noise([job]))
-        return _Row(job, plan, job.sequence.to(device), free[0], tuple(part[0] for part in memory))
+        size, about = len(free), seed_words([job.seed])[0]
+        # All at once, since each copy has a price.
+        packed = send(
+            torch.cat([job.sequence, free.long(), about, torch.tensor([job.index])]), self.model.device
+        )
+        sequence, free, words, index = packed.split([size, size, 2, 1])
+        row = _Row(job, plan, sequence, free.bool(), words, index[0])
+        noise = self._noise([row])
+        memory = begin(plan.policy, row.free[None], self.model.vocabulary.num_codes, noise)
+        row.memory = tuple(part[0] for part in memory)
+        return row
 
     def _plan(self, job: Job, num_free: int) -> _Plan:
         key = (json.dumps(job.config.to_dict(), sort_keys=True), job.start_step, num_free)
@@ -259,40 +269,47 @@ class Batcher:
         self._plans.move_to_end(key)
         return self._plans[key]
 
-    def _noise(self, jobs: list[Job]) -> ImageNoise:
-        device = self.model.device
+    def _noise(self, rows: list[_Row]) -> ImageNoise:
         return ImageNoise(
-            seed_words([job.seed for job in jobs], device),
-            torch.tensor([job.index for job in jobs], device=device),
+            torch.stack([row.words for row in rows]),
+            torch.stack([row.index for row in rows]),
             self.model.vocabulary.num_tokens + 1,
             self.model.vocabulary.num_codes,
         )
 
     @torch.no_grad()
     def _advance(self, rows: list[_Row]) -> list[News]:
-        """Make a step of rows of one key; they are changed only once all has gone well."""
+        """Make a step of rows of one key; they are changed only once all has gone well.
+
+        Where the policy does not adapt, the device is waited for by rows that tell their steps alone. The tokens of
+        rows that have ended stay there, to be decoded.
+        """
         plan = rows[0].plan
         size = next(size for size in self.sizes if size >= len(rows))
         padded = rows + rows[:1] * (size - len(rows))
-        numbers = torch.stack([row.plan.numbers[row.made] for row in padded])
+        numbers = send(torch.stack([row.plan.numbers[row.made] for row in padded]), self.model.device)
         made = self.model.decode_step(
             self.model.predict_logits,
             torch.stack([row.sequence for row in padded]),
             torch.stack([row.free for row in padded]),
             tuple(torch.stack(parts) for parts in zip(*(row.memory for row in padded), strict=True)),
-            Numbers.unpack(numbers.to(self.model.device)),
+            Numbers.unpack(numbers),
             policy=plan.policy,
             mask_token=self.model.vocabulary.mask,
-            noise=self._noise([row.job for row in padded]),
+            noise=self._noise(padded),
             guides=plan.guides,
         )
         if plan.policy.adapts:
             ended = (~made.again.any(-1)).tolist()
         else:
             ended = [row.at_last for row in padded]
-        told = [i for i, row in enumerate(rows) if row.job.told or ended[i]]
-        grids = self.model.vocabulary.grid(made.tokens[told]).cpu() if told else ()
-        news = [News(rows[i].job, rows[i].step, tokens=tokens) for i, tokens in zip(told, grids, strict=True)]
+        grids = self.model.vocabulary.grid(made.tokens).unbind()
+        told = [i for i, row in enumerate(rows) if row.job.told and not ended[i]]
+        news = [News(row.job, row.step, tokens=grids[i]) for i, row in enumerate(rows) if ended[i]]
+        if told:
+            landed = torch.stack([grids[i] for i in told]).cpu()
+            pairs = zip(told, landed, strict=True)
+            news += [News(rows[i].job, rows[i].step, tokens=tokens) for i, tokens in pairs]
         for i, row in enumerate(rows):
             row.sequence, row.memory = made.sequence[i], tuple(part[i] for part in made.memory)
             row.made = len(row.plan.numbers) if ended[i] else row.made + 1
@@ -300,8 +317,8 @@ class Batcher:
 
     def _show(self, finished: list[News]) -> list[News]:
         tokens = torch.stack([item.tokens for item in finished if item.tokens is not None])
-        pixels = self.decode(tokens)
-        return [item._replace(pixels=image) for item, image in zip(finished, pixels, strict=True)]
+        landed = zip(finished, self.decode(tokens), tokens.cpu(), strict=True)
+        return [item._replace(tokens=grid, pixels=pixels) for item, pixels, grid in landed]
 
     def _survive(
         self,
@@ -325,8 +342,7 @@ class Batcher:
             if ran_out_of_memory(failure):
                 # The failed step's tensors live as long as its error.
                 failure = failure.with_traceback(None)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                self.model.free_memory()
                 if halve():
                     self.halvings += 1
                     items = part + items

@@ -1,10 +1,11 @@
-"""Choosing where to run, and building networks without memory."""
+"""Choosing where to run, going there, and building networks without memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from maskgit.errors import ConfigError
@@ -30,6 +31,23 @@ def choose_device(name: str = "auto") -> torch.device:
     except Exception as error:
         raise ConfigError(f"The device {name!r} is not available here; try --device cpu.") from error
     return device
+
+
+def make_current(device: torch.device) -> torch.device:
+    """Let this process's CUDA calls that name no device mean this one, and return it.
+
+    For programs; a library leaves that to whoever uses it.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device, without waiting for CUDA."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskgit.config import SamplerConfig, check_count
+from maskgit.devices import send
 from maskgit.noise import ImageNoise
 from maskgit.policies import make_policy
 from maskgit.policies.base import log_probs_of
@@ -87,7 +88,7 @@ def fill_batches(
     waiting: _Landing | None = None
     for start in range(0, len(sequences), batch_size):
         rows = slice(start, start + batch_size)
-        batch = sequences[rows].to(model.device)
+        batch = send(sequences[rows], model.device)
         indices = torch.arange(first_index + start, first_index + start + len(batch), device=model.device)
         noise = ImageNoise(seed, indices, batch.shape[1], model.vocabulary.num_codes)
         part = None if switch is None else (switch[0], switch[1][rows].to(model.device))
@@ -153,14 +154,14 @@ def _record(model: "MaskGIT", made: Decoded) -> Trace:
 
 
 class _Landing:
-    """A batch on its way to the CPU."""
+    """A batch on its way to the CPU; on CUDA nobody waits for it yet."""
 
     def __init__(self, pixels: Tensor, tokens: Tensor, history: list[Trace]) -> None:
-        self.parts = [part.to("cpu", non_blocking=True) for part in (pixels, tokens)]
+        self.parts = [part.to("cpu", non_blocking=pixels.is_cuda) for part in (pixels, tokens)]
         self.history = history
         self.landed = torch.cuda.Event() if pixels.is_cuda else None
         if self.landed is not None:
-            self.landed.record()
+            self.landed.record(torch.cuda.current_stream(pixels.device))
 
     def output(self) -> Output:
         """Wait for it."""

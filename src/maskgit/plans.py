@@ -39,14 +39,14 @@ class Numbers(NamedTuple):
     guidance_scale: Tensor
 
     def pack(self) -> Tensor:
-        """Return all of them in one tensor, float64 (B, 9), which holds each exactly."""
-        return torch.cat([part.double() for part in self], dim=1)
+        """Return all of them in one tensor, float32 (B, 9), which holds each exactly: the counts are below 2²⁴."""
+        return torch.cat([part.float() for part in self], dim=1)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> "Numbers":
-        """Return what was packed: float64 (B, 9) → nine tensors (B, 1)."""
+        """Return what was packed: float32 (B, 9) → nine tensors (B, 1)."""
         parts = packed.split(1, dim=1)
-        return cls(*(part.long() for part in parts[:4]), *(part.float() for part in parts[4:]))
+        return cls(*(part.long() for part in parts[:4]), *parts[4:])
 
 
 class Plan(NamedTuple):

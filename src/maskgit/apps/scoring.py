@@ -17,12 +17,12 @@ def own_device(name: str) -> "torch.device":
     Raises:
         ConfigError: there is no such device here.
     """
-    from maskgit.devices import choose_device
+    from maskgit.devices import choose_device, make_current
 
     chosen = choose_device(name)
     if chosen.type == "cuda" and chosen.index is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return chosen
+        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return make_current(chosen)
 
 
 class Bars:

@@ -24,6 +24,7 @@ from maskgit.apps.serving.faults import (
     UnavailableError,
 )
 from maskgit.batching import Batcher, Job, News, equal_sizes, ran_out_of_memory
+from maskgit.engine.graphs import fixed_sizes
 from maskgit.pipeline import MaskGIT
 
 T = TypeVar("T")
@@ -218,14 +219,26 @@ class Worker:
         """Run everything once, so that the first request does not pay for it, and find out what is broken."""
         started = time.perf_counter()
         model, engine = self.model, self.model.engine
-        # A compiled or captured network is built anew for every size, which takes long.
-        if engine is None or not (engine.compile or engine.graphs):
+        counts: tuple[int, ...] = (1,)
+        if engine is not None and (engine.compile or engine.graphs):
+            # In few rows a GPU rounds otherwise than in many, but one image is not to pay for the whole batch. Each
+            # size is compiled or captured for itself.
+            counts = self.batcher.sizes = fixed_sizes(self.batcher.max_batch)
+        else:
             self.batcher.sizes = equal_sizes(model, self.batcher.max_batch)
         label = -1 if model.config.label_dropout else 0
         sequence = model.vocabulary.sequence(torch.tensor([label]))[0]
         own = model.config.sampler
-        for config in (own, replace(own, guidance_scale=1.0)):
-            self.batcher.add(Job(sequence, config))
+        # The largest first: what is too large is known at once, and the others fit into its memory.
+        for count in reversed(counts):
+            for config in (own, replace(own, guidance_scale=1.0)):
+                for index in range(count):
+                    self.batcher.add(Job(sequence, config, index=index))
+                self._finish_warm_up()
+        model.encode_pixels(torch.zeros(1, 3, model.config.image_size, model.config.image_size))
+        self.stats.seconds_per_image = time.perf_counter() - started
+
+    def _finish_warm_up(self) -> None:
         while len(self.batcher):
             for news in self.batcher.step():
                 if news.error is not None:
@@ -234,8 +247,6 @@ class Worker:
                     raise FailedError(
                         "The model makes NaN: its weights, or the type computed in, are broken."
                     )
-        model.encode_pixels(torch.zeros(1, 3, model.config.image_size, model.config.image_size))
-        self.stats.seconds_per_image = time.perf_counter() - started
 
     def _turn(self) -> None:
         """Run what was called for, and make a step."""
