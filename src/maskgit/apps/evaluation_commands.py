@@ -48,17 +48,25 @@ def evaluate(
     elif reconstructions.lpips or reconstructions.lpips_weights:
         raise ConfigError("LPIPS compares reconstructions with their originals: say --reconstruction too.")
     else:
-        evaluation = _of_samples(model, reference, net, work, samples, sampler)
+        evaluation = _of_samples(model, reference, out, net, work, samples, sampler)
     with Bars() as bars:
         path = evaluation.run(out, bars)
     print_report(out, path)
 
 
 def _of_samples(
-    model: str, reference: str, net: Net, work: WorkFlags, samples: SampleFlags, sampler: Sampler
+    model: str,
+    reference: str,
+    out: Path,
+    net: Net,
+    work: WorkFlags,
+    samples: SampleFlags,
+    sampler: Sampler,
 ) -> "SampleEvaluation":
     from maskgit.apps.picture_sets import open_pictures, open_reference
+    from maskgit.engine import build
     from maskgit.evaluation.evaluate import EvaluationConfig, SampleEvaluation
+    from maskgit.evaluation.running import agreed_engine
     from maskgit.evaluation.sampling import SampleConfig
     from maskgit.training.checkpoint import weights_fingerprint
 
@@ -86,8 +94,9 @@ def _of_samples(
     )
     plain = Model(model, str(device)).plain()
     stages = {"tokenizer": plain.tokenizer, "transformer": plain.transformer}
+    asked = {"device": plain.device, "dtype": work.dtype, "reuse": work.speed.reuse}
     return SampleEvaluation(
-        model=plain.optimize(work.speed.mode, dtype=work.dtype, reuse=work.speed.reuse),
+        model=build(plain, agreed_engine(out, work.speed.mode, **asked)),
         name=model,
         weights={name: weights_fingerprint(stage) for name, stage in stages.items()},
         net=net.load(device),

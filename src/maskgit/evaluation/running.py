@@ -1,20 +1,67 @@
 """Doing an evaluation's works together with other processes, until one of them writes the report.
 
 OUT/work/NAME/…             the units of each work (see `units`): samples, reference, training, curve-…
+OUT/work/engine.json        how the model runs, as the first process measured it to be the fastest
 OUT/report.json, .html      written by the first process that finds all units done
 """
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from maskgit.engine import DTYPES, Engine, alternatives, choose
+from maskgit.engine.linear import PATHS, ways
+from maskgit.errors import ConfigError
 from maskgit.evaluation.report import JSON_NAME, Report, write_report
-from maskgit.evaluation.units import Units, Work, claim
+from maskgit.evaluation.units import PLAN, Units, Work, agree, claim
 from maskgit.files import check_writable
 
-WORK = "work"
+WORK, ENGINE = "work", "engine.json"
 # Called with a work's name and its units done and in all.
 Progress = Callable[[str, int, int], None]
+
+
+def agreed_engine(out: Path, mode: str, **choices: Any) -> Engine:
+    """Return how the model runs in all processes of an evaluation, which decides the last bits of its images.
+
+    The first process stores what it measured to be the fastest of what was asked for; the others use that,
+    whatever they would measure themselves.
+
+    Args:
+        out: the folder of the evaluation.
+        mode, **choices: what is asked for; see `maskgit.engine.alternatives`.
+
+    Raises:
+        ConfigError: a choice is not allowed, or this machine lacks what the evaluation was begun with.
+    """
+    found = {json.dumps(engine.numbers()): engine for engine in alternatives(mode, **choices)}
+    path = out / WORK / ENGINE
+    before = out / WORK / "samples" / PLAN
+    if path.exists():
+        stored = agree(path, None)
+    elif before.exists():
+        # Evaluations of before had their engine in this plan alone.
+        plan = agree(before, None)
+        stored = plan.get("engine") if isinstance(plan, dict) else None
+    else:
+        check_writable(out)
+        stored = agree(path, choose(mode, **choices).numbers())
+    if json.dumps(stored) in found:
+        return found[json.dumps(stored)]
+    engine = choose(mode, **choices)
+    wanted = stored if isinstance(stored, dict) else {}
+    kind, way = wanted.get("dtype"), wanted.get("quantize") or wanted.get("linear")
+    if engine.device == "cpu" and kind in DTYPES and way in PATHS and way not in ways(getattr(torch, kind)):
+        raise ConfigError(
+            f"{out} was begun with {way} products of {kind}, which this machine does not have: go on with it on a "
+            "machine like the first, or choose another folder."
+        )
+    # What else differs, the works' own plans name.
+    return engine
 
 
 def run_works(

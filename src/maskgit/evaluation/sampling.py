@@ -185,7 +185,7 @@ def _engine(model: MaskGIT) -> dict[str, Any]:
     """Return what of the way a model runs decides the last bits; which of several devices does not."""
     if model.engine is None:
         return {"dtype": str(next(model.transformer.parameters()).dtype).removeprefix("torch.")}
-    return {key: value for key, value in model.engine.to_dict().items() if key != "device"}
+    return model.engine.numbers()
 
 
 class RealImages:

@@ -176,22 +176,7 @@ class Units:
                 path.unlink(missing_ok=True)
 
     def _join(self) -> None:
-        path = self.folder / PLAN
-        if not path.exists():
-            # Written whole and then linked, which fails where another process was first.
-            draft = self.folder / f".{PLAN}.{socket.gethostname()}.{os.getpid()}"
-            write_bytes(draft, json.dumps(self.plan, indent=1).encode() + b"\n")
-            try:
-                with suppress(FileExistsError):
-                    os.link(draft, path)
-            except OSError as error:
-                raise output_error(path, error) from error
-            finally:
-                draft.unlink(missing_ok=True)
-        try:
-            found = json.loads(path.read_text("utf-8")) if path.stat().st_size < MAX_PLAN_BYTES else None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} cannot be read: remove {self.folder} to begin anew.") from error
+        found = agree(self.folder / PLAN, self.plan)
         if found != self.plan:
             raise ConfigError(
                 f"{self.folder} was begun with other settings ({_difference(found, self.plan)}): give those "
@@ -269,6 +254,30 @@ class Units:
             raise output_error(path, error) from error
         finally:
             shutil.rmtree(grave, ignore_errors=True)
+
+
+def agree(path: Path, value: Any) -> Any:
+    """Store a JSON value, unless another process was first, and return the one that is stored.
+
+    Raises:
+        ConfigError: what is stored cannot be read.
+        OutputError: the file cannot be written.
+    """
+    if not path.exists():
+        # Written whole and then linked, which fails where another process was first.
+        draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        write_bytes(draft, json.dumps(value, indent=1).encode() + b"\n")
+        try:
+            with suppress(FileExistsError):
+                os.link(draft, path)
+        except OSError as error:
+            raise output_error(path, error) from error
+        finally:
+            draft.unlink(missing_ok=True)
+    try:
+        return json.loads(path.read_text("utf-8")) if path.stat().st_size < MAX_PLAN_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: remove {path.parent} to begin anew.") from error
 
 
 @contextmanager
