@@ -1,6 +1,7 @@
 """Flags that several commands share: which model, and how it decodes."""
 
 import json
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +20,8 @@ def _own(metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint="(default: the model's own)")
 
 
+FAST_NOTE = "maskgit: bfloat16 on this GPU (--fast); --exact makes the same tokens as on any other machine."
+
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     arg(metavar="{float32,bfloat16,float16}", help_behavior_hint="(default: float32, or as --fast has it)"),
@@ -27,12 +30,14 @@ Dtype = Annotated[
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast, and how exactly: the first of these modes that is given, or exact."""
+    """How fast, and how exactly: one of these modes."""
 
     exact: FlagCreatePairsOff[bool] = False
-    """float32, with the same tokens as plain networks; this is what is done if nothing is said."""
+    """float32, with the same tokens as plain networks. If nothing is said, this is done on CPUs, and by commands that
+    score images everywhere."""
     fast: FlagCreatePairsOff[bool] = False
-    """bfloat16 on GPUs; on CPUs bfloat16 or int8, whichever this one is faster at. Images differ a little."""
+    """On GPUs bfloat16, compiled, which other commands do there if nothing is said; on CPUs bfloat16 or int8,
+    whichever this one is faster at. Images differ a little."""
     int8: FlagCreatePairsOff[bool] = False
     """int8 layers, on CPUs. Images differ a little."""
     reuse: Annotated[int, arg(metavar="INT")] = 1
@@ -40,8 +45,8 @@ class Speed:
     are masked or new. Faster; images differ, and may be worse."""
 
     @property
-    def mode(self) -> str:
-        """A name in `engine.MODES`.
+    def asked(self) -> str | None:
+        """A name in `engine.MODES`, or None if nothing is said.
 
         Raises:
             ConfigError: two were given.
@@ -49,7 +54,12 @@ class Speed:
         given = [name for name in ("exact", "fast", "int8") if getattr(self, name)]
         if len(given) > 1:
             raise ConfigError(f"Choose one of --{' and --'.join(given)}.")
-        return given[0] if given else "exact"
+        return given[0] if given else None
+
+    @property
+    def mode(self) -> str:
+        """A name in `engine.MODES`; exact if nothing is said."""
+        return self.asked or "exact"
 
 
 @dataclass(frozen=True)
@@ -66,21 +76,38 @@ class Model:
 
     def load(self) -> "MaskGIT":
         """Return the model on its device, ready to run."""
-        mode = self.speed.mode
-        return self.plain().optimize(mode, dtype=self.dtype, reuse=self.speed.reuse)
+        mode = self.mode()
+        plain = self.plain()
+        if self.speed.asked is None and mode == "fast":
+            print(FAST_NOTE, file=sys.stderr)
+        return plain.optimize(mode, dtype=self.dtype, reuse=self.speed.reuse)
+
+    def mode(self) -> str:
+        """Return how fast it runs: what was asked for, else fast on a CUDA GPU and exact elsewhere.
+
+        Raises:
+            ConfigError: two modes were given, or the device is not there.
+        """
+        from maskgit import devices
+
+        asked = self.speed.asked
+        # Who asks for float32 wants the same tokens everywhere.
+        if asked is not None or self.dtype == "float32":
+            return asked or "exact"
+        return "fast" if devices.choose_device(self.device).type == "cuda" else "exact"
 
     def plain(self) -> "MaskGIT":
         """Return the model on its device as it was saved, in float32."""
         from maskgit import hub
-        from maskgit.devices import choose_device
+        from maskgit.devices import choose_device, make_current
         from maskgit.engine.host import limit_threads
 
         limit_threads()
-        return hub.from_pretrained(self.model, device=choose_device(self.device))
+        return hub.from_pretrained(self.model, device=make_current(choose_device(self.device)))
 
     def recorded(self, command: str) -> dict[str, Any]:
         """Return what a picture's metadata says of the model and of what made it."""
-        mode = self.speed.mode
+        mode = self.mode()
         # What the fast mode computes in is the machine's choice.
         dtype = self.dtype or ("auto" if mode == "fast" else "float32")
         return {

@@ -33,7 +33,7 @@ class Options(BaseModel):
     Attributes:
         model: a model's name, its folder, or a Hugging Face id.
         device: cuda, mps or cpu; auto takes the first that a replica is given.
-        mode, dtype: how fast, and how exactly; see docs/serving.md.
+        mode, dtype: how fast, and how exactly; auto is fast on a GPU and exact elsewhere. See docs/serving.md.
         queue_size: images that a replica accepts and has not answered yet.
         max_batch: images that it makes together.
         max_images: images that one request may ask for.
@@ -50,7 +50,7 @@ class Options(BaseModel):
 
     model: str = "cifar10"
     device: str = "auto"
-    mode: Literal["exact", "fast", "int8"] = "exact"
+    mode: Literal["auto", "exact", "fast", "int8"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     queue_size: int = Limits.queue_size
     max_batch: int = Limits.max_batch
@@ -81,7 +81,7 @@ class Replica:
     """One copy of the service, in a process of its own."""
 
     def __init__(self, options: Options) -> None:
-        speed = Speed(**{options.mode: True})
+        speed = Speed() if options.mode == "auto" else Speed(**{options.mode: True})
         model = Model(options.model, options.device, options.dtype, speed)
         self._keys = read_keys(options.api_key_file) if options.api_key_file else ()
         self._service = Service(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from maskgit.apps.flags import Model
+from maskgit.apps.flags import Model, Speed
 from maskgit.errors import OutputError
 
 
@@ -67,7 +67,7 @@ def tune(
     space = SearchSpace(steps, policies, mask_schedules, temperature, choice_temperature, guidance_scale)
     net = load_feature_net(features, choose_device(device), weights=weights)
     statistics = read_statistics(reference)
-    pipe = Model(model, device).load()
+    pipe = Model(model, device, speed=Speed(exact=True)).load()
 
     def report(number: int, settings: dict, score: float) -> None:
         print(f"{number:4}/{trials}  {score:10.3f}  " + ", ".join(f"{k} {v}" for k, v in settings.items()))

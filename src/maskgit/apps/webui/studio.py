@@ -54,7 +54,11 @@ class Studio:
     def recorded(self, command: str) -> dict[str, Any]:
         """Return what a picture's metadata says of the model and of what made it."""
         dtype: Any = str(next(self.pipe.transformer.parameters()).dtype).removeprefix("torch.")
-        speed = Speed(reuse=1 if self.pipe.engine is None else self.pipe.engine.reuse)
+        engine = self.pipe.engine
+        quantized = engine is not None and bool(engine.quantize)
+        fast = not quantized and (dtype != "float32" or (engine is not None and engine.graphs))
+        reuse = 1 if engine is None else engine.reuse
+        speed = Speed(exact=not (fast or quantized), fast=fast, int8=quantized, reuse=reuse)
         return Model(model=self.name, dtype=dtype, speed=speed).recorded(command)
 
     def classes(self, *, guess: bool = False) -> list[tuple[str, str]]:

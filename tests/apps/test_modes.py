@@ -1,0 +1,109 @@
+"""Which mode a command runs in if nothing is said, and that it is said."""
+
+import json
+
+import pytest
+import torch
+
+from maskgit import MaskGIT, devices, hub
+from maskgit.apps import evaluation_flags, flags, scoring, tuning_commands
+from maskgit.apps.flags import Model, Speed
+from maskgit.errors import ConfigError
+from maskgit.evaluation import features, statistics
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Say which device `auto` finds, and keep what `optimize` is asked for; nothing is moved."""
+    asked = []
+
+    def say(kind):
+        monkeypatch.setattr(devices, "choose_device", lambda name="auto": torch.device(kind))
+        monkeypatch.setattr(hub, "from_pretrained", lambda name, device: MaskGIT.__new__(MaskGIT))
+        monkeypatch.setattr(MaskGIT, "optimize", lambda self, mode, **choices: asked.append(mode) or self)
+        return asked
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "mode"),
+    [
+        ("cuda", {}, "fast"),
+        ("cuda", {"speed": Speed(exact=True)}, "exact"),
+        ("cuda", {"speed": Speed(fast=True)}, "fast"),
+        ("cuda", {"speed": Speed(reuse=2)}, "fast"),
+        ("cuda", {"dtype": "float32"}, "exact"),
+        ("cuda", {"dtype": "bfloat16"}, "fast"),
+        ("cpu", {}, "exact"),
+        ("cpu", {"speed": Speed(fast=True)}, "fast"),
+        ("cpu", {"dtype": "bfloat16"}, "exact"),
+        ("mps", {}, "exact"),
+    ],
+)
+def test_a_gpu_is_fast_unless_told_otherwise(machine, capsys, kind, said, mode):
+    asked = machine(kind)
+    model = Model(**said)
+    model.load()
+    assert asked == [mode]
+    told = capsys.readouterr().err
+    assert ("--exact" in told) == (kind == "cuda" and mode == "fast" and not said.get("speed", Speed()).fast)
+    # And a picture's metadata says the same.
+    assert model.recorded("generate")["mode"] == mode
+
+
+def test_two_modes_are_refused():
+    with pytest.raises(ConfigError, match="--exact and --fast"):
+        Model(speed=Speed(exact=True, fast=True)).mode()
+
+
+def test_scores_are_exact_everywhere():
+    assert evaluation_flags.WorkFlags().speed.mode == "exact"
+
+
+def test_tuning_is_exact_everywhere(monkeypatch, tmp_path):
+    class ToldError(Exception):
+        pass
+
+    def load(self):
+        raise ToldError(self.mode())
+
+    monkeypatch.setattr(flags.Model, "load", load)
+    monkeypatch.setattr(features, "load_feature_net", lambda *_, **__: None)
+    monkeypatch.setattr(statistics, "read_statistics", lambda *_: None)
+    with pytest.raises(ToldError, match="exact"):
+        tuning_commands.tune("cifar10", tmp_path / "x.npz", out=tmp_path)
+
+
+def test_the_page_records_the_mode_it_runs_in(monkeypatch):
+    pytest.importorskip("gradio")
+    from maskgit.apps.webui.studio import Studio
+    from maskgit.engine import Engine
+
+    # Whatever the machine is that looks.
+    monkeypatch.setattr(devices, "choose_device", lambda name="auto": torch.device("cuda"))
+    network = torch.nn.Linear(1, 1)
+    for engine, dtype, mode in (
+        (None, torch.float32, "exact"),
+        (Engine(), torch.float32, "exact"),
+        (Engine(dtype="bfloat16"), torch.bfloat16, "fast"),
+        (Engine(device="cuda", compile=True, graphs=True), torch.float32, "fast"),
+    ):
+        pipe = MaskGIT.__new__(MaskGIT)
+        pipe.engine, pipe.transformer = engine, network.to(dtype)
+        recorded = Studio(pipe, "name", None).recorded("page")
+        assert recorded["mode"] == mode
+        assert json.dumps(recorded)
+
+
+def test_a_process_of_many_works_on_its_own_gpu(monkeypatch):
+    current = []
+    monkeypatch.setattr(
+        devices, "choose_device", lambda name="auto": torch.device("cuda" if name == "auto" else name)
+    )
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, device in (("auto", "cuda:1"), ("cuda:3", "cuda:3"), ("cpu", "cpu")):
+        assert scoring.own_device(name) == torch.device(device)
+    assert current == [torch.device("cuda:1"), torch.device("cuda:3")]
