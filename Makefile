@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Exact versions: with an open range, pip may take a newer torch that brings gigabytes of CUDA along.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types notebook clean
+.PHONY: demo test lint types notebook gpu clean
 
 $(BIN)/activate:
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,10 @@ test: lint types $(VENV)/.packages
 # Runs docs/demo.ipynb anew, with its pictures.
 notebook: $(VENV)/.test
 	$(BIN)/python docs/run_notebook.py
+
+# What only a machine with a GPU can tell, in ten minutes, with the torch for CUDA that PYTHON has; nothing is installed.
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out out/gpu
 
 clean:
 	rm -rf $(VENV) out build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
