@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from maskgit import MaskGIT, devices
-from maskgit.apps import evaluation_flags, flags
+from maskgit import MaskGIT, devices, hub
+from maskgit.apps import evaluation_flags, flags, tuning_commands
 from maskgit.apps.flags import Model, Speed
 from maskgit.errors import ConfigError
+from maskgit.evaluation import features, statistics
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def machine(monkeypatch):
 
     def say(kind):
         monkeypatch.setattr(devices, "choose_device", lambda name="auto": torch.device(kind))
-        monkeypatch.setattr("maskgit.hub.from_pretrained", lambda name, device: MaskGIT.__new__(MaskGIT))
+        monkeypatch.setattr(hub, "from_pretrained", lambda name, device: MaskGIT.__new__(MaskGIT))
         monkeypatch.setattr(MaskGIT, "optimize", lambda self, mode, **choices: asked.append(mode) or self)
         return asked
 
@@ -61,8 +62,6 @@ def test_scores_are_exact_everywhere():
 
 
 def test_tuning_is_exact_everywhere(monkeypatch, tmp_path):
-    from maskgit.apps import tuning_commands
-
     class ToldError(Exception):
         pass
 
@@ -70,8 +69,8 @@ def test_tuning_is_exact_everywhere(monkeypatch, tmp_path):
         raise ToldError(self.mode())
 
     monkeypatch.setattr(flags.Model, "load", load)
-    monkeypatch.setattr("maskgit.evaluation.features.load_feature_net", lambda *_, **__: None)
-    monkeypatch.setattr("maskgit.evaluation.statistics.read_statistics", lambda *_: None)
+    monkeypatch.setattr(features, "load_feature_net", lambda *_, **__: None)
+    monkeypatch.setattr(statistics, "read_statistics", lambda *_: None)
     with pytest.raises(ToldError, match="exact"):
         tuning_commands.tune("cifar10", tmp_path / "x.npz", out=tmp_path)
 
@@ -98,8 +97,6 @@ def test_the_page_records_the_mode_it_runs_in(monkeypatch):
 
 
 def test_a_process_of_many_works_on_its_own_gpu(monkeypatch):
-    from maskgit.devices import own_device
-
     current = []
     monkeypatch.setattr(
         devices, "choose_device", lambda name="auto": torch.device("cuda" if name == "auto" else name)
@@ -108,5 +105,5 @@ def test_a_process_of_many_works_on_its_own_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     for name, device in (("auto", "cuda:1"), ("cuda:3", "cuda:3"), ("cpu", "cpu")):
-        assert own_device(name) == torch.device(device)
+        assert devices.own_device(name) == torch.device(device)
     assert current == [torch.device("cuda:1"), torch.device("cuda:3")]

@@ -21,7 +21,7 @@ from maskgit.engine.convolution import (
 )
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import cpu_quota, keep_freed_memory
-from maskgit.engine.linear import PATHS, Int8Linear, MklLinear, has_vnni, replace_linears, ways
+from maskgit.engine.linear import PATHS, Int8Linear, MklLinear, adds_in_32_bits, replace_linears, ways
 from maskgit.errors import ConfigError
 from maskgit.policies import POLICIES
 from maskgit.tokenizer import ResBlock, Tokenizer, Upsample
@@ -227,7 +227,7 @@ def test_captured_steps_make_the_same_tokens(bundled, policy):
     for settings in ({"steps": 5}, {"steps": 3, "temperature": 0.8, "guidance_scale": 1.5}):
         made = model.generate(["frog", "ship", "cat"], seed=2**63 + 1, policy=policy, **settings)
         plain = bundled.generate(["frog", "ship", "cat"], seed=2**63 + 1, policy=policy, **settings)
-        assert torch.equal(made.tokens, plain.tokens)
+        assert_same_tokens(made.tokens, plain.tokens)
 
 
 def test_other_settings_need_no_other_capture(bundled):
@@ -314,7 +314,7 @@ def test_int8_is_integer_arithmetic(bias):
 
 
 def test_int8_is_not_left_to_plain_loops():
-    if not has_vnni():
+    if not adds_in_32_bits():
         pytest.skip("this CPU has no VNNI")
     code = (
         "import torch\n"
@@ -389,11 +389,17 @@ def test_a_cpu_with_fewer_instructions_goes_every_way_that_is_left(limits):
         "from maskgit import MaskGIT\n"
         "from maskgit.engine import alternatives, build\n"
         "from maskgit.engine.host import has_bfloat16_units\n"
+        "from maskgit.engine.linear import PATHS\n"
         "model = MaskGIT.from_pretrained()\n"
         "found = alternatives('fast', device='cpu')\n"
         "for engine in found:\n"
         "    made = build(model, engine).generate('frog', steps=1)\n"
         "    assert made.images.isfinite().all(), engine\n"
+        "weight, rows = torch.full((48, 96), 0.5), torch.full((3, 96), 2.0)\n"
+        "layer = torch.nn.Linear(96, 48, bias=False)\n"
+        "layer.weight.data = weight\n"
+        "made = PATHS['int8'][1](layer)(rows)\n"
+        "assert torch.allclose(made, rows @ weight.T), made\n"
         "print(*(f'{e.dtype}/{e.linear}' for e in found), has_bfloat16_units())\n"
     )
     done = subprocess.run(

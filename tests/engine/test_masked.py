@@ -101,10 +101,10 @@ def test_nothing_is_remembered_in_bfloat16(bundled, bfloat16):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_makes_the_same_images(bundled, policy, float32):
-    arguments = {"seed": 5, "steps": 6, "policy": policy, "guidance_scale": 2.0, "num_images": 2}
+    arguments = {"seed": 5, "steps": 5, "policy": policy, "guidance_scale": 2.0}
     expected = bundled.generate(["frog", "ship", None], **arguments)
     model = bundled.optimize(**float32)
-    for batch_size in (6, 4, 1):
+    for batch_size in (3, 2):
         made = model.generate(["frog", "ship", None], batch_size=batch_size, **arguments)
         assert_same_tokens(made.tokens, expected.tokens)
 
@@ -128,7 +128,7 @@ def test_few_layers(num_layers, float32):
     )  # fmt: skip
     model = MaskGIT(config, Tokenizer(config.tokenizer).eval(), Transformer(config.transformer).eval())
     expected = model.generate([0, 1, 2, 2], seed=1)
-    assert torch.equal(model.optimize(**float32).generate([0, 1, 2, 2], seed=1).tokens, expected.tokens)
+    assert_same_tokens(model.optimize(**float32).generate([0, 1, 2, 2], seed=1).tokens, expected.tokens)
 
 
 @pytest.mark.parametrize("reads", [False, True])

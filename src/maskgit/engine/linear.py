@@ -75,8 +75,8 @@ class OneDnnLinear(nn.Linear):
 class Int8Linear(nn.Module):
     """A linear layer in int8: weights scaled by output, inputs by row as they come.
 
-    Rows have scales of their own, so an image does not depend on its companions. Where the CPU adds pairs of
-    products in 16 bits (no VNNI), inputs have 7 bits, for 8 would overflow.
+    Rows have scales of their own, so an image does not depend on its companions. Where pairs of products are added
+    in 16 bits (on CPUs without VNNI), inputs have 7 bits, for 8 would overflow.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -88,7 +88,7 @@ class Int8Linear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         quantized = (weight / self.scales[:, None]).round().to(torch.int8)
         self.pack = torch.ops.onednn.qlinear_prepack(quantized, None)
-        self.largest = 127 if has_vnni() else 63
+        self.largest = 127 if adds_in_32_bits() else 63
 
     def forward(self, input: Tensor) -> Tensor:
         scale = input.abs().amax(-1, keepdim=True).clamp(min=1e-12) / self.largest
@@ -106,11 +106,17 @@ def has_int8() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
-def has_vnni() -> bool:
-    """Return whether the CPU adds products of int8 in 32 bits."""
-    # Not promised by torch; where it cannot be asked, 7 bits are safe.
-    look = getattr(torch.cpu, "_is_vnni_supported", None)
-    return look is not None and bool(look())
+@functools.cache
+def adds_in_32_bits() -> bool:
+    """Return whether oneDNN adds products of int8 in 32 bits here, not pairs of them in 16, which may overflow."""
+    # Whether the CPU has VNNI and whether oneDNN may use it only a product tells.
+    rows, weight = torch.full((2, 64), 255, dtype=torch.uint8), torch.full((64, 64), 127, dtype=torch.int8)
+    ones, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int64)
+    pack = torch.ops.onednn.qlinear_prepack(weight, None)
+    product = torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 128, pack, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return bool((product == 127 * 127 * 64).all())
 
 
 # How a layer may be computed: whether this build of torch can, and how to make the layer's module.
