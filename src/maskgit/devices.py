@@ -124,7 +124,7 @@ def widest_float(device: torch.device) -> torch.dtype:
 def copies_aside(device: torch.device) -> bool:
     """Return whether a device copies to and from pinned memory while the host goes on.
 
-    Differs: MPS could, too, but has the host's memory, and gives no hold on when a copy is done.
+    MPS shares the host's memory and has little to gain; what it does aside could be read too early.
     """
     return device.type not in ("cpu", "mps")
 

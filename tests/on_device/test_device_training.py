@@ -126,7 +126,7 @@ WAYS = {
         "adaptive": ["adaptive_weight=true", "adversarial_loss=hinge", "blur_resample=false"],
         "gumbel": ['model.quantizer="gumbel"'],
         "argmax": ['entropy_kind="argmax"', "max_gradient_norm=0.1", "num_workers=0"],
-        "perceptual": ["perceptual=effnet-lite0", "perceptual_min_size=32", "perceptual_depth=2", "steps=2"],
+        "perceptual": ["perceptual=effnet-lite0", "perceptual_min_size=32", "perceptual_depth=2", "steps=1"],
     },
     "transformer": {
         "plain": [],

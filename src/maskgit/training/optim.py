@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from maskgit.checks import check_choice
+from maskgit.devices import copies_aside
 from maskgit.errors import CheckpointError
 
 # What remains of the peak at some progress in [0, 1] after the warm-up.
@@ -76,8 +77,8 @@ def make_adam(parameters: Iterable[nn.Parameter], betas: tuple[float, ...]) -> t
         betas: the decay rates of its two averages.
     """
     parameters = list(parameters)
-    # Off the CPU, where kernels are launched one by one, and where `UpdateGate` needs it.
-    fused = parameters[0].device.type != "cpu"
+    # On a GPU, where every kernel is launched, and where `UpdateGate` needs it.
+    fused = copies_aside(parameters[0].device)
     optimizer = torch.optim.Adam(parameters, lr=0.0, betas=(betas[0], betas[1]), fused=fused)
     for parameter in parameters:
         optimizer.state[parameter] = {

@@ -118,7 +118,8 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
     # Optimizer
     betas = (config.betas[0], config.betas[1])
     groups = parameter_groups(transformer, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    fused = device.type == "cpu" or copies_aside(device)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
     max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
 
     # Checkpoints
