@@ -39,10 +39,9 @@ PEAK_FLOPS = {
 def host_numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     """Return scalars as plain numbers, those of a device in one reading."""
     scalars = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    if not scalars:
-        return dict(values)
-    read = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
-    return dict(values) | dict(zip(scalars, read, strict=True))
+    read = torch.stack([value.detach().float() for value in scalars.values()]).tolist() if scalars else []
+    there = dict(zip(scalars, read, strict=True))
+    return {name: there[name] if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

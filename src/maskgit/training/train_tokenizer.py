@@ -222,7 +222,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
                 logger.scalars(done, {**numbers, **rates, **speed})
                 logger.progress(done, config.steps, throughput, numbers["loss"])
                 warn_of_images(logger, done, made.images)
-            if evaluating:
+            if evaluating and test_cache is not None:
                 with throughput.paused(), ema.applied(tokenizer):
                     scores, shown = evaluate_tokenizer(
                         tokenizer,

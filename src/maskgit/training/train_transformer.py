@@ -209,7 +209,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                 logger.scalars(done, {**numbers_read, **by_ratio, "learning_rate": rate, **speed})
                 logger.progress(done, config.steps, throughput, numbers_read["loss"])
                 warn_if_stuck(logger, config, done, numbers_read["loss"])
-            if evaluating:
+            if evaluating and test_cache is not None:
                 with throughput.paused(), ema.applied(transformer):
                     test_loss = evaluate_loss(
                         network,
