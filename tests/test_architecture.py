@@ -80,8 +80,3 @@ def test_public_names_are_there():
     assert set(maskgit.__all__) <= set(dir(maskgit))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         maskgit.nonsense  # noqa: B018
-
-
-def test_text_does_not_outgrow_its_files():
-    for path, _ in modules():
-        assert len(path.read_text("utf-8").splitlines()) <= 420, f"{path.name} is perhaps two things in one"

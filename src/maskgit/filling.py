@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maskgit.checks import check_count, check_seed
+from maskgit.checks import check_count, check_seed, check_whole
 from maskgit.config import SamplerConfig
 from maskgit.devices import Landing, copies_aside, upload
 from maskgit.forks import check_process
@@ -91,6 +91,7 @@ def fill_batches(
     first_index = check_count("first_index", first_index, 0, 2**62)
     seed = check_seed(seed)
     check_process(model.device)
+    start_step = check_whole("start_step", start_step)
     policy = make_policy(config.policy, config.policy_options)
     known = return_steps or policy.reads_known
     steps = num_steps(config, model.vocabulary.num_tokens, remasks=policy.remasks, start_step=start_step)

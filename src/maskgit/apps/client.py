@@ -12,7 +12,7 @@ import inspect
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
@@ -89,14 +89,13 @@ class _Connected(Generic[Http]):
         self.retries = check_count("retries", retries, 0, 1000)
         self.max_wait = max_wait
         key = os.environ.get(KEY_VARIABLE, "").strip() if api_key is None else api_key
-        self._headers = {"user-agent": f"maskgit/{__version__}", **_authorization(key)}
-        self._http: Http = self._connect()
+        self._http: Http = self._connect({"user-agent": f"maskgit/{__version__}", **_authorization(key)})
         resets(self)
 
-    def _connect(self) -> Http:
+    def _connect(self, headers: Mapping[str, str]) -> Http:
         return self._http_class(
             base_url=self.url,
-            headers=self._headers,
+            headers=headers,
             # A client that many threads share may wait for a connection of its own.
             timeout=httpx.Timeout(self.timeout + _GRACE_SECONDS, connect=_CONNECT_SECONDS, pool=None),
             # Given one, httpx does not look for proxies itself.
@@ -105,7 +104,7 @@ class _Connected(Generic[Http]):
 
     def after_fork(self) -> None:
         """Open connections of this process's own: on those of its parent, both would read each other's answers."""
-        self._http = self._connect()
+        self._http = self._connect(self._http.headers)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
