@@ -190,6 +190,7 @@ def test_wrong_places_are_told(place, tmp_path, capsys):
         flags = () if "fid" in command else flags
         assert run(*command, *flags, "--device", "cpu") == 2, command
         assert message in capsys.readouterr().err, command
+        assert not (tmp_path / "report").exists(), command
     assert not (tmp_path / "report").exists()
     # Brought to one size, mixed pictures are a set.
     assert run("stats", tmp_path / "mixed", *to, "--size", 16, *SMALL) == 0

@@ -4,6 +4,7 @@ torch and the evaluation code are imported inside the commands, so that `--help`
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,8 +98,8 @@ def _of_samples(
     plain = Model(model, str(device)).plain()
     stages = {"tokenizer": plain.tokenizer, "transformer": plain.transformer}
     asked = {"device": plain.device, "dtype": work.dtype, "reuse": work.speed.reuse}
-    return SampleEvaluation(
-        model=build(plain, agreed_engine(out, work.speed.mode, **asked)),
+    evaluation = SampleEvaluation(
+        model=plain,
         name=model,
         weights={name: weights_fingerprint(stage) for name, stage in stages.items()},
         net=net.load(device),
@@ -111,6 +112,9 @@ def _of_samples(
         test=test,
         curve=axes,
     )
+    # What is wrong is told before anything is written.
+    evaluation.works()
+    return replace(evaluation, model=build(plain, agreed_engine(out, work.speed.mode, **asked)))
 
 
 def _of_reconstructions(

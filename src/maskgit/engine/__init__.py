@@ -145,7 +145,8 @@ def alternatives(
     """
     check_choice("mode", mode, MODES)
     reuse = check_count("reuse", reuse, 1, MAX_REUSE)
-    chosen = choose_device(device)
+    # A device that a plan names need not be here.
+    chosen = device if isinstance(device, torch.device) else choose_device(device)
     kind = chosen.type
     asked = choose_dtype(dtype)
     named = None if asked is None else str(asked).removeprefix("torch.")

@@ -112,6 +112,16 @@ class SampleEvaluation:
             ConfigError: a setting is not allowed, or the folder was begun with others.
             DataError: the reference does not belong to the net or the model, or data cannot be read.
         """
+        works, seconds = self.works(), self.config.stale_seconds
+        return run_works(expand(out), works, self._write, stale_seconds=seconds, progress=progress)
+
+    def works(self) -> dict[str, Work]:
+        """Return what is to be done, by name; nothing is done or written yet.
+
+        Raises:
+            ConfigError: a setting is not allowed.
+            DataError: the reference does not belong to the net or the model.
+        """
         side = self.model.config.image_size
         self.reference.check(self.net, (side, side))
         if self.test is not None:
@@ -136,8 +146,7 @@ class SampleEvaluation:
         for point in self._points():
             small = replace(self.images, num_images=self.config.curve_images, keep_images="none")
             works[curve_name(point)] = self._samples(small, point, show=False)
-        seconds = self.config.stale_seconds
-        return run_works(expand(out), works, self._write, stale_seconds=seconds, progress=progress)
+        return works
 
     def _samples(self, images: SampleConfig, settings: dict[str, Any], *, show: bool) -> Samples:
         given = dict(self.sampler)
