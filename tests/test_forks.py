@@ -201,7 +201,7 @@ forked(work)
 def test_batches_begun_before_a_fork_say_so():
     run("""
 from maskgit.errors import DataError
-from maskgit.training.data import ahead
+from maskgit.data.batches import ahead
 batches = ahead(lambda step: (step, made()), 5, 2)
 assert next(batches)[0] == 5
 
