@@ -134,5 +134,7 @@ def test_the_licence_of_the_names_stands_beside_them():
     text = " ".join(licence.read_text("utf-8").split())
     assert "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved." in text
     # The notice must appear whole on all copies: from its first words to its last.
-    assert "This software and database is being provided to you, the LICENSEE, by Princeton University" in text
+    assert (
+        "This software and database is being provided to you, the LICENSEE, by Princeton University" in text
+    )
     assert text.endswith("with Princeton University and LICENSEE agrees to preserve same.")
