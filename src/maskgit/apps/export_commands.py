@@ -23,7 +23,8 @@ def export(
     """Write a model's networks as files that run without this package, each checked against the network.
 
     Args:
-        model: A model's name (see `maskgit info`), its folder, or a Hugging Face id such as user/model.
+        model: A model's name (see `maskgit info`), its folder, or a Hugging Face id such as user/model or
+            user/model@revision.
         out: The folder to write: the files, and config.json, which says how they are used.
         format: ONNX graphs run anywhere; AOTInductor compiles for this machine and needs a C++ compiler.
         parts: Which networks.
