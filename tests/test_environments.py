@@ -271,3 +271,22 @@ def test_a_checkpoint_leaves_the_programs_warning_filters_alone(tmp_path):
         checkpoints.save(1, {"step": torch.tensor(1)})
         patterns = [entry[1].pattern for entry in warnings.filters if entry[1] is not None]
     assert "of another thread" in patterns
+
+
+def test_an_export_leaves_the_programs_warning_filters_alone(tiny, tmp_path, monkeypatch):
+    """As above; the command silences its own process."""
+    import torch
+
+    from maskgit.export import export_model
+
+    whole = torch.onnx.export
+
+    def export(*args, **options):
+        warnings.filterwarnings("ignore", message="of another thread")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with warnings.catch_warnings():
+        export_model(tiny, tmp_path / "net", parts=("decoder",))
+        patterns = [entry[1].pattern for entry in warnings.filters if entry[1] is not None]
+    assert "of another thread" in patterns

@@ -3,6 +3,10 @@
 torch and the model code are imported inside the command, so that `--help` answers at once.
 """
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +44,24 @@ def export(
     # Before a model is fetched for nothing.
     check_export(expand(out), format=format, parts=parts, overwrite=overwrite)
     pipe = Model(model, device).plain().to(dtype=getattr(torch, dtype))
-    for made in export_model(pipe, out, format=format, parts=parts, overwrite=overwrite, progress=True):
-        print(f"{made.path}: {made.num_bytes / 1e6:.1f} MB, max difference {made.difference:.1e}")
+    with _quiet():
+        for made in export_model(pipe, out, format=format, parts=parts, overwrite=overwrite, progress=True):
+            print(f"{made.path}: {made.num_bytes / 1e6:.1f} MB, max difference {made.difference:.1e}")
     print(out / CONFIG)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep remarks that nobody can act on off the terminal: missing torchvision, torch's deprecations.
+
+    They are silenced for the whole process, which is the command's own.
+    """
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
