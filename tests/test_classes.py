@@ -1,5 +1,7 @@
 """Finding the class that a user means."""
 
+from importlib import resources
+
 import numpy as np
 import pytest
 
@@ -123,3 +125,16 @@ def test_finding_classes_by_name_looks_through_the_names_once(monkeypatch):
         assert find_class(f"kind_{i}", names, 100) == i
     # A name is looked at as a whole and as a synonym, and then each query is.
     assert len(seen) <= 2 * 100 + 100
+
+
+def test_the_licence_of_the_names_stands_beside_them():
+    names = resources.files("maskgit") / "assets" / "imagenet_classes.txt"
+    licence = resources.files("maskgit") / "assets" / "imagenet_classes.LICENSE.txt"
+    assert names.is_file()
+    text = " ".join(licence.read_text("utf-8").split())
+    assert "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved." in text
+    # The notice must appear whole on all copies: from its first words to its last.
+    assert (
+        "This software and database is being provided to you, the LICENSEE, by Princeton University" in text
+    )
+    assert text.endswith("with Princeton University and LICENSEE agrees to preserve same.")

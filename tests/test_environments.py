@@ -1,10 +1,14 @@
 """Where and for whom it runs: users without a home, systems that can be read only, other threads of a program."""
 
+import contextlib
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -112,6 +116,82 @@ def test_a_home_that_cannot_be_written_is_no_fault_of_the_network(tmp_path):
     assert "network" not in done.stderr
 
 
+# A number that no account has.
+STRANGER = 12345
+AS_STRANGER = ["setpriv", f"--reuid={STRANGER}", f"--regid={STRANGER}", "--clear-groups"]
+# Python and its packages may lie in root's home; what is read is not what is tried here.
+READING_ALL = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+
+
+@functools.cache
+def strangers_command() -> tuple[str, ...]:
+    """Return what starts Python as a user whom the system does not know; who is not root stays who it is."""
+    for prefix in ([*AS_STRANGER, *READING_ALL], AS_STRANGER):
+        python = [*prefix, sys.executable]
+        with contextlib.suppress(OSError):
+            tried = subprocess.run(
+                [*python, "-c", "import maskgit.apps.cli"], capture_output=True, check=False, cwd="/"
+            )
+            if tried.returncode == 0:
+                return tuple(python)
+    return (sys.executable,)
+
+
+@contextlib.contextmanager
+def as_a_stranger(folder, *arguments):
+    """Start a command as a user without name and home, to whom one folder belongs."""
+    folder.mkdir()
+    # Another user's Gradio has been here.
+    (folder / "gradio").touch()
+    if os.getuid() == 0:
+        os.chown(folder, STRANGER, STRANGER)
+    kept = {key: value for key, value in os.environ.items() if key not in (*HOMES, "GRADIO_TEMP_DIR")}
+    with subprocess.Popen(
+        [*strangers_command(), "-m", "maskgit", *arguments],
+        env=kept | {"TMPDIR": str(folder)},
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def address(process):
+    """Return the URL that a command says it is at."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if found := re.search(r"http://[^ \n]+", line):
+            return found.group()
+    pytest.fail("".join(said))
+
+
+@pytest.mark.parametrize("mode", ["--exact", "--fast"])
+def test_a_user_without_a_name_generates(mode, tmp_path):
+    arguments = ("generate", "--class", "frog", "--steps", "1", mode, "--out", str(tmp_path / "tmp" / "out"))
+    with as_a_stranger(tmp_path / "tmp", *arguments) as process:
+        said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert Image.open(tmp_path / "tmp" / "out" / "frog-0-00000.png").size == (32, 32)
+
+
+@pytest.mark.parametrize("command", ["serve", "app"])
+def test_a_user_without_a_name_serves(command, tmp_path):
+    with as_a_stranger(tmp_path / "tmp", command, "--port", "0") as process:
+        url = address(process)
+        with urllib.request.urlopen(f"{url}/") as page:
+            assert b"MaskGIT" in page.read()
+        if command == "serve":
+            body = json.dumps({"class": "frog", "steps": 1}).encode()
+            headers = {"Content-Type": "application/json", "Accept": "image/png"}
+            with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/generate", body, headers)) as made:
+                assert made.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
 def test_the_command_line_knows_the_tilde_everywhere(tmp_path, monkeypatch, photos, capsys):
     monkeypatch.setattr(probe, "measured", lambda **_: dict.fromkeys(probe.names(), 1.0))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -189,5 +269,24 @@ def test_a_checkpoint_leaves_the_programs_warning_filters_alone(tmp_path):
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(dcp, "save", save)
         checkpoints.save(1, {"step": torch.tensor(1)})
+        patterns = [entry[1].pattern for entry in warnings.filters if entry[1] is not None]
+    assert "of another thread" in patterns
+
+
+def test_an_export_leaves_the_programs_warning_filters_alone(tiny, tmp_path, monkeypatch):
+    """As above; the command silences its own process."""
+    import torch
+
+    from maskgit.export import export_model
+
+    whole = torch.onnx.export
+
+    def export(*args, **options):
+        warnings.filterwarnings("ignore", message="of another thread")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with warnings.catch_warnings():
+        export_model(tiny, tmp_path / "net", parts=("decoder",))
         patterns = [entry[1].pattern for entry in warnings.filters if entry[1] is not None]
     assert "of another thread" in patterns

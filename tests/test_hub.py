@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from maskgit import MaskGIT, hub
+from maskgit.apps.cli import main
 from maskgit.errors import CheckpointError, ConfigError, DownloadError, OutputError
 
 
@@ -488,6 +490,43 @@ def test_a_model_on_the_hub_has_revisions_a_token_and_a_cache(folder, tmp_path):
     assert cached == "0.0"
     (gone,) = ask([{}], **place)
     assert "check the name and the network" in gone
+
+
+def test_a_name_may_hold_the_revision(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo_id, *, revision, **_):
+        asked.append((repo_id, revision))
+        return folder
+
+    monkeypatch.setattr(hub.hugging_face, "download", download)
+    monkeypatch.chdir(tmp_path)
+    for revision in ("v1", "refs/pr/3", "0" * 40):
+        assert hub.locate(f"user/model@{revision}") == folder
+        assert asked[-1] == ("user/model", revision)
+    assert main(["info", "user/model@v1"]) == 0
+    assert hub.load_tokenizer("user/model@v1").config == hub.load_tokenizer(folder).config
+    assert asked[-2:] == [("user/model", "v1")] * 2
+    with pytest.raises(ConfigError, match="once"):
+        hub.locate("user/model@v1", revision="v2")
+    for wrong in ("user/model@", "user/model@a@b", "user/model@../..", "cifar10@v1"):
+        with pytest.raises((ConfigError, CheckpointError)):
+            hub.locate(wrong)
+    # A folder that is called so is a folder.
+    shutil.copytree(folder, tmp_path / "user" / "model@v1")
+    assert hub.locate("user/model@v1") == Path("user/model@v1")
+    assert len(asked) == 5
+
+
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "https_proxy", "HTTPS_PROXY"])
+def test_a_proxy_that_needs_a_package_is_no_fault_of_the_network(variable, tmp_path):
+    # As where the package is not installed.
+    (tmp_path / "socksio.py").write_text("raise ImportError('not there')")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    (told,) = ask(
+        [{"cache_dir": str(tmp_path)}], PYTHONPATH=path, HF_ENDPOINT="", **{variable: "socks5://127.0.0.1:9"}
+    )
+    assert told.startswith("ConfigError The environment names a SOCKS proxy, which needs the package socksio")
 
 
 def test_only_models_on_the_hub_have_revisions(folder):

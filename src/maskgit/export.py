@@ -12,10 +12,7 @@ Shapes: B batch, S = N + 1 the sequence with its class token, K codes, h × w th
 """
 
 import importlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -310,7 +307,7 @@ def _export_part(part: Part, path: Path, kind: Format, pipe: MaskGIT) -> Exporte
     Raises:
         CheckpointError: they differ by more than rounding explains.
     """
-    with _quiet(), torch.no_grad():
+    with torch.no_grad():
         kind.write(part, part.example(TRACED_BATCH).to(pipe.device), path)
     run = kind.load(path)
     dtype = pipe.tokenizer.dtype
@@ -374,17 +371,3 @@ def _describe(pipe: MaskGIT, format: str) -> dict[str, Any]:
         },
         "model": pipe.config.to_dict(),
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep remarks that nobody can act on off the terminal: missing torchvision, torch's deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -63,6 +63,8 @@ REGISTRY: dict[str, Official | Path] = {
     ),
 }
 DEFAULT_MODEL = "cifar10"
+# A name on the Hugging Face Hub, and perhaps a revision.
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?")
 
 
 def from_pretrained(
@@ -79,7 +81,8 @@ def from_pretrained(
 
     Args:
         name_or_path: a folder written by `save_model`; a name in `REGISTRY` (an official one is downloaded
-            and converted once, then kept in the cache); or a Hugging Face Hub id such as "user/model".
+            and converted once, then kept in the cache); or a Hugging Face Hub id such as "user/model", or
+            "user/model@revision".
         device: where the weights go; "auto" takes what is there.
         dtype: the type that the networks compute in, such as torch.bfloat16 or "bfloat16"; "auto" is the one that
             the weights are stored in, None is float32.
@@ -125,11 +128,13 @@ def locate(
         is_dir, exists = path.is_dir(), path.exists()
     except OSError as error:
         raise CheckpointError(f"{name:.200} cannot be read: {error.strerror}.") from error
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
-    if revision is not None and (entry or exists or not is_hub_id):
+    hub_id = HUB_ID.fullmatch(name)
+    if revision is not None and (entry or exists or not hub_id):
         raise ConfigError(
             f"A revision is of a model on the Hugging Face Hub, but {name:.200} is not one: leave it out."
         )
+    if revision is not None and hub_id and hub_id[2]:
+        raise ConfigError(f"{name:.200} names a revision already: give it once.")
     if isinstance(entry, Path):
         return entry
     if isinstance(entry, Official):
@@ -140,9 +145,13 @@ def locate(
         raise CheckpointError(
             f"{path} is a file, not a model folder. Convert official checkpoints with `maskgit convert` first."
         )
-    if is_hub_id:
+    if hub_id:
         return hugging_face.download(
-            name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            hub_id[1],
+            revision=revision or hub_id[2],
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
         )
     if "/" in name:
         raise CheckpointError(f"{name} cannot be read: there is no such folder.")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from maskgit.errors import DownloadError, MaskGITError, OutputError
 from maskgit.files import expand, output_error
+from maskgit.proxies import missing_socks
 
 PATTERNS = ["*.json", "*.safetensors", "*.md"]
 
@@ -24,6 +25,7 @@ def download(
 
     Raises:
         DownloadError: there is no such model or revision, or it cannot be had.
+        ConfigError: the environment names a proxy that needs a package.
         OutputError: the cache cannot be written.
     """
     from huggingface_hub import constants, snapshot_download
@@ -58,6 +60,8 @@ def _explained(
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
 
+    if isinstance(error, ImportError) and (missing := missing_socks(error)):
+        return missing
     wanted = f"{repo_id!r}" if revision is None else f"{repo_id!r} at the revision {revision!r}"
     # Those of the system; the hub's own are derived from the same class, but come without a number.
     if isinstance(error, OSError) and error.errno and not isinstance(error, HfHubHTTPError | ConnectionError):
@@ -98,6 +102,7 @@ def upload(
 
     Raises:
         DownloadError: the hub refuses or cannot be reached.
+        ConfigError: the environment names a proxy that needs a package.
     """
     from huggingface_hub import HfApi
 
@@ -107,5 +112,7 @@ def upload(
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
     # The hub's client raises its own, its HTTP library's and the system's errors; for the user all are one.
     except Exception as error:
+        if isinstance(error, ImportError) and (missing := missing_socks(error)):
+            raise missing from error
         raise DownloadError(f"{repo_id} could not be uploaded ({type(error).__name__}: {error}).") from error
     return commit.repo_url.url if hasattr(commit, "repo_url") else f"https://huggingface.co/{repo_id}"

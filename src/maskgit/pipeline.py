@@ -90,11 +90,19 @@ class MaskGIT:
             config.transformer.num_codes, config.transformer.num_classes, config.transformer.grid_size
         )
 
+    def __copy__(self) -> Self:
+        """Return a model that shares the weights; optimized ones too, for it stays in this process."""
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a copy with weights of its own; those of an optimized model never change, and are shared."""
+        if self.engine is not None:
+            return copy.copy(self)
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        vars(made).update(vars(self) if self.engine is not None else copy.deepcopy(vars(self), memo))
+        vars(made).update(copy.deepcopy(vars(self), memo))
         return made
 
     def __getstate__(self) -> dict[str, Any]:

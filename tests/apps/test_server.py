@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit import MaskGIT, images
+from maskgit import MaskGIT, images, provenance
+from maskgit.apps.flags import Marking
 from maskgit.apps.serving.service import Limits
 from servers import in_thread, wait_for
 
@@ -395,3 +396,23 @@ def test_a_request_leaves_nothing_behind(server):
     wait_for(lambda: service.num_accepted == 0)
     assert not service._tickets
     assert not service._worker._owners
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_previews_say_what_they_are(tiny, mark):
+    photo = {"image": b64(png(PHOTO))}
+    asked = {
+        "generate": ({}, provenance.GENERATED),
+        "edit": (photo | {"boxes": [[8, 8, 8, 8]]}, provenance.EDITED),
+        "outpaint": (photo | {"right": 16}, provenance.EDITED),
+    }
+    with in_thread(LIMITS, model=tiny, marking=Marking(mark=mark)) as (client, _):
+        for command, (body, source) in asked.items():
+            whole = body | {"class": 1, "steps": 2, "stream": True}
+            shown = [
+                base64.b64decode(data["image"])
+                for name, data in events(client.post(f"/v1/{command}", json=whole))
+                if name == "preview"
+            ]
+            assert shown
+            assert all((source.encode() in data) == mark for data in shown)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit import images, provenance
+from maskgit import explain, images, provenance
 from maskgit.apps.flags import Marking
 from maskgit.apps.webui import edits, pictures
 from maskgit.apps.webui.forms import SamplerForm, SubjectForm
@@ -369,3 +369,28 @@ def test_saved_pictures_say_what_they_are(tiny, tmp_path):
             (path,) = page.shelf.folder.glob("*/1-0-00000.png")
             assert (source.encode() in path.read_bytes()) == mark
             path.unlink()
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_shown_pictures_say_what_they_are(tiny, tmp_path, mark):
+    page = Studio(tiny, "tiny", Shelf(tmp_path), Marking(mark=mark))
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((40, 200, 3), np.uint8)).resize((400, 80)).save(photo)
+    output = tiny.generate(1, steps=1, return_steps=True)
+    edited = tiny.edit(photo, (8, 8, 8, 8), 1, steps=1)
+    step = Step(0, output.tokens)
+    alts = ["a picture"]
+    pairs = page.shown([after for _, after in edits.pairs(edits.read_photo(str(photo)), edited)])
+    for source, html in (
+        (provenance.GENERATED, pictures.gallery(page.decode(step), alts)),
+        (provenance.EDITED, pictures.gallery(page.decode(step, provenance.EDITED), alts)),
+        (provenance.GENERATED, pictures.gallery(page.shown(output.to_pil()), alts)),
+        (provenance.GENERATED, pictures.film(page.shown(explain.animation(tiny, output)), "a film")),
+        # Large enough to be sent as JPEG.
+        (provenance.EDITED, pictures.gallery(pairs, alts)),
+    ):
+        sent = [base64.b64decode(data) for data in re.findall(r'base64,([^"]+)"', html)]
+        assert sent
+        assert all((source.encode() in data) == mark for data in sent)
+    # A photo itself says nothing, and its own metadata are not sent along.
+    assert "base64" in pictures.image(Image.open(photo), "a photo")

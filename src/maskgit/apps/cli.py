@@ -262,7 +262,7 @@ def info(model: Positional[str] = "", classes: bool = False) -> None:
     """Describe a model, or list the models that have names.
 
     Args:
-        model: A name, folder or Hugging Face id; nothing lists the names.
+        model: A name, folder or Hugging Face id such as user/model@revision; nothing lists the names.
         classes: List the model's classes too.
     """
     from maskgit import hub

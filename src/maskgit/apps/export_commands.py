@@ -3,6 +3,10 @@
 torch and the model code are imported inside the command, so that `--help` answers at once.
 """
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +27,8 @@ def export(
     """Write a model's networks as files that run without this package, each checked against the network.
 
     Args:
-        model: A model's name (see `maskgit info`), its folder, or a Hugging Face id such as user/model.
+        model: A model's name (see `maskgit info`), its folder, or a Hugging Face id such as user/model or
+            user/model@revision.
         out: The folder to write: the files, and config.json, which says how they are used.
         format: ONNX graphs run anywhere; AOTInductor compiles for this machine and needs a C++ compiler.
         parts: Which networks.
@@ -39,6 +44,24 @@ def export(
     # Before a model is fetched for nothing.
     check_export(expand(out), format=format, parts=parts, overwrite=overwrite)
     pipe = Model(model, device).plain().to(dtype=getattr(torch, dtype))
-    for made in export_model(pipe, out, format=format, parts=parts, overwrite=overwrite, progress=True):
-        print(f"{made.path}: {made.num_bytes / 1e6:.1f} MB, max difference {made.difference:.1e}")
+    with _quiet():
+        for made in export_model(pipe, out, format=format, parts=parts, overwrite=overwrite, progress=True):
+            print(f"{made.path}: {made.num_bytes / 1e6:.1f} MB, max difference {made.difference:.1e}")
     print(out / CONFIG)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep remarks that nobody can act on off the terminal: missing torchvision, torch's deprecations.
+
+    They are silenced for the whole process, which is the command's own.
+    """
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

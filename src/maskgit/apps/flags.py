@@ -71,7 +71,8 @@ class Model:
     """Which model, and where and how it runs."""
 
     model: str = "cifar10"
-    """A model's name (see `maskgit info`), its folder, or a Hugging Face id such as user/model."""
+    """A model's name (see `maskgit info`), its folder, or a Hugging Face id such as user/model or
+    user/model@revision."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is there."""
     dtype: Dtype = None

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from torch import Tensor
 
-from maskgit import __version__
+from maskgit import __version__, provenance
 from maskgit.apps.flags import Network
 from maskgit.apps.serving import describing, outputs, schemas
 from maskgit.apps.serving.faults import (
@@ -138,7 +138,9 @@ def _maker_route(command: str, maker: Maker) -> Callable[[Request], Any]:
                 )
 
         if media_type == EVENTS:
-            return await _stream(http, work, count, pixels, body.timeout)
+            begun = provenance.EDITED if hasattr(body, "image") else provenance.GENERATED
+            source = begun if service.marking.mark else None
+            return await _stream(http, work, source, count, pixels, body.timeout)
         accepted = service.submit(
             work, images=count, pixels=pixels, timeout=body.timeout, client=_client(http)
         )
@@ -188,11 +190,12 @@ async def _wait(http: Request, accepted: Accepted[Answer]) -> Response:
 async def _stream(
     http: Request,
     work: Callable[[MaskGIT, Callback], Answer],
+    source: str | None,
     count: int,
     pixels: int,
     timeout: float | None,
 ) -> Response:
-    """Return an answer in events: previews of every step, then the result.
+    """Return an answer in events: previews of every step, then the result; for `source` see `provenance.say`.
 
     What is wrong before the first step is told as an error of its own, not inside the stream.
     """
@@ -203,7 +206,7 @@ async def _stream(
         def told(step: int, indices: Tensor, tokens: Tensor) -> None:
             if queue.qsize() < _MAX_PREVIEWS:
                 for index, grid in zip(indices.tolist(), tokens, strict=True):
-                    image = outputs.preview(model.decode_tokens(grid[None]))
+                    image = outputs.preview(model.decode_tokens(grid[None]), source)
                     data = {"step": step, "index": index, "image": image}
                     loop.call_soon_threadsafe(queue.put_nowait, outputs.event("preview", data))
 

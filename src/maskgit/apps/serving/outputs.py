@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from maskgit import images
+from maskgit import images, provenance
 from maskgit.apps.serving.inputs import JSON, PICTURES
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Output
@@ -83,9 +83,10 @@ def class_name(model: MaskGIT, label: int) -> str | None:
     return None if model.class_names is None else model.class_names[label].split(",")[0]
 
 
-def preview(pixels: torch.Tensor) -> str:
-    """Return an image float32 (1, 3, H, W) as a small PNG, base64."""
+def preview(pixels: torch.Tensor, source: str | None) -> str:
+    """Return an image float32 (1, 3, H, W) as a small PNG, base64; for `source` see `provenance.say`."""
     picture = images.to_pil(pixels)[0]
+    provenance.say([picture], source)
     picture.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
     return base64.b64encode(images.encode(picture)).decode("ascii")
 

@@ -53,7 +53,7 @@ def compare_tab(studio: Studio) -> None:
                 settings = studio.recorded("generate") | config.to_dict()
                 settings |= {"class": studio.class_name(label)}
                 files = studio.save(made, settings, shared["seed"], shared["first_index"])
-                columns[turn] = pictures.gallery(made.to_pil(), alts, files)
+                columns[turn] = pictures.gallery(studio.shown(made.to_pil()), alts, files)
                 times.append(f"{SIDES[turn]} took {clock}")
         yield {status: pictures.note(" · ".join(times)), shown: _side_by_side(titles, columns)}
 

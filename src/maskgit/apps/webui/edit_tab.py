@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from maskgit import provenance
 from maskgit.apps.webui import edits, pictures
 from maskgit.apps.webui.boxer import Boxer
 from maskgit.apps.webui.edits import OPERATIONS, SIDES
@@ -220,7 +221,8 @@ class EditTab:
                         f"Step {made.number % config.steps + 1} of {config.steps} · {clock}"
                     ),
                     self.shown: pictures.gallery(
-                        self.studio.decode(made), ["what the model sees"] * len(made.tokens)
+                        self.studio.decode(made, provenance.EDITED),
+                        ["what the model sees"] * len(made.tokens),
                     ),
                 }
                 continue
@@ -230,13 +232,15 @@ class EditTab:
             settings = self.studio.recorded(command) | config.to_dict() | chosen
             settings |= {"class": name, "photo": photo.path.name, "photo_sha256": photo.sha256}
             files = self.studio.save(made, settings, shared["seed"], shared["first_index"], photo.path)
+            pairs = edits.pairs(photo, made)
+            self.studio.shown([after for _, after in pairs])
             for text in notes:
                 gr.Info(html.escape(text))
             guessed = f" · the model took it for: {name.split(',')[0]}" if made.class_guess else ""
             alts = [f"{name.split(',')[0]} {number}" for number in range(len(files))]
             yield {
                 self.status: pictures.note(f"{count_of(len(files))} in {clock}{guessed}"),
-                self.shown: pictures.before_and_after(edits.pairs(photo, made), alts, files),
+                self.shown: pictures.before_and_after(pairs, alts, files),
             }
 
     def _remake(self, values: Values) -> Iterator[Values]:

@@ -45,7 +45,7 @@ def generate_tab(studio: Studio) -> None:
             files = studio.save(made, settings, shared["seed"], shared["first_index"])
             yield {
                 status: pictures.note(f"{count_of(len(files))} in {clock}"),
-                shown: pictures.gallery(made.to_pil(), alts, files),
+                shown: pictures.gallery(studio.shown(made.to_pil()), alts, files),
             }
 
     def fill(values: Values) -> Iterator[Values]:

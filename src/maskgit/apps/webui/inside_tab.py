@@ -72,7 +72,11 @@ def explained(studio: Studio, made: Output, name: str, saved: pictures.Saved) ->
     files = [saved, *_files(studio, made, frames, saved.name.removesuffix(".png"))]
     links = (pictures.link(*pair) for pair in zip(files, ("Image", "Explanation", "Animation"), strict=True))
     panels = (
-        ("The image as it forms", pictures.film(frames, name), "Move the slider from step to step."),
+        (
+            "The image as it forms",
+            pictures.film(studio.shown(frames), name),
+            "Move the slider from step to step.",
+        ),
         (
             "The step that fixed each token",
             pictures.image(

@@ -1,18 +1,13 @@
 """The page as a whole, on its own and as part of a server."""
 
-import atexit
-import functools
 import html
-import os
-import shutil
-import tempfile
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from maskgit.apps.flags import Marking
+from maskgit.apps.webui import PRIVATE_FOLDER
 from maskgit.apps.webui.compare_tab import compare_tab
 from maskgit.apps.webui.edit_tab import edit_tab
 from maskgit.apps.webui.generate_tab import generate_tab
@@ -31,19 +26,6 @@ MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
 MAX_UPLOAD = "400mb"
 
 
-@functools.cache
-def private_folder() -> Path:
-    """Return the folder for uploads and results, which is removed when the program ends.
-
-    Gradio serves and fills the folder that the environment variable GRADIO_TEMP_DIR names, whatever else lies
-    in it, so that it is a new one for each process.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="maskgit-page-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    return folder
-
-
 def build_page(pipe: MaskGIT, name: str, marking: Marking | None = None) -> gr.Blocks:
     """Return the page of a model.
 
@@ -52,7 +34,7 @@ def build_page(pipe: MaskGIT, name: str, marking: Marking | None = None) -> gr.B
         name: what it was loaded by; pictures say so, and are remade by a page of the same name.
         marking: what files say of where their pictures come from; None is the defaults.
     """
-    studio = Studio(pipe, name, Shelf(private_folder()), marking or Marking())
+    studio = Studio(pipe, name, Shelf(PRIVATE_FOLDER), marking or Marking())
     with gr.Blocks(title="MaskGIT", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
         gr.HTML(_header(studio), elem_classes="masthead")
         with gr.Tabs():

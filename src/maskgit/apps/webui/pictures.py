@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import secrets
 import shutil
 import time
@@ -15,7 +14,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from maskgit import images
+from maskgit import images, provenance
 
 # Photos are shown at most so large; what is downloaded is whole.
 SHOWN_SIDE = 1024
@@ -92,16 +91,13 @@ def enlarged(picture: Image.Image, side: int = SMALL_SIDE) -> Image.Image:
 
 def data_uri(picture: Image.Image) -> str:
     """Return a picture inside an address; large ones are scaled down and lose a little."""
-    picture = picture.copy()
-    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
-    exact = picture.width * picture.height <= EXACT_PIXELS or picture.mode == "RGBA"
-    data = io.BytesIO()
-    if exact:
-        picture.save(data, "PNG")
-    else:
-        picture.convert("RGB").save(data, "JPEG", quality=90)
-    kind = "png" if exact else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+    shown = picture.copy()
+    shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+    # Not a photo's own EXIF and XMP, which may be long.
+    shown.info = {key: picture.info[key] for key in ("icc_profile", provenance.KEY) if key in picture.info}
+    exact = shown.width * shown.height <= EXACT_PIXELS or shown.mode == "RGBA"
+    form = "png" if exact else "jpeg"
+    return f"data:image/{form};base64,{base64.b64encode(images.encode(shown, form)).decode()}"
 
 
 def note(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from maskgit import images
+from maskgit import images, provenance
 from maskgit.apps.flags import Marking, Model, Speed
 from maskgit.apps.output import slug
 from maskgit.apps.webui import pictures
@@ -101,9 +101,18 @@ class Studio:
         names = self.pipe.class_names
         return class_query(names[label], label, names) if names else str(label)
 
-    def decode(self, step: Step) -> list[Image.Image]:
-        """Return what a step's tokens look like."""
-        return images.to_pil(self.pipe.decode_tokens(step.tokens))
+    def decode(self, step: Step, source: str = provenance.GENERATED) -> list[Image.Image]:
+        """Return what a step's tokens look like; for `source` see `provenance.say`."""
+        decoded = images.to_pil(self.pipe.decode_tokens(step.tokens))
+        provenance.say(decoded, source if self.marking.mark else None)
+        return decoded
+
+    def shown(self, made: list[Image.Image]) -> list[Image.Image]:
+        """Return pictures to be shown, which say what they are if the files are to."""
+        if not self.marking.mark:
+            for picture in made:
+                picture.info.pop(provenance.KEY, None)
+        return made
 
     def save(
         self, made: Output, settings: dict[str, Any], seed: int, first: int, photo: Path | None = None
