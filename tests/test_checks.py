@@ -446,9 +446,6 @@ def test_copies_and_pickles_of_optimized_models(tiny, choices):
     assert copied.engine == fast.engine
     if "compile" not in choices:
         assert torch.equal(copied.generate(1, **STEPS).tokens, fast.generate(1, **STEPS).tokens)
-    shallow = copy.copy(fast)
-    assert vars(shallow) == vars(fast)
-    shallow.config = None
-    assert fast.config == tiny.config
-    with pytest.raises(ConfigError, match="An optimized model cannot be pickled"):
-        pickle.dumps(fast)
+    for attempt in (pickle.dumps, copy.copy):
+        with pytest.raises(ConfigError, match="An optimized model cannot be pickled"):
+            attempt(fast)

@@ -90,12 +90,6 @@ class MaskGIT:
             config.transformer.num_codes, config.transformer.num_classes, config.transformer.grid_size
         )
 
-    def __copy__(self) -> Self:
-        """Return a model that shares the weights of this one, optimized or not."""
-        made = type(self).__new__(type(self))
-        vars(made).update(vars(self))
-        return made
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a copy with weights of its own; those of an optimized model never change, and are shared."""
         made = type(self).__new__(type(self))
