@@ -116,6 +116,16 @@ def test_classes_are_matched_by_name_in_whatever_order(theirs, own, matched):
     assert match_classes(theirs, own) == matched
 
 
+def test_a_whole_name_comes_before_a_synonym_of_another_class():
+    names = ("ship, boat", "boat", "Car", "lorry, car")
+    assert [find_class(name, names, 4) for name in (*names, "ship", "BOAT", "lorry")] == [0, 1, 2, 3, 0, 1, 3]
+    assert match_classes(names[::-1], names) == (3, 2, 1, 0)
+    assert match_classes(("boat", "car", "lorry", "ship"), names) == (1, 2, 3, 0)
+    # ImageNet has "maillot" and "maillot, tank suit".
+    assert match_classes(NAMES, NAMES) == tuple(range(1000))
+    assert find_class("maillot", NAMES, 1000) == 638
+
+
 def test_finding_classes_by_name_looks_through_the_names_once(monkeypatch):
     seen = []
     normal = classes._normal

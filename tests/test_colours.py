@@ -371,11 +371,22 @@ def test_data_that_are_spread_already_are_not_scaled_again():
         assert notes == []
 
 
-def test_dark_data_that_say_nothing_are_taken_at_their_word(tmp_path):
-    array = np.random.default_rng(0).integers(0, 4096, (6, 7)).astype(np.uint16)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_dark_data_that_say_nothing_are_taken_at_their_word(channels, tmp_path):
+    array = np.random.default_rng(0).integers(0, 4096, (6, 7, channels)).astype(np.uint16)
+    if channels in (2, 4):
+        array[..., -1] = 65_535
     (tmp_path / "scan.png").write_bytes(deep_png(array))
-    with pytest.warns(PictureWarning, match=r"scan\.png end at \d,\d+, .*taken as 16 bits"):
+    with pytest.warns(PictureWarning, match=r"scan\.png end below 4,096, .*taken as 16 bits"):
         assert read(tmp_path / "scan.png").max() <= 16
+
+
+@pytest.mark.parametrize("level", [0, 4096, 65_535])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_deep_data_that_are_black_or_reach_further_say_nothing(channels, level):
+    seen, notes = said(lambda: read(deep_png(np.full((6, 7, channels), level, np.uint16))))
+    assert (seen == round(level / 257)).all()
+    assert notes == []
 
 
 def test_a_transparent_colour_of_sixteen_bits():

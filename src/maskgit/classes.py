@@ -145,12 +145,18 @@ def are_numbers(names: Sequence[str]) -> bool:
 
 @lru_cache(maxsize=8)
 def _by_name(names: tuple[str, ...]) -> dict[str, list[int]]:
-    """Return the numbers of the classes that have each name or synonym, normalised, in rising order."""
-    table: dict[str, list[int]] = {}
+    """Return the numbers of the classes that have each name, normalised, in rising order.
+
+    What is the whole name of a class is not taken as a synonym of others.
+    """
+    whole: dict[str, list[int]] = {}
+    synonyms: dict[str, list[int]] = {}
     for number, group in enumerate(names):
-        for name in dict.fromkeys(map(_normal, (group, *group.split(",")))):
-            table.setdefault(name, []).append(number)
-    return table
+        name, *others = dict.fromkeys(map(_normal, (group, *group.split(","))))
+        whole.setdefault(name, []).append(number)
+        for other in others:
+            synonyms.setdefault(other, []).append(number)
+    return synonyms | whole
 
 
 def _normal(name: str) -> str:

@@ -219,7 +219,7 @@ def read_checkpoint(path: str | Path) -> Arrays:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     others = sorted(tree.keys() - COLLECTIONS)
     if others:
-        log.warning("%s: left out %s, which are not of the model.", path, ", ".join(map(repr, others[:8])))
+        log.warning("%s: left out %s, which the model does not use.", path, ", ".join(map(repr, others[:8])))
     arrays = dict(flaxio.leaves({key: tree[key] for key in tree if key in COLLECTIONS}))
     if not any(key.startswith("params/") for key in arrays):
         raise CheckpointError(f"{path} holds no 'params', so it is not a Flax model checkpoint.")

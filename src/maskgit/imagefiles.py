@@ -217,7 +217,8 @@ def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], 
 
 def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
     """Return a picture with its pixels read, deep ones of colour brought to 8 bits."""
-    if isinstance(image, PngImageFile) and pngfile.is_deep(image) and _needs_depth(image):
+    deep = isinstance(image, PngImageFile) and pngfile.is_deep(image)
+    if deep and _needs_depth(image):
         return _from_deep(image, name)
     try:
         image.load()
@@ -229,6 +230,8 @@ def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
             raise
         note(f"{name} lacks the marker at its end; its picture is whole.")
         return whole
+    if deep and 0 < np.asarray(image.convert("RGB")).max() < 16:
+        _say_dark(name)
     return image
 
 
@@ -433,11 +436,15 @@ def _eight_bits(values: np.ndarray, bits: int, name: str) -> np.ndarray:
             note(f"{name} holds {bits}-bit numbers in 16 bits, as it says itself; {top:,} is taken as white.")
             levels = np.minimum((numbers * 510 + top) // (2 * top), 255)
     elif bits == 16 and 0 < high < 4096:
-        note(
-            f"The numbers in {name} end at {high:,}, as those of 12 bits do, and it does not say so; they are "
-            "taken as 16 bits, which is nearly black. Scale them to 65,535 first, or add an sBIT chunk."
-        )
+        _say_dark(name)
     return levels.astype(np.uint8)[values]
+
+
+def _say_dark(name: str) -> None:
+    note(
+        f"The numbers in {name} end below 4,096, as those of 12 bits do, and it does not say so; they are "
+        "taken as 16 bits, which is nearly black. Scale them to 65,535 first, or add an sBIT chunk."
+    )
 
 
 def _needs_depth(image: PngImageFile) -> bool:

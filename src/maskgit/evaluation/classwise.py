@@ -69,7 +69,7 @@ def matched_classes(
     found = match_classes(names, own)
     if found is None:
         return Matched(
-            None, f"The classes of {whose} ({_some(names)}) are not called as the model's ({_some(own)})."
+            None, f"{whose} names its classes ({_some(names)}) differently from the model ({_some(own)})."
         )
     return Matched(np.array(found, np.int32), "")
 

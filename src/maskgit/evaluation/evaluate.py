@@ -236,7 +236,7 @@ class SampleEvaluation:
         if numbers is not None and present < count:
             numbers, reason = None, f"The reference has images of {present:,} of the {count:,} classes alone."
         if numbers is None:
-            reason += " So samples are not asked for their class."
+            reason += " So scores by class are left out."
             return replace(reference, labels=None, class_names=None), reason, [reason]
         labels = numbers[reference.labels]
         return (

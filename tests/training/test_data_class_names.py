@@ -75,6 +75,6 @@ def test_the_test_loss_goes_by_the_names_of_classes(place, tiny):
 
 def test_names_that_do_not_match_are_told(place, tiny):
     inputs = opened(place, tiny, "other")
-    assert "not called as the model's" in inputs.notes[0]
+    assert "differently from the model" in inputs.notes[0]
     assert "taken by their numbers" in inputs.notes[0]
     assert inputs.test_classes.tolist() == list(range(10))
