@@ -38,11 +38,12 @@ PEAK_FLOPS = {
 
 def host_numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     """Return scalars as plain numbers, those of a device in one reading."""
+    numbers = {name: 0.0 if isinstance(value, Tensor) else float(value) for name, value in values.items()}
     scalars = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    if not scalars:
-        return dict(values)
-    read = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
-    return dict(values) | dict(zip(scalars, read, strict=True))
+    if scalars:
+        read = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
+        numbers |= dict(zip(scalars, read, strict=True))
+    return numbers
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -172,7 +173,7 @@ class Logger:
         """Log numbers by name, such as {"loss": 6.2, "loss_by_ratio/0.9-1.0": 6.8}."""
         if not self._is_main:
             return
-        numbers = {name: float(value) for name, value in host_numbers(values).items()}
+        numbers = host_numbers(values)
         try:
             self._file.write(json.dumps({"step": step, **numbers}) + "\n")
             self._file.flush()

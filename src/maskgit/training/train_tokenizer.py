@@ -201,9 +201,9 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
             stopping = stop.agreed()
             last = done == config.steps
             logging = done % config.log_every == 0 or last
-            evaluating = test_cache is not None and (done % config.evaluate_every == 0 or last)
+            to_evaluate = test_cache if done % config.evaluate_every == 0 or last else None
             saving = done % config.checkpoint_every == 0 or stopping or last
-            if codes or logging or evaluating or saving:
+            if codes or logging or to_evaluate is not None or saving:
                 gate.read()
             if codes:
                 logger.scalars(done, codes)
@@ -214,11 +214,11 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
                 logger.scalars(done, {**numbers, **rates, **speed})
                 logger.progress(done, config.steps, throughput, numbers["loss"])
                 warn_of_images(logger, done, made.images)
-            if evaluating:
+            if to_evaluate is not None:
                 with throughput.paused(), ema.applied(tokenizer):
                     scores, shown = evaluate_tokenizer(
                         tokenizer,
-                        test_cache,
+                        to_evaluate,
                         size=size,
                         precision=precision,
                         num_images=config.num_test_images,

@@ -188,10 +188,10 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
             stopping = stop.agreed()
             last = done == config.steps
             logging = done % config.log_every == 0 or last
-            evaluating = test_cache is not None and (done % config.evaluate_every == 0 or last)
+            to_evaluate = test_cache if done % config.evaluate_every == 0 or last else None
             sampling = done % config.sample_every == 0 or last
             saving = done % config.checkpoint_every == 0 or stopping or last
-            if logging or evaluating or sampling or saving:
+            if logging or to_evaluate is not None or sampling or saving:
                 gate.read()
             if logging:
                 throughput.read()
@@ -201,11 +201,11 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
                 logger.scalars(done, {**numbers_read, **by_ratio, "learning_rate": rate, **speed})
                 logger.progress(done, config.steps, throughput, numbers_read["loss"])
                 warn_if_stuck(logger, config, done, numbers_read["loss"])
-            if evaluating:
+            if to_evaluate is not None:
                 with throughput.paused(), ema.applied(transformer):
                     test_loss = evaluate_loss(
                         network,
-                        test_cache,
+                        to_evaluate,
                         vocabulary,
                         seed=config.seed,
                         batch_size=config.batch_size,
