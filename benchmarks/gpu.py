@@ -96,7 +96,7 @@ def tokens(options: argparse.Namespace, record: Record) -> None:
     words, indices = torch.tensor([[5, 0], [2**32 - 1, 2**32 - 1]]), torch.tensor([0, 2**40])
 
     def drawn(device: str) -> torch.Tensor:
-        noise = ImageNoise(words.to(device), indices.to(device), 257, 1024)
+        noise = ImageNoise.of_words(words.to(device), indices.to(device), 257, 1024)
         return noise.uniform(torch.tensor([[3], [9]], device=device), 3).cpu()
 
     record.add("equal uniform numbers", _share(drawn("cpu"), drawn(options.device)), expected=EXACT)

@@ -96,7 +96,8 @@ def run_sections(
         sections: which.
         command: starts the process of one.
         out: the folder of the results.
-        budget: seconds for all; sections that it does not reach are named as such.
+        budget: seconds for all, of which each section has its share of what is left; those that it does not reach
+            are named as such.
         title: of the page.
 
     Returns:
@@ -109,14 +110,16 @@ def run_sections(
     }
     for section in sections:
         (out / f"{section.name}.json").unlink(missing_ok=True)
-    for section in sections:
+    for number, section in enumerate(sections):
         left = budget - (time.monotonic() - began)
+        # By their limits, so that a slow one takes no time from those after it.
+        share = section.seconds / sum(later.seconds for later in sections[number:])
         if left <= 0:
             ends[section.name]["end"] = "not run: the time was over"
         else:
             print(f"== {section.name}: {section.about}", flush=True)
             ends[section.name] |= _run(
-                command(section), out / f"{section.name}.txt", min(section.seconds, left)
+                command(section), out / f"{section.name}.txt", min(section.seconds, share * left)
             )
             print(f"-- {ends[section.name]['end']}", flush=True)
         _write(out, ends, title)

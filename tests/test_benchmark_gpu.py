@@ -94,6 +94,26 @@ def test_what_the_time_does_not_reach_is_named(results):
     assert "About other. (not run: the time was over)" in page
 
 
+def test_a_slow_section_takes_no_time_from_those_after_it(tmp_path, monkeypatch):
+    import sections
+
+    now, given = [0.0], {}
+
+    def run(command, printed, seconds):
+        given[command[0]] = seconds
+        now[0] += seconds if command[0] != "quick" else 1
+        return {"end": "done"}
+
+    monkeypatch.setattr(sections.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sections, "_run", run)
+    named = [sections.Section(name, 60, lambda *_: None, "") for name in ("slow", "quick", "next", "last")]
+    sections.run_sections(named, lambda one: [one.name], tmp_path, budget=120, title="")
+    # What a quick one leaves is for the others, each of which has its own limit.
+    assert given == {"slow": 30, "quick": 30, "next": 44.5, "last": 44.5}
+    assert sections.run_sections(named[:1], lambda one: [one.name], tmp_path, budget=120, title="")
+    assert given["slow"] == 60
+
+
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

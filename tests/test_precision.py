@@ -82,6 +82,22 @@ def test_a_network_that_tokenizes_or_predicts_is_whole(tiny, rounded, monkeypatc
     assert len(entered) == 4
 
 
+def test_the_distances_of_an_evaluation_are_whole(tiny, rounded, monkeypatch):
+    from maskgit.evaluation import sampling
+    from maskgit.evaluation.lpips import LPIPS
+    from small_evaluation import real_images, toy_net
+
+    monkeypatch.setattr(sampling, "whole_float32", lambda device: whole_float32(CUDA))
+    lpips = LPIPS("alex").requires_grad_(False).eval()
+    work = sampling.Reconstructions(
+        tiny.tokenizer, real_images(4), toy_net(), weights={}, lpips=lpips, lpips_name="alex", batch_size=4
+    )
+    work.make(0, 4)
+    # Five layers for each of two batches, and the five weighted differences.
+    assert len(rounded) == 15
+    assert all(asked[-1] is False for asked in rounded)
+
+
 def test_on_a_cpu_nothing_is_asked():
     with whole_float32(torch.device("cpu")):
         assert not torch.overrides._get_current_function_mode_stack()

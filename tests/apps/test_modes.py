@@ -18,7 +18,8 @@ def machine(monkeypatch):
     asked = []
 
     def say(kind):
-        monkeypatch.setattr(devices, "choose_device", lambda name="auto": torch.device(kind))
+        for name in ("choose_device", "own_device"):
+            monkeypatch.setattr(devices, name, lambda name="auto": torch.device(kind))
         monkeypatch.setattr(hub, "from_pretrained", lambda name, device: MaskGIT.__new__(MaskGIT))
         monkeypatch.setattr(MaskGIT, "optimize", lambda self, mode, **choices: asked.append(mode) or self)
         return asked
@@ -94,16 +95,3 @@ def test_the_page_records_the_mode_it_runs_in(monkeypatch):
         recorded = Studio(pipe, "name", None).recorded("page")
         assert recorded["mode"] == mode
         assert json.dumps(recorded)
-
-
-def test_a_process_of_many_works_on_its_own_gpu(monkeypatch):
-    current = []
-    monkeypatch.setattr(
-        devices, "choose_device", lambda name="auto": torch.device("cuda" if name == "auto" else name)
-    )
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    for name, device in (("auto", "cuda:1"), ("cuda:3", "cuda:3"), ("cpu", "cpu")):
-        assert devices.own_device(name) == torch.device(device)
-    assert current == [torch.device("cuda:1"), torch.device("cuda:3")]

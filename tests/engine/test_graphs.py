@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from maskgit import MaskGIT
+from maskgit import MaskGIT, engine
 from maskgit.batching import Batcher, Job
 from maskgit.config import SamplerConfig
 from maskgit.devices import Landing
@@ -186,6 +186,39 @@ def test_what_is_padded_is_not_returned(tiny, rows, padded):
     made = model.generate(labels, seed=3, steps=2, batch_size=rows)
     assert_same_tokens(made.tokens, tiny.generate(labels, seed=3, steps=2, batch_size=rows).tokens)
     assert {key[0] for key in steps._programs} == {padded}
+
+
+def test_a_first_call_in_inference_mode_spoils_no_later_one(tiny):
+    model = tiny.optimize("exact", linear="torch")
+    model.decode_step = GraphedSteps(capture=False, compile_noise=False)
+    with torch.inference_mode():
+        first = model.generate([1, 2], seed=3, steps=2)
+    assert torch.equal(model.generate([1, 2], seed=3, steps=2).tokens, first.tokens)
+    with torch.inference_mode():
+        assert torch.equal(model.generate([1, 2], seed=3, steps=2).tokens, first.tokens)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compile", "last"),
+    [
+        ("float32", False, False),
+        ("float32", True, False),
+        ("bfloat16", False, False),
+        ("bfloat16", True, True),
+        ("float16", True, True),
+    ],
+)
+def test_off_the_cpu_channels_are_last_only_where_norms_are_compiled_between(
+    tiny, monkeypatch, dtype, compile, last
+):
+    # A norm that is not compiled wants its channels first, and would copy before and after itself.
+    monkeypatch.setitem(engine.COMPILE_OPTIONS, "meta", {})
+    model = engine.build(tiny, engine.Engine(device="meta", dtype=dtype, compile=compile))
+    weights = [m.weight for m in model.tokenizer.modules() if isinstance(m, torch.nn.Conv2d)]
+    told = [w for w in weights if w.shape[1] > 1 and w.shape[2] > 1]
+    assert told
+    assert all(w.is_contiguous() != last for w in told)
+    assert all(w.is_contiguous(memory_format=torch.channels_last) == last for w in told)
 
 
 def test_captured_steps_are_forgotten_before_smaller_batches_are_tried(tiny):

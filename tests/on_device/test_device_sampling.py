@@ -74,7 +74,8 @@ def test_noise_is_the_cpus_and_waits_for_nothing(step, seed):
 
     def drawn(device):
         indices = torch.arange(2).to(device) + 2**40
-        noise = ImageNoise(there(seed, device), indices, 5, 7)
+        made_of = ImageNoise.of_words if isinstance(seed, torch.Tensor) else ImageNoise
+        noise = made_of(there(seed, device), indices, 5, 7)
         number = there(step, device)
         with counting() as counts:
             made = [noise.tokens(number), noise.choice(number), noise.uniform(number, 3), noise.words()]

@@ -13,7 +13,7 @@ from maskgit.apps import cli
 from maskgit.data.batches import ImageBatches
 from maskgit.data.caches import ImageCache
 from maskgit.data.writers import write_image_cache
-from maskgit.training import progress, run, train_tokenizer, train_transformer
+from maskgit.training import optim, progress, run, train_tokenizer, train_transformer
 from maskgit.training.checkpoint import Checkpoints
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.discriminator import Discriminator
@@ -326,6 +326,19 @@ def test_the_discriminator_copies_its_kernel_once():
     network(images)
     with counting() as counts:
         network(images).sum().backward()
+    assert not counts.events, counts
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adam_reads_nothing(fused, monkeypatch):
+    # On MPS it is not fused.
+    monkeypatch.setattr(optim, "copies_aside", lambda device: fused)
+    weights = [torch.nn.Parameter(torch.ones(3, device="gpu")) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.ones(3, device="gpu")
+    optimizer = optim.make_adam(weights, (0.9, 0.99))
+    with counting() as counts:
+        optimizer.step()
     assert not counts.events, counts
 
 

@@ -199,7 +199,9 @@ class _Program:
     ) -> None:
         """Capture it, or without a ground let it run as it is."""
         self.function = function
-        self.inputs = tuple(part.clone() for part in inputs)
+        # Those of inference mode could be filled nowhere else.
+        with torch.inference_mode(False):
+            self.inputs = tuple(part.clone() for part in inputs)
         self.ground = ground
         if ground is not None:
             self.graph, self.outputs = ground.capture(function, self.inputs)

@@ -27,6 +27,7 @@ from maskgit.evaluation.metrics import SSIM_WINDOW, psnr, ssim
 from maskgit.evaluation.units import Arrays, Made, Units
 from maskgit.images import to_pil, to_uint8
 from maskgit.pipeline import MaskGIT
+from maskgit.precision import whole_float32
 from maskgit.tokenizer import Tokenizer
 
 LABEL_RULES = ("balanced", "dataset")
@@ -328,7 +329,9 @@ class Reconstructions:
             arrays["ssim"] = ssim(images, rebuilt).numpy()
         if self.lpips is not None:
             device = next(self.lpips.parameters()).device
-            arrays["lpips"] = self.lpips(upload(images, device), upload(rebuilt, device)).cpu().numpy()
+            with whole_float32(device):
+                distances = self.lpips(upload(images, device), upload(rebuilt, device))
+            arrays["lpips"] = distances.cpu().numpy()
         return arrays
 
 

@@ -82,7 +82,8 @@ def make_adam(parameters: Iterable[nn.Parameter], betas: tuple[float, ...]) -> t
     optimizer = torch.optim.Adam(parameters, lr=0.0, betas=(betas[0], betas[1]), fused=fused)
     for parameter in parameters:
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
+            # Where it is not fused the host reads it at each step.
+            "step": torch.zeros((), device=parameter.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
