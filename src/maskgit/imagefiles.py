@@ -217,9 +217,9 @@ def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], 
 
 def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
     """Return a picture with its pixels read, deep ones of colour brought to 8 bits."""
-    deep = isinstance(image, PngImageFile) and pngfile.is_deep(image)
-    if deep and _needs_depth(image):
-        return _from_deep(image, name)
+    deep = image if isinstance(image, PngImageFile) and pngfile.is_deep(image) else None
+    if deep is not None and _needs_depth(deep):
+        return _from_deep(deep, name)
     try:
         image.load()
     except OSError:
