@@ -22,13 +22,13 @@ import torch
 
 from maskgit import MaskGIT
 from maskgit.data.pictures import as_floats
-from maskgit.devices import choose_device
-from maskgit.evaluation.features import BUNDLED_NETS, load_feature_net
 from maskgit.evaluation.metrics import FeatureStatistics, frechet_report, kernel_distance, precision_recall
-from maskgit.evaluation.neighbours import nearest_neighbours
-from maskgit.evaluation.sampling import SampleConfig, Samples, measured
-from maskgit.evaluation.scores import split_distance
-from maskgit.evaluation.units import Units
+from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.networks.features import BUNDLED_NETS, load_feature_net
+from maskgit.evaluation.runs.sampling import SampleConfig, Samples, measured
+from maskgit.evaluation.scores.scores import split_distance
+from maskgit.foundation.devices import choose_device
+from maskgit.foundation.units import Units
 
 
 def seconds(work: Callable[[], Any], runs: int) -> float:

@@ -4,7 +4,8 @@ A multiplication and an addition are two. Norms, activations and softmax are lef
 less than a hundredth. Shapes: B images, S = N + 1 sequence, E hidden_size.
 """
 
-from maskgit.config import ModelConfig, TokenizerConfig, TransformerConfig
+from maskgit.config import ModelConfig
+from maskgit.networks.config import TokenizerConfig, TransformerConfig
 
 
 def forward(config: TransformerConfig, batch: int = 1) -> int:

@@ -25,8 +25,8 @@ import models
 import timing
 from maskgit import MaskGIT
 from maskgit.engine.graphs import GraphedSteps
-from maskgit.noise import ImageNoise
-from maskgit.policies import POLICIES
+from maskgit.sampler.noise import ImageNoise
+from maskgit.sampler.policies import POLICIES
 from sections import Record, Section, run_sections
 
 # Dense bfloat16 operations a second and bytes a second, by what is in the name. Source: NVIDIA's data sheets (SXM).
@@ -306,7 +306,7 @@ def memory(options: argparse.Namespace, record: Record) -> None:
 
 def server(options: argparse.Namespace, record: Record) -> None:
     """Ask the batcher for one image, and for many at once."""
-    from maskgit.batching import Batcher, Job
+    from maskgit.engine.batching import Batcher, Job
     from maskgit.engine.graphs import fixed_sizes
 
     model = models.random_model(models.SIZES[options.size]()).optimize("fast", device=options.device)
@@ -347,7 +347,7 @@ def profile(options: argparse.Namespace, record: Record) -> None:
 
 def synchronization(options: argparse.Namespace, record: Record) -> None:
     """Let nothing wait for the device within decoding, and count what does in training."""
-    from maskgit.sampler import decode_steps
+    from maskgit.sampler.loop import decode_steps
 
     cuda = torch.device(options.device).type == "cuda"
     model = bundled(options.device, "exact")

@@ -19,7 +19,7 @@ import timing
 ONE_IMAGE = """
 import json, sys, torch
 from pathlib import Path
-from maskgit.apps.cli import main
+from maskgit.apps.cli.commands import main
 code = main(sys.argv[1:])
 gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 # Not ru_maxrss, which counts the process that started this one, too.

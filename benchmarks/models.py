@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from maskgit import MaskGIT, convert
-from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
-from maskgit.devices import shapes_only
-from maskgit.tokenizer import Tokenizer
-from maskgit.transformer import Transformer
+from maskgit.config import ModelConfig
+from maskgit.foundation.devices import shapes_only
+from maskgit.networks.config import TokenizerConfig, TransformerConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
+from maskgit.sampler.config import SamplerConfig
 
 
 def official(grid_size: int, **transformer: int) -> ModelConfig:

@@ -18,8 +18,8 @@ import models
 import timing
 import workers
 from maskgit import MaskGIT, convert
-from maskgit.noise import Noise
-from maskgit.sampler import decode
+from maskgit.sampler.loop import decode
+from maskgit.sampler.noise import Noise
 
 
 class Ours:

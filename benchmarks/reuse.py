@@ -23,8 +23,8 @@ import torch
 import models
 import timing
 from maskgit import MaskGIT
-from maskgit.evaluation.features import FeatureNet, load_feature_net
-from maskgit.evaluation.statistics import Collector, ImageStatistics, compare, read_statistics
+from maskgit.evaluation.networks.features import FeatureNet, load_feature_net
+from maskgit.evaluation.scores.statistics import Collector, ImageStatistics, compare, read_statistics
 
 SEED = 5000
 

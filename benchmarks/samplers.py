@@ -23,9 +23,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from maskgit import MaskGIT, images
-from maskgit.evaluation.classifier import SmallResNet, classify
-from maskgit.evaluation.features import load_feature_net
-from maskgit.evaluation.statistics import Collector, compare, read_statistics
+from maskgit.evaluation.networks.classifier import SmallResNet, classify
+from maskgit.evaluation.networks.features import load_feature_net
+from maskgit.evaluation.scores.statistics import Collector, compare, read_statistics
 from maskgit.explain import step_map
 
 SEED = 5000

@@ -18,7 +18,8 @@ import flops
 import models
 import timing
 from maskgit import MaskGIT
-from maskgit.config import ModelConfig, TransformerConfig
+from maskgit.config import ModelConfig
+from maskgit.networks.config import TransformerConfig
 
 AXES = ("steps", "batch", "resolution", "model")
 GRIDS = (0.5, 1, 2)

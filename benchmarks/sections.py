@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit import files
+from maskgit.foundation import files
 
 # A measured figure below this share of the expected one is to be explained.
 LEAST_SHARE = 0.7

@@ -28,7 +28,8 @@ from typing import Any
 
 import httpx
 
-from maskgit import MaskGIT, files, images
+from maskgit import MaskGIT, images
+from maskgit.foundation import files
 
 LEAST = 0.85
 BATCH_SIZE = 16

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from maskgit import files
+from maskgit.foundation import files
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
 

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from traitlets.config import Config
 
-from maskgit import files
+from maskgit.foundation import files
 
 NOTEBOOK = Path(__file__).with_name("demo.ipynb")
 SECONDS_A_CELL = 600

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from maskgit.apps.client import Client
+from maskgit.apps.client.client import Client
 
 
 class Both:

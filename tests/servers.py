@@ -20,7 +20,7 @@ import pytest
 import uvicorn
 
 from maskgit import MaskGIT
-from maskgit.apps.flags import Marking
+from maskgit.apps.cli.flags import Marking
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.server import bind, configured
 from maskgit.apps.serving.service import Limits, Service

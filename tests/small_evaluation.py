@@ -13,10 +13,10 @@ import torch
 
 from maskgit.convert import load_official
 from maskgit.data.pictures import Batch
-from maskgit.evaluation.evaluate import EvaluationConfig, SampleEvaluation
-from maskgit.evaluation.features import FeatureNet, Features
-from maskgit.evaluation.references import Reference
-from maskgit.evaluation.sampling import SampleConfig
+from maskgit.evaluation.networks.features import FeatureNet, Features
+from maskgit.evaluation.runs.evaluate import EvaluationConfig, SampleEvaluation
+from maskgit.evaluation.runs.sampling import SampleConfig
+from maskgit.evaluation.scores.references import Reference
 
 GOLDEN = Path(__file__).parent / "golden"
 DIM = 6

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maskgit.apps.output import Progress
+from maskgit.apps.cli.output import Progress
 from maskgit.results import Output
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from maskgit import MaskGIT
-from maskgit.batch_sizes import equal_sizes
-from maskgit.batching import Batcher, Job
+from maskgit.engine.batch_sizes import equal_sizes
+from maskgit.engine.batching import Batcher, Job
 from maskgit.errors import ConfigError
 
 MIXED = [

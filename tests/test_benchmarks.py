@@ -52,8 +52,8 @@ def test_operations_are_counted_as_torch_counts_them():
 @pytest.mark.parametrize("conv_downsample", [False, True])
 def test_operations_of_every_form_of_tokenizer(multipliers, conv_downsample):
     import flops
-    from maskgit.config import TokenizerConfig
-    from maskgit.tokenizer import Tokenizer
+    from maskgit.networks.config import TokenizerConfig
+    from maskgit.networks.tokenizer import Tokenizer
 
     config = TokenizerConfig(
         filters=32, channel_multipliers=multipliers, embedding_dim=8, conv_downsample=conv_downsample
@@ -151,7 +151,7 @@ class _StandIn:
 def test_given_noise_makes_the_image_that_it_makes_in_the_pipeline():
     import models
     import our_worker
-    from maskgit.noise import ImageNoise
+    from maskgit.sampler.noise import ImageNoise
 
     model = models.random_model(models.tiny())
     labels = torch.tensor([3, 4])

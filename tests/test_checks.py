@@ -10,24 +10,29 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit import MaskGIT, explain, images, noise, outpainting, regions, sampler
-from maskgit.apps import client_calls
-from maskgit.apps.client import Client
+from maskgit import MaskGIT, explain, images
+from maskgit.apps.client import calls as client_calls
+from maskgit.apps.client.client import Client
 from maskgit.apps.serving.service import Limits
-from maskgit.batching import Batcher, Job
-from maskgit.checks import check_flag, plain
-from maskgit.config import SamplerConfig, StepTables, TokenizerConfig
 from maskgit.data.batches import Shuffler, sample_numbers
-from maskgit.devices import choose_device, choose_dtype
 from maskgit.diffusers import MaskGITPipeline
+from maskgit.editing import outpaint as outpainting
+from maskgit.editing import regions
 from maskgit.engine import choose
+from maskgit.engine.batching import Batcher, Job
 from maskgit.errors import ConfigError, RegionError
-from maskgit.evaluation.distributions import inception_score, kernel_distance
-from maskgit.evaluation.evaluate import EvaluationConfig
-from maskgit.evaluation.intervals import bootstrap_interval
-from maskgit.evaluation.manifolds import authenticity, density_coverage, precision_recall
-from maskgit.evaluation.neighbours import nearest_neighbours
-from maskgit.evaluation.sampling import SampleConfig
+from maskgit.evaluation.metrics.distributions import inception_score, kernel_distance
+from maskgit.evaluation.metrics.intervals import bootstrap_interval
+from maskgit.evaluation.metrics.manifolds import authenticity, density_coverage, precision_recall
+from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.runs.evaluate import EvaluationConfig
+from maskgit.evaluation.runs.sampling import SampleConfig
+from maskgit.foundation.checks import check_flag, plain
+from maskgit.foundation.devices import choose_device, choose_dtype
+from maskgit.networks.config import TokenizerConfig
+from maskgit.sampler import loop as sampler
+from maskgit.sampler import noise
+from maskgit.sampler.config import SamplerConfig, StepTables
 from maskgit.training.stream_config import StreamConfig
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig

@@ -5,9 +5,9 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from maskgit import classes
-from maskgit.classes import class_query, find_class, imagenet_class_names, match_classes, sort_names
 from maskgit.errors import ConfigError
+from maskgit.networks import classes
+from maskgit.networks.classes import class_query, find_class, imagenet_class_names, match_classes, sort_names
 
 NAMES = imagenet_class_names()
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from maskgit import MaskGIT, images
-from maskgit.apps import cli
-from maskgit.config import SamplerConfig
+from maskgit.apps.cli import commands as cli
+from maskgit.sampler.config import SamplerConfig
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
-from maskgit import images, photos, profiles
+from maskgit import images
+from maskgit.editing import photos
 from maskgit.errors import ImageError
-from maskgit.notes import PictureWarning, listening
+from maskgit.foundation.notes import PictureWarning, listening
+from maskgit.images import profiles
 from pictures import encoded, noise
 
 P3 = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.3127, 0.3290))

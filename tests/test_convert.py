@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from golden_weights import arrays as golden_arrays
-from maskgit import MaskGIT, convert, flaxio
-from maskgit.config import SamplerConfig, TokenizerConfig, TransformerConfig
+from maskgit import MaskGIT, convert
+from maskgit.checkpoints import flax_msgpack as flaxio
 from maskgit.errors import CheckpointError, ConfigError, MaskGITError
-from maskgit.tokenizer import Tokenizer
-from maskgit.transformer import Transformer
+from maskgit.networks.config import TokenizerConfig, TransformerConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
+from maskgit.sampler.config import SamplerConfig
 
 
 def bchw(array: np.ndarray) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskgit.devices import own_device, shapes_only
+from maskgit.foundation.devices import own_device, shapes_only
 
 
 def test_networks_of_shapes_alone_draw_nothing():

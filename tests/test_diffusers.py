@@ -388,7 +388,7 @@ def test_the_documents_examples_run(tmp_path, monkeypatch, photo, mask):
 
 
 def test_a_models_place_is_named_as_diffusers_names_it(monkeypatch, tmp_path):
-    from maskgit import hugging_face
+    from maskgit.checkpoints import hugging_face
 
     asked = {}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from maskgit import download
 from maskgit.errors import DownloadError, OutputError
+from maskgit.foundation import download
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -150,7 +150,7 @@ def test_an_unwritable_cache_is_told(server, tmp_path):
 FETCH = """
 import sys
 from pathlib import Path
-from maskgit import download
+from maskgit.foundation import download
 print(download.fetch(sys.argv[1], folder=Path(sys.argv[2])))
 """
 

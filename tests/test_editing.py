@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from maskgit import MaskGIT, regions
+from maskgit import MaskGIT
+from maskgit.editing import regions
+from maskgit.editing.masks import read_mask
+from maskgit.editing.photos import Photo
 from maskgit.errors import ConfigError, ImageError, RegionError
 from maskgit.images import to_uint8
-from maskgit.masks import read_mask
-from maskgit.photos import Photo
-from maskgit.policies import POLICIES
+from maskgit.sampler.policies import POLICIES
 from pictures import encoded, noise
 
 MASKS = arrays(np.bool_, (32, 32), elements=st.booleans(), fill=st.just(False))

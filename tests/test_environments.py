@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskgit.apps.cli import main
+from maskgit.apps.cli.commands import main
 from maskgit.engine import probe
 
 # A user whom the system does not know, on a system where one folder alone can be written.
@@ -46,7 +46,7 @@ def read_only(event, arguments):
         if not path.startswith(writable):
             raise OSError(errno.EROFS, "Read-only file system", path)
 
-from maskgit.apps.cli import main
+from maskgit.apps.cli.commands import main
 from maskgit.engine import probe
 
 # Which is measured anew without a cache, and takes long on a busy machine.
@@ -130,7 +130,7 @@ def strangers_command() -> tuple[str, ...]:
         python = [*prefix, sys.executable]
         with contextlib.suppress(OSError):
             tried = subprocess.run(
-                [*python, "-c", "import maskgit.apps.cli"], capture_output=True, check=False, cwd="/"
+                [*python, "-c", "import maskgit.apps.cli.commands"], capture_output=True, check=False, cwd="/"
             )
             if tried.returncode == 0:
                 return tuple(python)
@@ -219,7 +219,7 @@ def test_python_and_recipes_know_the_tilde(tmp_path, monkeypatch, photos):
     from maskgit.data.caches import ImageCache
     from maskgit.data.npz import open_npz
     from maskgit.data.pack import pack_images
-    from maskgit.evaluation.weights import local_file
+    from maskgit.evaluation.networks.weights import local_file
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -258,7 +258,7 @@ def test_a_checkpoint_leaves_the_programs_warning_filters_alone(tmp_path):
     import torch
     from torch.distributed import checkpoint as dcp
 
-    from maskgit.training.checkpoint import Checkpoints
+    from maskgit.training.run.checkpoint import Checkpoints
 
     checkpoints, whole = Checkpoints(tmp_path), dcp.save
 

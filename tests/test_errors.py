@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import maskgit
-from maskgit.apps import cli
+from maskgit.apps.cli import commands as cli
 
 PACKAGE = Path(maskgit.__file__).parent
 ROOT = Path(__file__).parents[1]

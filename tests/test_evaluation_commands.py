@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit.apps import cli
-from maskgit.apps.evaluation_flags import SampleFlags
+from maskgit.apps.cli import commands as cli
+from maskgit.apps.cli.evaluation_flags import SampleFlags
 from maskgit.data.picture_sets import open_pictures
 from maskgit.errors import ConfigError, DataError
-from maskgit.evaluation.references import open_reference
-from maskgit.evaluation.statistics import read_statistics
+from maskgit.evaluation.scores.references import open_reference
+from maskgit.evaluation.scores.statistics import read_statistics
 
 pytest.importorskip("efficientnet_lite_pytorch")
 SMALL = ("--feature-size", 32, "--device", "cpu")

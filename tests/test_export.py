@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit import MaskGIT, export, noise, schedules
-from maskgit.apps import cli
+from maskgit import MaskGIT, export
+from maskgit.apps.cli import commands as cli
 from maskgit.errors import CheckpointError, ConfigError, OutputError
 from maskgit.export import FORMATS, PARTS, export_model
+from maskgit.sampler import noise, schedules
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_generate.py"
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from maskgit.errors import OutputError
-from maskgit.files import expand_argument, output_error, replacing, write_bytes
+from maskgit.foundation.files import expand_argument, output_error, replacing, write_bytes
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -101,7 +101,7 @@ import os, stat, sys, threading
 from pathlib import Path
 import numpy as np
 from maskgit import hub
-from maskgit.files import write_bytes
+from maskgit.foundation.files import write_bytes
 from maskgit.data.writers import write_image_cache
 
 # The umask belongs to the process: whoever sets it, if only for a moment, sets it for all threads.

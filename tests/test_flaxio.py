@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskgit import flaxio
+from maskgit.checkpoints import flax_msgpack as flaxio
 from maskgit.errors import CheckpointError
 
 

@@ -99,7 +99,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
         assert torch.equal(tokens, wanted)
 """,
     "without OpenMP's help": """
-from maskgit import forks
+from maskgit.foundation import forks
 forks.give_back_threads = lambda: False
 def work():
     assert torch.get_num_threads() == 1
@@ -140,7 +140,7 @@ def test_a_child_computes(name):
 
 def test_a_service_started_before_a_fork_says_so():
     run("""
-from maskgit.apps.serving.faults import UnavailableError
+from maskgit.apps.serving.errors import UnavailableError
 from maskgit.apps.serving.service import Limits, Service
 service = Service(pipe, "cifar10", Limits(max_batch=2))
 service.start()
@@ -169,7 +169,7 @@ service.close()
 def test_a_gpu_that_was_used_before_a_fork_is_refused():
     # No GPU is needed for it: CUDA is only asked whether it was used.
     run("""
-from maskgit.devices import choose_device
+from maskgit.foundation.devices import choose_device
 from maskgit.errors import ConfigError
 torch.cuda.is_initialized = lambda: True
 
@@ -239,7 +239,7 @@ forked(work)
 
 def test_a_client_has_connections_of_its_own_after_a_fork():
     run("""
-from maskgit.apps.client import Client
+from maskgit.apps.client.client import Client
 client = Client("http://127.0.0.1:9", api_key="secret")
 mine = client._http
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maskgit import MaskGIT, hub
-from maskgit.apps.cli import main
+from maskgit.apps.cli.commands import main
 from maskgit.errors import CheckpointError, ConfigError, DownloadError, OutputError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit import likelihood
+from maskgit.editing import likelihood
 from maskgit.errors import ConfigError, RegionError
 
 

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from maskgit import locks
 from maskgit.errors import OutputError
-from maskgit.locks import locked
+from maskgit.foundation import locks
+from maskgit.foundation.locks import locked
 
 # Holds the lock that it is given and says so, until its standard input ends.
 HOLDER = """
 import sys
 from pathlib import Path
-from maskgit.locks import locked
+from maskgit.foundation.locks import locked
 with locked(Path(sys.argv[1]), lambda holder: print(f"waits for {holder}", flush=True)):
     print("holds", flush=True)
     sys.stdin.read()

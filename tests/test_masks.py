@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit import masks, photos
-from maskgit.apps import cli, output
+from maskgit.apps.cli import commands as cli
+from maskgit.apps.cli import output
+from maskgit.editing import masks, photos
 from maskgit.errors import RegionError
-from maskgit.notes import PictureWarning, listening
+from maskgit.foundation.notes import PictureWarning, listening
 from pictures import encoded, noise
 
 PHOTO = photos.Photo(Image.fromarray(noise(40, 40)))

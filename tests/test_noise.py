@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from maskgit.errors import ConfigError
-from maskgit.noise import ImageNoise, gumbel, philox, uniform
+from maskgit.sampler.noise import ImageNoise, gumbel, philox, uniform
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import nbformat
 import pytest
 
 from maskgit import MaskGIT, hub
-from maskgit.classes import imagenet_class_names
-from maskgit.config import ModelConfig, TokenizerConfig, TransformerConfig
-from maskgit.tokenizer import Tokenizer
-from maskgit.transformer import Transformer
+from maskgit.config import ModelConfig
+from maskgit.networks.classes import imagenet_class_names
+from maskgit.networks.config import TokenizerConfig, TransformerConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODEL_LINE = 'MODEL = "cifar10"'

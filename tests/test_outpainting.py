@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskgit import MaskGIT, canvas, outpainting
-from maskgit.canvas import decode_canvas, encode_canvas, plan_windows
+from maskgit import MaskGIT
+from maskgit.editing import outpaint as outpainting
+from maskgit.editing import windows as canvas
+from maskgit.editing.outpaint import outpaint, panorama
+from maskgit.editing.windows import decode_canvas, encode_canvas, plan_windows
 from maskgit.errors import ConfigError, ImageError, RegionError
-from maskgit.outpainting import outpaint, panorama
 from maskgit.results import join_outputs
 from pictures import noise
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from maskgit import photos
+from maskgit.editing import photos
+from maskgit.editing.photos import Photo, Window
 from maskgit.errors import ImageError, RegionError
-from maskgit.photos import Photo, Window
 from pictures import noise
 
 

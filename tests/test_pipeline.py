@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from maskgit import MaskGIT
-from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError, ImageError, RegionError
-from maskgit.guidance import guided as guide
 from maskgit.results import Output
+from maskgit.sampler.config import SamplerConfig
+from maskgit.sampler.guidance import guided as guide
 
 
 @pytest.fixture(scope="session")

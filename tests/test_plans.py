@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from maskgit.config import SamplerConfig
-from maskgit.noise import ImageNoise, seed_words
-from maskgit.plans import Numbers, plan_steps
-from maskgit.policies import POLICIES, make_policy
-from maskgit.sampler import begin, decode, decode_step, free_tokens
+from maskgit.sampler.config import SamplerConfig
+from maskgit.sampler.loop import begin, decode, decode_step, free_tokens
+from maskgit.sampler.noise import ImageNoise, seed_words
+from maskgit.sampler.plans import Numbers, plan_steps
+from maskgit.sampler.policies import POLICIES, make_policy
 
 MASK, TOKENS, CODES = 99, 12, 5
 CONFIGS = (

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, qmc
 
-from maskgit.config import SamplerConfig, StepTables
 from maskgit.errors import ConfigError
-from maskgit.noise import ImageNoise
-from maskgit.plans import plan_steps
-from maskgit.policies import POLICIES, Policy, Start, Step, make_policy
-from maskgit.policies.ordered import halton_places, radical_inverse
-from maskgit.sampler import decode, decode_steps
+from maskgit.sampler.config import SamplerConfig, StepTables
+from maskgit.sampler.loop import decode, decode_steps
+from maskgit.sampler.noise import ImageNoise
+from maskgit.sampler.plans import plan_steps
+from maskgit.sampler.policies import POLICIES, Policy, Start, Step, make_policy
+from maskgit.sampler.policies.ordered import halton_places, radical_inverse
 
 CODES, TOKENS, CLASS, MASK = 3, 4, 50, 99
 STATES = torch.tensor(list(itertools.product(range(CODES), repeat=TOKENS)))

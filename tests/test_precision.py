@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maskgit import MaskGIT, precision
-from maskgit.compiled import Compiled, is_compiled
-from maskgit.precision import whole_float32
+from maskgit import MaskGIT
+from maskgit.foundation import precision
+from maskgit.foundation.compiled import Compiled, is_compiled
+from maskgit.foundation.precision import whole_float32
 
 CUDA = torch.device("cuda")
 MATMUL = torch.backends.cuda.matmul
@@ -67,7 +68,7 @@ def test_a_network_that_tokenizes_or_predicts_is_whole(tiny, rounded, monkeypatc
         precision._PRODUCTS.__class__, "__enter__", lambda self: entered.append(1) or real(self)
     )
     # As if the tensors were of a GPU.
-    for module in ("maskgit.tokenizer", "maskgit.pipeline"):
+    for module in ("maskgit.networks.tokenizer", "maskgit.pipeline"):
         monkeypatch.setattr(
             f"{module}.whole_float32", lambda device, network=None: whole_float32(CUDA, network)
         )
@@ -83,8 +84,8 @@ def test_a_network_that_tokenizes_or_predicts_is_whole(tiny, rounded, monkeypatc
 
 
 def test_the_distances_of_an_evaluation_are_whole(tiny, rounded, monkeypatch):
-    from maskgit.evaluation import sampling
-    from maskgit.evaluation.lpips import LPIPS
+    from maskgit.evaluation.networks.lpips import LPIPS
+    from maskgit.evaluation.runs import sampling
     from small_evaluation import real_images, toy_net
 
     monkeypatch.setattr(sampling, "whole_float32", lambda device: whole_float32(CUDA))

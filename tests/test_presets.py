@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from maskgit.apps.flags import Sampler
-from maskgit.config import SamplerConfig, StepTables
+from maskgit.apps.cli.flags import Sampler
 from maskgit.errors import ConfigError, OutputError
-from maskgit.presets import read_preset, read_tables, write_preset
+from maskgit.sampler.config import SamplerConfig, StepTables
+from maskgit.sampler.presets import read_preset, read_tables, write_preset
 
 
 def test_a_preset_goes_to_a_file_and_back(tmp_path):

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from maskgit import explain, images, photos, provenance
-from maskgit.apps import cli
-from maskgit.notes import PictureWarning, listening
+from maskgit import explain, images
+from maskgit.apps.cli import commands as cli
+from maskgit.editing import photos
+from maskgit.foundation.notes import PictureWarning, listening
+from maskgit.images import provenance
 from pictures import encoded, noise, picture
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"

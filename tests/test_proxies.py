@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from clients import Both, scripted
-from maskgit import download
-from maskgit.apps.client import AsyncClient, Client, RequestError
+from maskgit.apps.client.client import AsyncClient, Client, RequestError
 from maskgit.errors import ConfigError, DownloadError
-from maskgit.proxies import is_loopback, proxy_for
+from maskgit.foundation import download
+from maskgit.foundation.proxies import is_loopback, proxy_for
 
 KEY = "not-for-proxies-93b1"
 CLASSES = (200, {"content-type": "application/json"}, b'{"classes":[]}')

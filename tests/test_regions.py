@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskgit import regions
+from maskgit.editing import regions
 from maskgit.errors import ConfigError, RegionError
-from maskgit.vocabulary import Vocabulary
+from maskgit.networks.vocabulary import Vocabulary
 
 GREY_LEVEL = 1 / 255
 FLOAT16_STEP = 2**-11

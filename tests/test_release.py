@@ -91,7 +91,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
             "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt",
         }  # fmt: skip
         assert archive.read(kept["licenses/LICENSE"]) == (ROOT / "LICENSE").read_bytes()
-        assert b"maskgit = maskgit.apps.cli:main" in archive.read(kept["entry_points.txt"])
+        assert b"maskgit = maskgit.apps.cli.commands:main" in archive.read(kept["entry_points.txt"])
         about = archive.read(kept["METADATA"]).decode()
     assert "License-Expression: Apache-2.0" in about
     assert "maskgit/py.typed" in names

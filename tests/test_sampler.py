@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskgit.config import SamplerConfig
 from maskgit.errors import ConfigError
-from maskgit.noise import ImageNoise
-from maskgit.sampler import decode
+from maskgit.sampler.config import SamplerConfig
+from maskgit.sampler.loop import decode
+from maskgit.sampler.noise import ImageNoise
 
 MASK = 99
 

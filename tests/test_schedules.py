@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from maskgit.errors import ConfigError
-from maskgit.schedules import MASK_SCHEDULES, curve, mask_counts, mask_ratio, mask_ratios, mask_schedule
+from maskgit.sampler.schedules import (
+    MASK_SCHEDULES,
+    curve,
+    mask_counts,
+    mask_ratio,
+    mask_ratios,
+    mask_schedule,
+)
 
 
 @pytest.mark.parametrize("num_unknown", [64, 256, 1024])

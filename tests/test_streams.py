@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit.apps import cli
-from maskgit.bars import bar
+from maskgit.apps.cli import commands as cli
 from maskgit.diffusers import MaskGITPipeline
+from maskgit.foundation.bars import bar
 
 # The shell closes, breaks or fills a stream before Python starts.
 MASKGIT = f"'{sys.executable}' -m maskgit"
@@ -73,12 +73,14 @@ def test_a_full_disk_is_told(command, tmp_path):
 
 
 def test_files_do_not_take_the_place_of_a_closed_stream(tmp_path):
-    code = "import os; from maskgit.apps.streams import open_closed; open_closed(); print(os.open('x', 64))"
+    code = (
+        "import os; from maskgit.apps.cli.streams import open_closed; open_closed(); print(os.open('x', 64))"
+    )
     closed = shell(f"'{sys.executable}' -c \"{code}\" 2>&- <&-", tmp_path)
     assert int(closed.stdout) > 2
     # What a library prints is not in it, and a child has the streams too.
     code = (
-        "import os, subprocess; from maskgit.apps.streams import open_closed; open_closed();"
+        "import os, subprocess; from maskgit.apps.cli.streams import open_closed; open_closed();"
         "f = open('y', 'w'); os.write(2, b'remark'); subprocess.run(['sh', '-c', 'echo remark >&2']); f.close()"
     )
     assert shell(f"'{sys.executable}' -c \"{code}\" 2>&-", tmp_path).returncode == 0

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from maskgit import MaskGIT
-from maskgit.apps import cli
-from maskgit.apps.training_commands import read_recipe
+from maskgit.apps.cli import commands as cli
+from maskgit.apps.cli.training import read_recipe
 from maskgit.data.caches import ImageCache
 from maskgit.errors import ConfigError
 

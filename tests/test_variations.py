@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskgit.config import SamplerConfig, StepTables
+from maskgit.editing.variations import resumed
 from maskgit.errors import ConfigError
-from maskgit.policies import POLICIES
-from maskgit.schedules import mask_ratios
-from maskgit.variations import resumed
+from maskgit.sampler.config import SamplerConfig, StepTables
+from maskgit.sampler.policies import POLICIES
+from maskgit.sampler.schedules import mask_ratios
 from pictures import noise
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from maskgit.errors import ConfigError
-from maskgit.vocabulary import Vocabulary
+from maskgit.networks.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(num_codes=8, num_classes=3, grid_size=2)
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maskgit import MaskGIT, convert, hub, weights
+from maskgit import MaskGIT, convert, hub
+from maskgit.checkpoints import weights
 from maskgit.engine import probe
 from maskgit.errors import CheckpointError, ConfigError
 
@@ -183,7 +184,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 
 
 def test_a_pointer_is_named_for_what_it_is(model, tmp_path, golden):
-    from maskgit.evaluation.weights import read_state_dict
+    from maskgit.evaluation.networks.weights import read_state_dict
 
     file = tmp_path / "model" / "tokenizer" / "model.safetensors"
     file.write_bytes(POINTER)

@@ -11,10 +11,12 @@ arXiv 2202.04200.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
+    from maskgit.config import ModelConfig
     from maskgit.errors import MaskGITError
+    from maskgit.networks.config import TokenizerConfig, TransformerConfig
     from maskgit.pipeline import MaskGIT
     from maskgit.results import Output
+    from maskgit.sampler.config import SamplerConfig
 
 __version__ = "0.1.0"
 __all__ = [

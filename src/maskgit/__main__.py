@@ -2,6 +2,6 @@
 
 import sys
 
-from maskgit.apps.cli import main
+from maskgit.apps.cli.commands import main
 
 sys.exit(main())

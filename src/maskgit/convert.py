@@ -19,21 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskgit import files, flaxio, weights
-from maskgit.checks import check_choice
-from maskgit.config import (
-    ACTIVATIONS,
-    QUANTIZERS,
-    Config,
-    ModelConfig,
-    SamplerConfig,
-    TokenizerConfig,
-    TransformerConfig,
-)
+from maskgit.checkpoints import flax_msgpack as flaxio
+from maskgit.checkpoints import weights
+from maskgit.checkpoints.official_table import FLAX_NORMS, Row, tokenizer_table, transformer_table
+from maskgit.config import ModelConfig
 from maskgit.errors import CheckpointError, MaskGITError
-from maskgit.official import FLAX_NORMS, Row, tokenizer_table, transformer_table
-from maskgit.tokenizer import Tokenizer
-from maskgit.transformer import Transformer
+from maskgit.foundation import files
+from maskgit.foundation.checks import Config, check_choice
+from maskgit.networks.config import ACTIVATIONS, QUANTIZERS, TokenizerConfig, TransformerConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
+from maskgit.sampler.config import SamplerConfig
 
 if TYPE_CHECKING:
     from maskgit.pipeline import MaskGIT
@@ -247,7 +243,7 @@ def load_official(
         CheckpointError: a file is damaged, of the other stage, or does not fit.
         ConfigError: the two do not belong together.
     """
-    from maskgit.classes import imagenet_class_names
+    from maskgit.networks.classes import imagenet_class_names
     from maskgit.pipeline import MaskGIT
 
     told = _read_told(files.expand(transformer).with_name(TOLD))

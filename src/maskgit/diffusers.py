@@ -20,20 +20,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskgit.bars import bar
-from maskgit.checks import check_choice, check_count, check_range, plain
-from maskgit.config import SamplerConfig
-from maskgit.devices import Device, Dtype
-from maskgit.editing import inpaint
+from maskgit.editing.edit import inpaint
+from maskgit.editing.fill import fill
 from maskgit.errors import ConfigError, MaskGITError, install_extra
-from maskgit.filling import fill
+from maskgit.foundation.bars import bar
+from maskgit.foundation.checks import check_choice, check_count, check_range, plain
+from maskgit.foundation.devices import Device, Dtype
 from maskgit.model import Label, Model, Picture
-from maskgit.noise import ImageNoise, seed_words
 from maskgit.pipeline import MaskGIT
-from maskgit.plans import num_steps
-from maskgit.policies import make_policy
 from maskgit.results import Output
-from maskgit.sampler import Decoded, decode_steps, free_tokens
+from maskgit.sampler.config import SamplerConfig
+from maskgit.sampler.loop import Decoded, decode_steps, free_tokens
+from maskgit.sampler.noise import ImageNoise, seed_words
+from maskgit.sampler.plans import num_steps
+from maskgit.sampler.policies import make_policy
 
 if TYPE_CHECKING:
     from diffusers import ImagePipelineOutput

@@ -15,10 +15,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from maskgit import files, images, provenance
-from maskgit.checks import check_choice, check_count
+from maskgit import images
 from maskgit.errors import ConfigError, ImageError, OutputError
-from maskgit.provenance import Sign
+from maskgit.foundation import files
+from maskgit.foundation.checks import check_choice, check_count
+from maskgit.images import provenance
+from maskgit.images.provenance import Sign
 from maskgit.results import Output, Trace
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from maskgit import __version__
-from maskgit.bars import bar
 from maskgit.errors import CheckpointError, ConfigError, OutputError, install_extra, unknown_name
-from maskgit.files import expand
-from maskgit.folders import write_folder, write_json
+from maskgit.foundation.bars import bar
+from maskgit.foundation.files import expand
+from maskgit.foundation.folders import write_folder, write_json
 from maskgit.pipeline import MaskGIT, plain_model
 
 CONFIG = "config.json"

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskgit.config import ModelConfig, SamplerConfig
+from maskgit.config import ModelConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.vocabulary import Vocabulary
 from maskgit.results import Callback, Output
-from maskgit.tokenizer import Tokenizer
-from maskgit.vocabulary import Vocabulary
+from maskgit.sampler.config import SamplerConfig
 
 Label = int | str | None
 Picture = str | Path | Image.Image | np.ndarray | Tensor

@@ -13,31 +13,29 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from maskgit import (
-    editing,
-    filling,
-    images,
-    likelihood,
-    outpainting,
-    variations,
-)
-from maskgit.checks import check_count, plain
-from maskgit.classes import find_class
-from maskgit.config import ModelConfig, SamplerConfig, StepTables
-from maskgit.devices import Device, Dtype, choose_device, choose_dtype, is_dtype
+from maskgit import images
+from maskgit.checkpoints.weights import plain_network, unwrapped
+from maskgit.config import ModelConfig
+from maskgit.editing import edit as editing
+from maskgit.editing import fill as filling
+from maskgit.editing import likelihood, variations
+from maskgit.editing import outpaint as outpainting
 from maskgit.errors import ConfigError
-from maskgit.forks import check_process
-from maskgit.guidance import PredictLogits
+from maskgit.foundation.checks import check_count, plain
+from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype, is_dtype
+from maskgit.foundation.forks import check_process
+from maskgit.foundation.precision import whole_float32
+from maskgit.images.provenance import EDITED
 from maskgit.model import Label, Picture
-from maskgit.policies import POLICIES
-from maskgit.precision import whole_float32
-from maskgit.provenance import EDITED
+from maskgit.networks.classes import find_class
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
+from maskgit.networks.vocabulary import Vocabulary
 from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, join_outputs
-from maskgit.sampler import Forgetful, StepFunction, decode_step
-from maskgit.tokenizer import Tokenizer
-from maskgit.transformer import Transformer
-from maskgit.vocabulary import Vocabulary
-from maskgit.weights import plain_network, unwrapped
+from maskgit.sampler.config import SamplerConfig, StepTables
+from maskgit.sampler.guidance import PredictLogits
+from maskgit.sampler.loop import Forgetful, StepFunction, decode_step
+from maskgit.sampler.policies import POLICIES
 
 # Of the tokenizer's largest activation, in float32: a GPU needs a large batch to be busy, a CPU's cache is small.
 SLICE_BYTES = {False: 2**31, True: 2**26}
@@ -148,7 +146,7 @@ class MaskGIT:
 
         Args:
             where: devices and types in any order, such as "cuda", 0 or "bfloat16".
-            device, dtype: the same by name; see `maskgit.devices.choose_device` and `choose_dtype`.
+            device, dtype: the same by name; see `maskgit.foundation.devices.choose_device` and `choose_dtype`.
 
         Raises:
             ConfigError: the device is not available here, the type is none that networks compute in, or the model is

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskgit import images, provenance
+from maskgit import images
+from maskgit.images import provenance
 
 # Called with the step's number, the indices int64 (B,) of the images and their tokens int64 (B, h, w) so far.
 # One with a method `expect` hears before the first step how many calls more will come at most.
@@ -76,7 +77,7 @@ class ClassGuess(NamedTuple):
 
     Attributes:
         label: the likeliest class's number.
-        log_likelihoods: float32 (num_classes,), as `maskgit.likelihood.guess_class` returns them.
+        log_likelihoods: float32 (num_classes,), as `maskgit.editing.likelihood.guess_class` returns them.
     """
 
     label: int

@@ -14,9 +14,9 @@ from playwright.sync_api import expect, sync_playwright
 from starlette.testclient import TestClient
 
 from maskgit import MaskGIT, images
-from maskgit.apps.cli import main
-from maskgit.apps.client import Client, Pictures, Preview
-from maskgit.apps.flags import Network
+from maskgit.apps.cli.commands import main
+from maskgit.apps.cli.flags import Network
+from maskgit.apps.client.client import Client, Pictures, Preview
 from maskgit.apps.serving import outputs
 from maskgit.apps.serving.network import Forwarded
 from maskgit.apps.serving.service import Limits

@@ -17,9 +17,10 @@ from PIL import Image
 
 from clients import Both
 from maskgit import MaskGIT, images
-from maskgit.apps import client_calls
-from maskgit.apps.client import AsyncClient, Client, Making, Pictures, Preview, RequestError
-from maskgit.apps.serving import making, schemas
+from maskgit.apps.client import calls as client_calls
+from maskgit.apps.client.client import AsyncClient, Client, Making, Pictures, Preview, RequestError
+from maskgit.apps.serving import handlers as making
+from maskgit.apps.serving import schemas
 from maskgit.apps.serving.service import Limits
 from maskgit.errors import ConfigError, ImageError, MaskGITError
 from servers import in_thread, wait_for
@@ -220,7 +221,7 @@ def test_a_url_that_is_none(kind, url):
 
 
 def test_the_client_does_not_load_torch():
-    code = "import sys, maskgit.apps.client; print('torch' in sys.modules)"
+    code = "import sys, maskgit.apps.client.client; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

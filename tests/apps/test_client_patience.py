@@ -14,7 +14,7 @@ from PIL import Image
 
 from clients import Both, Script, scripted
 from maskgit import images
-from maskgit.apps.client import AsyncClient, Client, RequestError
+from maskgit.apps.client.client import AsyncClient, Client, RequestError
 
 KEY = "not-to-be-shown-5f2a"
 PHOTO = Image.fromarray((np.random.default_rng(0).random((40, 50, 3)) * 255).astype("uint8"))
@@ -53,7 +53,7 @@ def test_other_errors_are_not_tried_again(status, kind):
 
 
 def test_lost_connections_are_tried_again(kind, monkeypatch):
-    monkeypatch.setattr("maskgit.apps.client._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("maskgit.apps.client.client._FIRST_PAUSE", 0.01)
     with scripted(None, None, GOOD) as (url, asked):
         assert Both(kind, url).classes()
         assert len(asked) == 3
@@ -99,7 +99,7 @@ def test_a_stream_that_breaks_is_not_begun_anew(kind):
 
 
 def test_a_late_answer_is_an_error_of_its_own(kind, monkeypatch):
-    monkeypatch.setattr("maskgit.apps.client._GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("maskgit.apps.client.client._GRACE_SECONDS", 0.0)
     hang = threading.Event()
     monkeypatch.setattr(Script, "_answer", lambda self: hang.wait(30))
     with scripted(GOOD) as (url, asked):

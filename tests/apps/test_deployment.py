@@ -10,10 +10,10 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from maskgit.apps.cli import main
+from maskgit.apps.cli.commands import main
 from maskgit.apps.ray_serve import Options, build
 from maskgit.apps.serving.app import bare_app
-from maskgit.apps.serving.gates import OPEN_PATHS
+from maskgit.apps.serving.middleware import OPEN_PATHS
 from maskgit.apps.serving.service import Limits
 
 ROOT = Path(__file__).parents[2]

@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 
-from maskgit import MaskGIT, devices, hub
-from maskgit.apps import evaluation_flags, flags, tuning_commands
-from maskgit.apps.flags import Model, Speed
+from maskgit import MaskGIT, hub
+from maskgit.apps.cli import evaluation_flags, flags
+from maskgit.apps.cli import tuning as tuning_commands
+from maskgit.apps.cli.flags import Model, Speed
 from maskgit.errors import ConfigError
-from maskgit.evaluation import features, statistics
+from maskgit.evaluation.networks import features
+from maskgit.evaluation.scores import statistics
+from maskgit.foundation import devices
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def test_tuning_is_exact_everywhere(monkeypatch, tmp_path):
 
 def test_the_page_records_the_mode_it_runs_in(monkeypatch):
     pytest.importorskip("gradio")
-    from maskgit.apps.webui.studio import Studio
+    from maskgit.apps.webui.session import Studio
     from maskgit.engine import Engine
 
     # Whatever the machine is that looks.

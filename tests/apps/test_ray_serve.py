@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 from maskgit.apps import ray_serve
-from maskgit.apps.client import Client, Preview
+from maskgit.apps.client.client import Client, Preview
 from maskgit.errors import ConfigError
 from servers import in_process, wait_for
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit import MaskGIT, images, provenance
-from maskgit.apps.flags import Marking
+from maskgit import MaskGIT, images
+from maskgit.apps.cli.flags import Marking
 from maskgit.apps.serving.service import Limits
+from maskgit.images import provenance
 from servers import in_thread, wait_for
 
 LIMITS = Limits(

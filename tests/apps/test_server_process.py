@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from maskgit import MaskGIT, images
-from maskgit.apps.cli import main
+from maskgit.apps.cli.commands import main
 from maskgit.apps.serving.server import bind
 from maskgit.errors import ConfigError
 from servers import in_process, wait_for

@@ -21,8 +21,8 @@ from maskgit import MaskGIT, images
 from maskgit.apps.serving import schemas
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.connections import Patient
-from maskgit.apps.serving.gates import BodyGate, read_keys
-from maskgit.apps.serving.making import MAKERS
+from maskgit.apps.serving.handlers import MAKERS
+from maskgit.apps.serving.middleware import BodyGate, read_keys
 from maskgit.apps.serving.server import configured
 from maskgit.apps.serving.service import Limits, Service
 from maskgit.errors import ConfigError

@@ -11,7 +11,7 @@ from PIL import Image
 
 from maskgit import MaskGIT
 from maskgit.apps.serving import worker
-from maskgit.apps.serving.faults import (
+from maskgit.apps.serving.errors import (
     ClientGoneError,
     DeadlineError,
     FailedError,

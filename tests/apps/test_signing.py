@@ -15,13 +15,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from PIL import Image
 
-from maskgit import explain, images, provenance
-from maskgit.apps import cli
-from maskgit.apps.flags import Marking
+from maskgit import explain, images
+from maskgit.apps.cli import commands as cli
+from maskgit.apps.cli.flags import Marking
+from maskgit.apps.cli.signing import Signer
 from maskgit.apps.serving.service import Limits
-from maskgit.apps.signing import Signer
 from maskgit.errors import ConfigError
-from maskgit.provenance import EDITED, GENERATED
+from maskgit.images import provenance
+from maskgit.images.provenance import EDITED, GENERATED
 from pictures import encoded, noise, picture
 from servers import in_thread
 

@@ -18,16 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit import explain, images, provenance
-from maskgit.apps.flags import Marking
+from maskgit import explain, images
+from maskgit.apps.cli.flags import Marking
 from maskgit.apps.webui import edits, pictures
 from maskgit.apps.webui.forms import SamplerForm, SubjectForm
 from maskgit.apps.webui.page import theme
 from maskgit.apps.webui.pictures import KEPT, Shelf
 from maskgit.apps.webui.serving import listen
-from maskgit.apps.webui.studio import Studio, whole
-from maskgit.apps.webui.watching import THREAD, Step, watch
+from maskgit.apps.webui.session import Studio, whole
+from maskgit.apps.webui.streaming import THREAD, Step, watch
 from maskgit.errors import ConfigError, ImageError, RegionError
+from maskgit.images import provenance
 from maskgit.results import Output
 
 PATIENCE = 60

@@ -20,7 +20,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from maskgit import MaskGIT, images
 from maskgit.apps.webui.page import mount
 from maskgit.apps.webui.serving import listen
-from maskgit.apps.webui.watching import THREAD
+from maskgit.apps.webui.streaming import THREAD
 
 # Milliseconds that a busy machine may take; nothing waits so long on an idle one.
 PATIENCE = 60_000

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from maskgit.apps import cli
+from maskgit.apps.cli import commands as cli
 from maskgit.data.caches import META, ImageCache
 from maskgit.data.pack import pack_images
 from maskgit.data.picture_sets import open_pictures

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from maskgit import MaskGIT, engine
-from maskgit.config import TokenizerConfig
 from maskgit.engine import Engine, alternatives, choose, host, probe
 from maskgit.engine.convolution import (
     MergedUpsample,
@@ -23,8 +22,9 @@ from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import cpu_quota, keep_freed_memory
 from maskgit.engine.linear import PATHS, Int8Linear, MklLinear, adds_in_32_bits, replace_linears, ways
 from maskgit.errors import ConfigError
-from maskgit.policies import POLICIES
-from maskgit.tokenizer import ResBlock, Tokenizer, Upsample
+from maskgit.networks.config import TokenizerConfig
+from maskgit.networks.tokenizer import ResBlock, Tokenizer, Upsample
+from maskgit.sampler.policies import POLICIES
 from ties import assert_same_tokens
 
 # Before the tests' own measure takes its place.
@@ -249,7 +249,7 @@ def test_other_settings_need_no_other_capture(bundled):
 
 def test_captured_noise_may_be_compiled():
     from maskgit.engine.graphs import CompiledNoise
-    from maskgit.noise import ImageNoise, seed_words
+    from maskgit.sampler.noise import ImageNoise, seed_words
 
     words, indices, step = seed_words([5, 2**64 - 1]), torch.tensor([0, 7]), torch.tensor([[0], [3]])
     plain = ImageNoise.of_words(words, indices, 17, 8).tokens(step)
@@ -420,7 +420,7 @@ def test_a_cpu_with_fewer_instructions_goes_every_way_that_is_left(limits):
 
 def test_whether_a_cpu_has_bfloat16_is_asked_in_one_place(monkeypatch):
     from maskgit.engine.host import has_bfloat16_units
-    from maskgit.training.run import choose_precision
+    from maskgit.training.run.run import choose_precision
 
     monkeypatch.setattr(host, "ways", lambda dtype: ("torch", "onednn"))
     # What the versions of torch tell, and what none tells.

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskgit.config import TransformerConfig
 from maskgit.engine.folding import PIECE, PiecewiseGelu, fold_biases, replace_gelus
-from maskgit.transformer import Transformer
+from maskgit.networks.config import TransformerConfig
+from maskgit.networks.transformer import Transformer
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from maskgit import MaskGIT, engine
-from maskgit.batching import Batcher, Job
-from maskgit.config import SamplerConfig
-from maskgit.devices import Landing
+from maskgit.engine.batching import Batcher, Job
 from maskgit.engine.graphs import GraphedSteps, _Ground, _Program, fixed_size, fixed_sizes
+from maskgit.foundation.devices import Landing
+from maskgit.sampler.config import SamplerConfig
 from ties import assert_same_tokens
 
 SECOND = torch.device("cuda:1")
@@ -253,8 +253,8 @@ def test_captured_steps_are_forgotten_before_smaller_batches_are_tried(tiny):
 
 def test_scores_on_a_gpu_are_whole():
     # The last projection of half-precision networks, on a device that computes nothing.
-    from maskgit.config import TransformerConfig
-    from maskgit.transformer import Transformer
+    from maskgit.networks.config import TransformerConfig
+    from maskgit.networks.transformer import Transformer
 
     config = TransformerConfig(
         num_codes=32, num_classes=4, grid_size=4, hidden_size=48, num_layers=1, num_heads=4
@@ -302,7 +302,7 @@ def test_a_batch_on_mps_has_landed_when_it_is_there(cuda):
 
 
 def test_a_served_batch_sends_one_tensor_a_step(tiny, monkeypatch):
-    from maskgit import batching
+    from maskgit.engine import batching
 
     sent = []
     monkeypatch.setattr(batching, "upload", lambda tensor, device: sent.append(tensor) or tensor)
@@ -323,7 +323,7 @@ def test_a_served_batch_sends_one_tensor_a_step(tiny, monkeypatch):
 
 
 def test_the_numbers_of_a_step_are_whole_in_float32():
-    from maskgit.plans import Numbers, plan_steps
+    from maskgit.sampler.plans import Numbers, plan_steps
 
     config = SamplerConfig(steps=10_000, temperature=0.1, choice_temperature=1e6, guidance_scale=1.7)
     plan = plan_steps(config, 16_384, remasks=True)

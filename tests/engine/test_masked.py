@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from maskgit import MaskGIT
-from maskgit.config import ModelConfig, TokenizerConfig, TransformerConfig
+from maskgit.config import ModelConfig
 from maskgit.engine import masked as module
 from maskgit.engine.masked import LARGEST_SHARE, MaskedPredictor
-from maskgit.policies import POLICIES
-from maskgit.policies.confidence import Confidence
-from maskgit.tokenizer import Tokenizer
-from maskgit.transformer import Transformer
+from maskgit.networks.config import TokenizerConfig, TransformerConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
+from maskgit.sampler.policies import POLICIES
+from maskgit.sampler.policies.confidence import Confidence
 from ties import assert_same_tokens
 
 

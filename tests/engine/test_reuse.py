@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from maskgit import MaskGIT
-from maskgit.batching import Batcher
 from maskgit.engine import Engine, choose
+from maskgit.engine.batching import Batcher
 from maskgit.engine.linear import ways
 from maskgit.engine.reuse import LARGEST_SHARE, ContextReuse
 from maskgit.errors import ConfigError
-from maskgit.policies import POLICIES
+from maskgit.sampler.policies import POLICIES
 from ties import assert_same_tokens
 
 

@@ -10,8 +10,8 @@ from maskgit import engine
 from maskgit.engine import Engine, build, probe
 from maskgit.engine.linear import ways
 from maskgit.errors import ConfigError
-from maskgit.evaluation import running
-from maskgit.evaluation.running import agreed_engine
+from maskgit.evaluation.runs import running
+from maskgit.evaluation.runs.running import agreed_engine
 from small_evaluation import evaluation
 
 CPU = {"device": "cpu"}

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from maskgit.errors import ConfigError, DataError
-from maskgit.evaluation.classification import classification_accuracy
-from maskgit.evaluation.measure import measure
-from maskgit.evaluation.references import Reference
-from maskgit.evaluation.score_names import Names
-from maskgit.evaluation.statistics import merge_statistics, read_statistics, write_statistics
+from maskgit.evaluation.runs.measure import measure
+from maskgit.evaluation.scores.classification import classification_accuracy
+from maskgit.evaluation.scores.names import Names
+from maskgit.evaluation.scores.references import Reference
+from maskgit.evaluation.scores.statistics import merge_statistics, read_statistics, write_statistics
 from maskgit.pipeline import MaskGIT
 from small_evaluation import evaluation, real_images, toy_net
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from maskgit.evaluation.features import load_feature_net
 from maskgit.evaluation.metrics import (
     FeatureStatistics,
     authenticity,
@@ -23,7 +22,8 @@ from maskgit.evaluation.metrics import (
     psnr,
     ssim,
 )
-from maskgit.evaluation.neighbours import nearest_neighbours
+from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.networks.features import load_feature_net
 
 pytest.importorskip("efficientnet_lite_pytorch")
 data = pytest.importorskip("skimage.data")

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from maskgit.errors import CheckpointError
-from maskgit.evaluation import dinov2
-from maskgit.evaluation.dinov2 import ViT, load_dinov2, prepare
-from maskgit.evaluation.features import load_feature_net
+from maskgit.evaluation.networks import dinov2
+from maskgit.evaluation.networks.dinov2 import ViT, load_dinov2, prepare
+from maskgit.evaluation.networks.features import load_feature_net
 
 SMALL = {"width": 48, "num_layers": 3, "num_heads": 4}
 SIZES = {"square": (224, 224), "oblong": (140, 252), "learned": (518, 518)}

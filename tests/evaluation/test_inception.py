@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from maskgit.errors import CheckpointError, ConfigError
-from maskgit.evaluation.features import load_feature_net
-from maskgit.evaluation.inception import (
+from maskgit.evaluation.networks.features import load_feature_net
+from maskgit.evaluation.networks.inception import (
     NUM_CLASSES,
     POOLED_DIM,
     SPATIAL_DIM,
@@ -209,8 +209,8 @@ def test_weights_are_asked_for_and_their_origin_is_known(net, monkeypatch, file)
     assert not net.published
     assert net.weights in net.identity
     asked = []
-    monkeypatch.setattr("maskgit.download.fetch", lambda url: asked.append(url) or file)
-    monkeypatch.setattr("maskgit.evaluation.inception.PUBLISHED_SHA256", net.weights[:8])
+    monkeypatch.setattr("maskgit.foundation.download.fetch", lambda url: asked.append(url) or file)
+    monkeypatch.setattr("maskgit.evaluation.networks.inception.PUBLISHED_SHA256", net.weights[:8])
     assert load_feature_net("inception", weights="https://example.org/inception.pth").published
     assert asked == ["https://example.org/inception.pth"]
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from maskgit.errors import CheckpointError, ConfigError, ImageError, RegionError
-from maskgit.evaluation.lpips import LPIPS, LPIPS_NETS, load_lpips, masked_lpips
+from maskgit.evaluation.networks.lpips import LPIPS, LPIPS_NETS, load_lpips, masked_lpips
 
 
 def random_state(module, seed):

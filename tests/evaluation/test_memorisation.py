@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskgit.errors import DataError
-from maskgit.evaluation.memorisation import authentic_share, search
 from maskgit.evaluation.metrics import authenticity
-from maskgit.evaluation.neighbours import nearest_neighbours
-from maskgit.evaluation.score_names import Names
+from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.scores.memorisation import authentic_share, search
+from maskgit.evaluation.scores.names import Names
 from small_evaluation import DIM, real_images, toy_net
 
 

@@ -1,6 +1,7 @@
 """The one name under which all metrics are found."""
 
-from maskgit.evaluation import codes, distributions, fidelity, frechet, intervals, manifolds, metrics
+from maskgit.evaluation import metrics
+from maskgit.evaluation.metrics import codes, distributions, fidelity, frechet, intervals, manifolds
 
 # What other modules of the package share.
 HELPERS = {"batch_mask", "masked_mean"}

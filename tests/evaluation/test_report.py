@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskgit.errors import ConfigError
-from maskgit.evaluation.charts import Mark, line_chart, number
-from maskgit.evaluation.charts import _ticks as ticks
-from maskgit.evaluation.evaluate import EvaluationConfig
 from maskgit.evaluation.metrics import Interval, frechet_distance
-from maskgit.evaluation.reconstruction import ReconstructionEvaluation
-from maskgit.evaluation.references import Reference
-from maskgit.evaluation.report import plain
-from maskgit.evaluation.sampling import measured
+from maskgit.evaluation.report.charts import Mark, line_chart, number
+from maskgit.evaluation.report.charts import _ticks as ticks
+from maskgit.evaluation.report.report import plain
+from maskgit.evaluation.runs.evaluate import EvaluationConfig
+from maskgit.evaluation.runs.reconstruction import ReconstructionEvaluation
+from maskgit.evaluation.runs.sampling import measured
+from maskgit.evaluation.scores.references import Reference
 from small_evaluation import evaluation, real_images, toy_net
 
 CURVE = {"steps": (1, 2), "policy": ("confidence", "halton")}

@@ -14,10 +14,17 @@ from PIL import Image
 
 import small_evaluation
 from maskgit.errors import ConfigError, DataError
-from maskgit.evaluation.references import Reference
-from maskgit.evaluation.sampling import RealImages, SampleConfig, Samples, gather, measured, shown_indices
-from maskgit.evaluation.statistics import ImageStatistics
-from maskgit.evaluation.units import Units
+from maskgit.evaluation.runs.sampling import (
+    RealImages,
+    SampleConfig,
+    Samples,
+    gather,
+    measured,
+    shown_indices,
+)
+from maskgit.evaluation.scores.references import Reference
+from maskgit.evaluation.scores.statistics import ImageStatistics
+from maskgit.foundation.units import Units
 from maskgit.images import to_uint8
 from small_evaluation import evaluation, real_images, toy_net
 

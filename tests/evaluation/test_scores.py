@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskgit.errors import DataError
-from maskgit.evaluation.classwise import best_and_worst, class_agreement, wilson_interval
 from maskgit.evaluation.metrics import Gaussian, frechet_distance
-from maskgit.evaluation.score_names import Names
-from maskgit.evaluation.scores import (
+from maskgit.evaluation.scores.classwise import best_and_worst, class_agreement, wilson_interval
+from maskgit.evaluation.scores.names import Names
+from maskgit.evaluation.scores.scores import (
     distances,
     interval_around,
     manifolds,
@@ -20,7 +20,7 @@ from maskgit.evaluation.scores import (
     split_rows,
     summarise,
 )
-from maskgit.evaluation.statistics import ImageStatistics, read_statistics, write_statistics
+from maskgit.evaluation.scores.statistics import ImageStatistics, read_statistics, write_statistics
 from small_evaluation import DIM, toy_net
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from maskgit.errors import DataError, ImageError, OutputError
-from maskgit.evaluation import statistics as module
-from maskgit.evaluation.features import FeatureNet, Features
-from maskgit.evaluation.frechet import Gaussian
-from maskgit.evaluation.statistics import (
+from maskgit.evaluation.metrics.frechet import Gaussian
+from maskgit.evaluation.networks.features import FeatureNet, Features
+from maskgit.evaluation.scores import statistics as module
+from maskgit.evaluation.scores.statistics import (
     Collector,
     ImageStatistics,
     check_comparable,

@@ -6,9 +6,9 @@ import pytest
 
 from maskgit import MaskGIT
 from maskgit.errors import ConfigError
-from maskgit.evaluation.features import load_feature_net
-from maskgit.evaluation.statistics import Collector
-from maskgit.evaluation.tuning import SearchSpace, feature_distance, tune
+from maskgit.evaluation.networks.features import load_feature_net
+from maskgit.evaluation.runs.tuning import SearchSpace, feature_distance, tune
+from maskgit.evaluation.scores.statistics import Collector
 
 
 def test_the_search_finds_what_a_metric_wants(tiny):

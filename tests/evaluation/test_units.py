@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from maskgit.errors import ConfigError, DataError, OutputError
-from maskgit.evaluation import units as module
-from maskgit.evaluation.units import Made, Units, claim
+from maskgit.foundation import units as module
+from maskgit.foundation.units import Made, Units, claim
 
 
 class Squares:

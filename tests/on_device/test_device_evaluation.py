@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from fake_device import FROM, READ, TO, TO_FREE, counting
-from maskgit.apps import cli
-from maskgit.devices import own_device, widest_float
-from maskgit.evaluation import dinov2, inception
-from maskgit.evaluation.classifier import classify, train_classifier
-from maskgit.evaluation.features import load_feature_net
-from maskgit.evaluation.lpips import LPIPS
-from maskgit.evaluation.manifolds import density_coverage, precision_recall
-from maskgit.evaluation.sampling import Reconstructions, SampleConfig, Samples, measured
+from maskgit.apps.cli import commands as cli
+from maskgit.evaluation.metrics.manifolds import density_coverage, precision_recall
+from maskgit.evaluation.networks import dinov2, inception
+from maskgit.evaluation.networks.classifier import classify, train_classifier
+from maskgit.evaluation.networks.features import load_feature_net
+from maskgit.evaluation.networks.lpips import LPIPS
+from maskgit.evaluation.runs.sampling import Reconstructions, SampleConfig, Samples, measured
+from maskgit.foundation.devices import own_device, widest_float
 from small_evaluation import evaluation, real_images, toy_net
 
 

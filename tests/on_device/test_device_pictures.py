@@ -10,8 +10,8 @@ from PIL import Image
 import fake_device
 from fake_device import FROM, FROM_FREE, READ, TO, TO_FREE, counting
 from maskgit import MaskGIT, hub
-from maskgit.devices import Landing, upload
-from maskgit.policies import POLICIES
+from maskgit.foundation.devices import Landing, upload
+from maskgit.sampler.policies import POLICIES
 
 PHOTO = Image.fromarray((np.random.default_rng(0).random((40, 50, 3)) * 255).astype("uint8"))
 PAINTED = np.arange(40 * 50).reshape(40, 50) % 50 < 20

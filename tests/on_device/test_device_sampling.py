@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fake_device import FROM_FREE, TO, counting
-from maskgit.config import SamplerConfig, StepTables
 from maskgit.engine.graphs import GraphedSteps
-from maskgit.noise import ImageNoise, philox, uniform
-from maskgit.policies import POLICIES, make_policy
-from maskgit.sampler import decode, decode_step, decode_steps
+from maskgit.sampler.config import SamplerConfig, StepTables
+from maskgit.sampler.loop import decode, decode_step, decode_steps
+from maskgit.sampler.noise import ImageNoise, philox, uniform
+from maskgit.sampler.policies import POLICIES, make_policy
 
 STEPS = 4
 WAYS = {

@@ -10,7 +10,7 @@ from PIL import Image
 from fake_device import FROM, READ, TO, counting
 from maskgit import MaskGIT
 from maskgit.apps.serving.service import Limits, Service
-from maskgit.batching import Batcher, Job
+from maskgit.engine.batching import Batcher, Job
 
 PHOTO = Image.fromarray((np.random.default_rng(0).random((40, 50, 3)) * 255).astype("uint8"))
 JOBS = [

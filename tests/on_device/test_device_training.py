@@ -9,15 +9,16 @@ import torch
 
 from fake_device import FROM, FROM_FREE, READ, TO, TO_FREE, counting
 from maskgit import hub
-from maskgit.apps import cli
+from maskgit.apps.cli import commands as cli
 from maskgit.data.batches import ImageBatches
 from maskgit.data.caches import ImageCache
 from maskgit.data.writers import write_image_cache
-from maskgit.training import optim, progress, run, train_tokenizer, train_transformer
-from maskgit.training.checkpoint import Checkpoints
+from maskgit.training import optim, train_tokenizer, train_transformer
 from maskgit.training.codebook import CodeUsage, revive_codes
-from maskgit.training.discriminator import Discriminator
-from maskgit.training.run import Distributed, TrainingError, UpdateGate
+from maskgit.training.objectives.discriminator import Discriminator
+from maskgit.training.run import progress, run
+from maskgit.training.run.checkpoint import Checkpoints
+from maskgit.training.run.run import Distributed, TrainingError, UpdateGate
 from maskgit.training.tokenizer_evaluation import comparison_device
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from maskgit.training.checkpoint import Checkpoints
+from maskgit.training.run.checkpoint import Checkpoints
 
 
 def start(script: str, *arguments: str, **environment: object) -> subprocess.Popen[str]:

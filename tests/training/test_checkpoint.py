@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from maskgit.errors import CheckpointError, MaskGITError, OutputError
-from maskgit.training import checkpoint
-from maskgit.training.checkpoint import MARKER, Checkpoints, ModelAndOptimizer, weights_fingerprint
+from maskgit.training.run import checkpoint
+from maskgit.training.run.checkpoint import MARKER, Checkpoints, ModelAndOptimizer, weights_fingerprint
 from runs import run_two
 
 
@@ -166,7 +166,7 @@ import datetime, errno, os, sys
 import torch
 import torch.distributed as dist
 from maskgit.errors import OutputError
-from maskgit.training import checkpoint
+from maskgit.training.run import checkpoint
 
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
 rank = dist.get_rank()

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from maskgit import hub
-from maskgit.config import Config, SamplerConfig, TokenizerConfig, TransformerConfig
 from maskgit.data.caches import ImageCache
 from maskgit.data.writers import write_image_cache, write_token_cache
-from maskgit.tokenizer import Tokenizer
-from maskgit.training.checkpoint import Checkpoints, weights_fingerprint
-from maskgit.training.run import EXIT_INTERRUPTED
+from maskgit.foundation.checks import Config
+from maskgit.networks.config import TokenizerConfig, TransformerConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.sampler.config import SamplerConfig
+from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
+from maskgit.training.run.run import EXIT_INTERRUPTED
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from runs import checkpointed, logged, run_two, start
@@ -38,7 +40,7 @@ SHAPE = TokenizerConfig(
 SCRIPT = """
 import io, json, os, signal, sys, time
 import torch
-from maskgit.training.checkpoint import Checkpoints
+from maskgit.training.run.checkpoint import Checkpoints
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.train_tokenizer import train_tokenizer
 from maskgit.training.train_transformer import train_transformer

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from golden_weights import arrays
 from maskgit.errors import ConfigError
-from maskgit.quantizer import GumbelQuantizer, VectorQuantizer
-from maskgit.training import discriminator
-from maskgit.training.discriminator import Discriminator, blur_downsample, num_filters
-from maskgit.training.losses import (
+from maskgit.networks.quantizer import GumbelQuantizer, VectorQuantizer
+from maskgit.training.objectives import discriminator
+from maskgit.training.objectives.discriminator import Discriminator, blur_downsample, num_filters
+from maskgit.training.objectives.losses import (
     adaptive_weight,
     discriminator_loss,
     entropy_loss,

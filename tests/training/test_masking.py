@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskgit.schedules import MASK_SCHEDULES
-from maskgit.training.masking import draw_masks, hide_labels
+from maskgit.sampler.schedules import MASK_SCHEDULES
+from maskgit.training.objectives.masking import draw_masks, hide_labels
 
 
 @given(

@@ -8,8 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError
-from maskgit.evaluation.features import load_effnet_lite0
-from maskgit.training.perceptual import PERCEPTUAL, EffNetLoss, LPIPSLoss, ResNet50Loss, make_perceptual
+from maskgit.evaluation.networks.features import load_effnet_lite0
+from maskgit.training.objectives.perceptual import (
+    PERCEPTUAL,
+    EffNetLoss,
+    LPIPSLoss,
+    ResNet50Loss,
+    make_perceptual,
+)
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
@@ -280,7 +286,7 @@ def test_swapped_weights_are_refused(vgg_files, resnet_file):
 
 def test_weights_at_a_url_are_fetched(monkeypatch, resnet_file):
     asked = []
-    monkeypatch.setattr("maskgit.download.fetch", lambda url: asked.append(url) or resnet_file)
+    monkeypatch.setattr("maskgit.foundation.download.fetch", lambda url: asked.append(url) or resnet_file)
     make_perceptual("resnet50", weights="https://example.org/resnet50.pth")
     assert asked == ["https://example.org/resnet50.pth"]
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit.config import Config, SamplerConfig
 from maskgit.data.caches import ImageCache
 from maskgit.data.writers import write_image_cache
 from maskgit.errors import ConfigError, DataError, OutputError
-from maskgit.training import progress, run
-from maskgit.training.checkpoint import Checkpoints
-from maskgit.training.run import (
+from maskgit.foundation.checks import Config
+from maskgit.sampler.config import SamplerConfig
+from maskgit.training.run import progress, run
+from maskgit.training.run.checkpoint import Checkpoints
+from maskgit.training.run.run import (
     Distributed,
     Logger,
     StopSignal,
@@ -304,7 +305,7 @@ def test_durations_as_people_read_them(seconds, text):
 
 HOLD = """
 import sys, torch
-from maskgit.training.run import Distributed, held_run
+from maskgit.training.run.run import Distributed, held_run
 with held_run(sys.argv[1], Distributed(0, 1, torch.device("cpu"))):
     print("holds", flush=True)
     sys.stdin.read()
@@ -346,7 +347,7 @@ def test_a_run_that_failed_can_be_started_again_in_the_same_process(tmp_path):
 TWO = """
 import os, sys
 from maskgit.errors import OutputError
-from maskgit.training.run import Distributed, held_run
+from maskgit.training.run.run import Distributed, held_run
 distributed = Distributed.init("cpu")
 try:
     with held_run(sys.argv[1], distributed):

@@ -18,17 +18,18 @@ import torch
 from PIL import Image
 
 from maskgit import hub
-from maskgit.config import SamplerConfig, TokenizerConfig, TransformerConfig
 from maskgit.data import huggingface
 from maskgit.data.caches import ImageCache
 from maskgit.data.pack import pack_images
 from maskgit.data.streaming import StreamedImages, files_fingerprint
 from maskgit.data.writers import write_token_cache
 from maskgit.errors import ConfigError, DataError
-from maskgit.tokenizer import Tokenizer
+from maskgit.networks.config import TokenizerConfig, TransformerConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.sampler.config import SamplerConfig
 from maskgit.training import inputs, train_tokenizer, train_transformer
-from maskgit.training.checkpoint import Checkpoints, weights_fingerprint
-from maskgit.training.run import TrainingError
+from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
+from maskgit.training.run.run import TrainingError
 from maskgit.training.stream_config import StreamConfig, TokenStreamConfig
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run as tokenizer_dry_run

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit import hub
-from maskgit.config import TokenizerConfig
 from maskgit.data.writers import new_image_cache
 from maskgit.errors import ConfigError, DataError, OutputError
-from maskgit.tokenizer import Tokenizer
+from maskgit.networks.config import TokenizerConfig
+from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training import codebook
 from maskgit.training import train_tokenizer as loop
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.optim import make_adam
-from maskgit.training.run import Distributed, TrainingError, held_run
+from maskgit.training.run.run import Distributed, TrainingError, held_run
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run
 from maskgit.training.tokenizer_parts import gumbel_noise, gumbel_tau, make_networks

@@ -14,22 +14,23 @@ import pytest
 import torch
 
 from maskgit import hub
-from maskgit.config import SamplerConfig, TokenizerConfig, TransformerConfig
 from maskgit.data.caches import TokenCache
 from maskgit.data.writers import write_image_cache, write_token_cache
 from maskgit.errors import CheckpointError, ConfigError, DataError, OutputError
-from maskgit.tokenizer import Tokenizer
+from maskgit.networks.config import TokenizerConfig, TransformerConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
+from maskgit.sampler.config import SamplerConfig
 from maskgit.training import train_transformer as module
-from maskgit.training.checkpoint import Checkpoints, weights_fingerprint
 from maskgit.training.fine_tuning import draw_transformer, start_from
-from maskgit.training.losses import sequence_cross_entropy
-from maskgit.training.masking import draw_masks
-from maskgit.training.run import EXIT_INTERRUPTED, Distributed, TrainingError, held_run
+from maskgit.training.objectives.losses import sequence_cross_entropy
+from maskgit.training.objectives.masking import draw_masks
+from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
+from maskgit.training.run.run import EXIT_INTERRUPTED, Distributed, TrainingError, held_run
 from maskgit.training.train_transformer import flops_per_image, train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_dry_run import dry_run
 from maskgit.training.transformer_evaluation import RatioLosses, sequence_losses, warn_of_samples
-from maskgit.transformer import Transformer
 from runs import checkpointed, logged, run_two, start
 
 CODES, CLASSES, GRID = 16, 3, 4
@@ -249,9 +250,9 @@ def test_blocks_are_compiled_before_anything_wraps_the_network(config, monkeypat
 GATED = """
 import sys, torch
 from torch.distributed.tensor import DTensor
-from maskgit.config import TransformerConfig
-from maskgit.training.run import Distributed, TrainingError, UpdateGate, parallelize
-from maskgit.transformer import Transformer
+from maskgit.networks.config import TransformerConfig
+from maskgit.training.run.run import Distributed, TrainingError, UpdateGate, parallelize
+from maskgit.networks.transformer import Transformer
 distributed = Distributed.init("cpu", group=True)
 torch.manual_seed(0)
 network = Transformer(TransformerConfig(16, 3, 4, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32))

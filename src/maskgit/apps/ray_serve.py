@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from maskgit.apps.flags import Marking, Model, Network, Speed
+from maskgit.apps.cli.flags import Marking, Model, Network, Speed
 from maskgit.apps.serving.app import create_app
-from maskgit.apps.serving.gates import read_keys
+from maskgit.apps.serving.middleware import read_keys
 from maskgit.apps.serving.service import Limits, Service
 from maskgit.errors import ConfigError
 

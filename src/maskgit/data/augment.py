@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from maskgit.checks import check_range
 from maskgit.errors import ConfigError
+from maskgit.foundation.checks import check_range
 
 NUM_DRAWS = 4
 # A random crop's side as a share of the image's. Crops are square: a model would learn any distortion.

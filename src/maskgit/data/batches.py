@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskgit.checks import check_choice, check_count, check_seed
 from maskgit.data.augment import AUGMENTATIONS, NUM_DRAWS
 from maskgit.data.caches import ImageCache, TokenCache
 from maskgit.errors import ConfigError, DataError
-from maskgit.noise import uniform
+from maskgit.foundation.checks import check_choice, check_count, check_seed
+from maskgit.sampler.noise import uniform
 
 # The streams of `noise.uniform` that training data draws from.
 AUGMENT, VIEW = 64, 65

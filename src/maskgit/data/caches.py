@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from maskgit.config import MAX_CODES, MAX_GRID
 from maskgit.errors import DataError
-from maskgit.files import expand
+from maskgit.foundation.files import expand
+from maskgit.networks.config import MAX_CODES, MAX_GRID
 
 FORMAT = 1
 META, PLAN, IMAGES, LABELS = "meta.json", "plan.json", "images.npy", "labels.npy"

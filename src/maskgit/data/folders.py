@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from maskgit.classes import sort_names
 from maskgit.errors import DataError
+from maskgit.networks.classes import sort_names
 
 PICTURE_SUFFIXES = frozenset((
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm",

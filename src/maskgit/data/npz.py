@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskgit.errors import DataError, MaskGITError
-from maskgit.files import expand
+from maskgit.foundation.files import expand
 
 MAX_SIDE = 4096
 

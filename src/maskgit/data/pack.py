@@ -14,9 +14,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from maskgit.bars import bar
-from maskgit.checks import check_count, check_range
-from maskgit.classes import sort_names
 from maskgit.data.augment import resize_and_centre_crop
 from maskgit.data.caches import MAX_SIDE, ImageCache
 from maskgit.data.huggingface import AUTO
@@ -24,8 +21,11 @@ from maskgit.data.rows import MAX_CLASSES, ClassNumbers, Picture, Row, Source
 from maskgit.data.sources import open_source
 from maskgit.data.writers import new_image_cache
 from maskgit.errors import DataError, ImageError
-from maskgit.files import expand
+from maskgit.foundation.bars import bar
+from maskgit.foundation.checks import check_count, check_range
+from maskgit.foundation.files import expand
 from maskgit.images import read_image
+from maskgit.networks.classes import sort_names
 
 _CHUNK = 256
 _LISTED = 100

@@ -16,8 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskgit.checks import check_range
-from maskgit.classes import sort_names
 from maskgit.data.caches import META, ImageCache
 from maskgit.data.npz import open_npz, open_samples
 from maskgit.data.pack import decode_square
@@ -25,10 +23,12 @@ from maskgit.data.pictures import Batch, Pictures
 from maskgit.data.rows import ClassNumbers, Row, Source, Unlabelled
 from maskgit.data.rows import Picture as Encoded
 from maskgit.data.sources import open_source
-from maskgit.download import sha256
 from maskgit.errors import DataError, ImageError
-from maskgit.files import expand
+from maskgit.foundation.checks import check_range
+from maskgit.foundation.download import sha256
+from maskgit.foundation.files import expand
 from maskgit.images import read_image
+from maskgit.networks.classes import sort_names
 
 # Threads that decode.
 NUM_WORKERS = 4

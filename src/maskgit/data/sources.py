@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maskgit.classes import sort_names
 from maskgit.data import idx
 from maskgit.data.folders import PictureFolder, describe, pick_split, read_folder, read_metadata, scan
 from maskgit.data.huggingface import (
@@ -22,6 +21,7 @@ from maskgit.data.huggingface import (
 )
 from maskgit.data.rows import UNLABELLED, Row, Source, Unlabelled
 from maskgit.errors import ConfigError, DataError
+from maskgit.networks.classes import sort_names
 
 
 def open_source(

@@ -24,7 +24,6 @@ from threading import Event
 import numpy as np
 import torch
 
-from maskgit.checks import check_choice, check_count, check_range, check_seed
 from maskgit.data.augment import AUGMENTATIONS, NUM_DRAWS
 from maskgit.data.batches import (
     AUGMENT,
@@ -41,11 +40,12 @@ from maskgit.data.idx import SPLITS, find_idx
 from maskgit.data.pack import decode_square
 from maskgit.data.rows import ClassNumbers, Row
 from maskgit.data.sources import open_source
-from maskgit.devices import upload
 from maskgit.errors import ConfigError, DataError, ImageError
-from maskgit.files import expand
-from maskgit.noise import uniform
-from maskgit.tokenizer import Tokenizer
+from maskgit.foundation.checks import check_choice, check_count, check_range, check_seed
+from maskgit.foundation.devices import upload
+from maskgit.foundation.files import expand
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.sampler.noise import uniform
 
 # Below this many images the share of bad ones says little.
 _FEW = 1000

@@ -17,9 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskgit.bars import bar
-from maskgit.checks import check_choice, check_count, check_seed
-from maskgit.config import MAX_CODES, MAX_GRID
 from maskgit.data.augment import NUM_DRAWS, VIEWS
 from maskgit.data.caches import (
     FORMAT,
@@ -36,10 +33,13 @@ from maskgit.data.caches import (
     shard_name,
     token_fingerprint,
 )
-from maskgit.devices import upload
 from maskgit.errors import ConfigError, DataError, OutputError
-from maskgit.files import destination, expand, output_error, replacing
-from maskgit.noise import uniform
+from maskgit.foundation.bars import bar
+from maskgit.foundation.checks import check_choice, check_count, check_seed
+from maskgit.foundation.devices import upload
+from maskgit.foundation.files import destination, expand, output_error, replacing
+from maskgit.networks.config import MAX_CODES, MAX_GRID
+from maskgit.sampler.noise import uniform
 
 # The stream of `noise.uniform` that the crops of a token cache are drawn from.
 CROPS = 67

@@ -18,10 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from maskgit.checks import check_choice, check_count, check_range
-from maskgit.compiled import Compiled
-from maskgit.config import Config
-from maskgit.devices import Device, Dtype, choose_device, choose_dtype
 from maskgit.engine import probe
 from maskgit.engine.convolution import can_pack, prepare_convolutions
 from maskgit.engine.folding import fold_biases, replace_gelus
@@ -30,6 +26,9 @@ from maskgit.engine.host import keep_freed_memory
 from maskgit.engine.linear import FIXED_ROWS, PATHS, replace_linears, ways
 from maskgit.engine.masked import MaskedPredictor
 from maskgit.errors import ConfigError
+from maskgit.foundation.checks import Config, check_choice, check_count, check_range
+from maskgit.foundation.compiled import Compiled
+from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype
 
 if TYPE_CHECKING:
     from maskgit.pipeline import MaskGIT

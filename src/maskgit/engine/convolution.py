@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.tokenizer import ResBlock, Upsample
+from maskgit.networks.tokenizer import ResBlock, Upsample
 
 CHANNELS_LAST = torch.channels_last
 

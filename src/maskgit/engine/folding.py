@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit.engine.linear import is_tanh_gelu
-from maskgit.transformer import Layer, Transformer
+from maskgit.networks.transformer import Layer, Transformer
 
 # Numbers that are worked on at once: two such pieces stay in two cores' caches.
 PIECE = 1 << 18

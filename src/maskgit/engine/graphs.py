@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgit.compiled import Compiled
-from maskgit.forks import resets
-from maskgit.guidance import PredictLogits
-from maskgit.noise import ImageNoise, Noise, gumbels
-from maskgit.plans import Numbers
-from maskgit.policies import Memory, Policy
-from maskgit.sampler import Made, begin, decode_step
+from maskgit.foundation.compiled import Compiled
+from maskgit.foundation.forks import resets
+from maskgit.sampler.guidance import PredictLogits
+from maskgit.sampler.loop import Made, begin, decode_step
+from maskgit.sampler.noise import ImageNoise, Noise, gumbels
+from maskgit.sampler.plans import Numbers
+from maskgit.sampler.policies import Memory, Policy
 
 # They share the memory of their activations, but each keeps its inputs and outputs.
 KEPT_GRAPHS = 64

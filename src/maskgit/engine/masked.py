@@ -14,8 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from maskgit.forks import resets
-from maskgit.transformer import Layer, Transformer
+from maskgit.foundation.forks import resets
+from maskgit.networks.transformer import Layer, Transformer
 
 # Above this share of masked tokens all are predicted: the packed weights of full evaluations are worth more.
 LARGEST_SHARE = 0.75

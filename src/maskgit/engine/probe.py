@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from maskgit.download import cache_dir
 from maskgit.engine.linear import PATHS, ways
 from maskgit.errors import OutputError
+from maskgit.foundation.download import cache_dir
 
 # One image of the 256 model through the first layer of its MLP.
 ROWS, INPUTS, OUTPUTS = 257, 768, 3072

@@ -10,8 +10,8 @@ Source: Liu et al., ReCAP, arXiv 2505.19089.
 import torch
 from torch import Tensor
 
-from maskgit.precision import whole_float32
-from maskgit.transformer import Layer, Transformer
+from maskgit.foundation.precision import whole_float32
+from maskgit.networks.transformer import Layer, Transformer
 
 # Where more would have to be computed, it is all computed: little time is lost, and nothing is approximate.
 LARGEST_SHARE = 0.75

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from maskgit.errors import CheckpointError
 from maskgit.evaluation.metrics import codebook_usage, perplexity
-from maskgit.noise import uniform
-from maskgit.training.run import Distributed
+from maskgit.sampler.noise import uniform
+from maskgit.training.run.run import Distributed
 
 # The streams of `noise.uniform` that tokenizer training draws from.
 GUMBEL, REVIVE = 72, 73

@@ -4,11 +4,11 @@ import dataclasses
 
 import torch
 
-from maskgit.checks import check_choice
-from maskgit.config import TransformerConfig
 from maskgit.errors import ConfigError
+from maskgit.foundation.checks import check_choice
+from maskgit.networks.config import TransformerConfig
+from maskgit.networks.transformer import Transformer
 from maskgit.pipeline import MaskGIT
-from maskgit.transformer import Transformer
 
 INIT_CLASSES = ("auto", "keep", "new")
 

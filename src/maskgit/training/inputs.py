@@ -11,10 +11,10 @@ from maskgit.data.batches import ImageBatches, TokenBatches
 from maskgit.data.caches import ImageCache, TokenCache
 from maskgit.data.streaming import StreamedImages, StreamedTokens
 from maskgit.errors import ConfigError
-from maskgit.evaluation.classwise import matched_classes
+from maskgit.evaluation.scores.classwise import matched_classes
+from maskgit.networks.tokenizer import Tokenizer
 from maskgit.pipeline import MaskGIT
-from maskgit.tokenizer import Tokenizer
-from maskgit.training.checkpoint import weights_fingerprint
+from maskgit.training.run.checkpoint import weights_fingerprint
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig
 

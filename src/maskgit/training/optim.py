@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from maskgit.checks import check_choice
-from maskgit.devices import copies_aside
 from maskgit.errors import CheckpointError
+from maskgit.foundation.checks import check_choice
+from maskgit.foundation.devices import copies_aside
 
 # What remains of the peak at some progress in [0, 1] after the warm-up.
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {

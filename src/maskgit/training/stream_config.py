@@ -3,11 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from maskgit.checks import check_choice, check_range
-from maskgit.config import Config
 from maskgit.data.augment import AUGMENTATIONS
 from maskgit.data.caches import MAX_SIDE
 from maskgit.errors import ConfigError
+from maskgit.foundation.checks import Config, check_choice, check_range
 
 # What may differ when a run goes on: the fingerprint tells whether the source is still the same.
 STREAM_MAY_CHANGE = ("stream.source", "stream.revision", "stream.max_bad_share")

@@ -2,10 +2,10 @@
 
 import torch
 
-from maskgit.config import TokenizerConfig
-from maskgit.devices import choose_device
+from maskgit.foundation.devices import choose_device
+from maskgit.networks.config import TokenizerConfig
 from maskgit.training.inputs import open_images
-from maskgit.training.run import choose_precision, peak_flops
+from maskgit.training.run.run import choose_precision, peak_flops
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_parts import flops_per_image, make_networks
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from maskgit.data.augment import centre_crop
 from maskgit.data.caches import ImageCache
-from maskgit.devices import upload, widest_float
-from maskgit.evaluation.features import load_feature_net
 from maskgit.evaluation.metrics import (
     SSIM_WINDOW,
     FeatureStatistics,
@@ -21,9 +19,11 @@ from maskgit.evaluation.metrics import (
     psnr,
     ssim,
 )
-from maskgit.tokenizer import Tokenizer
+from maskgit.evaluation.networks.features import load_feature_net
+from maskgit.foundation.devices import upload, widest_float
+from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.codebook import count_codes
-from maskgit.training.run import Distributed, autocast
+from maskgit.training.run.run import Distributed, autocast
 
 NUM_SHOWN = 32
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskgit.noise import gumbel, uniform
-from maskgit.quantizer import GumbelQuantizer, Quantized
-from maskgit.tokenizer import Tokenizer
+from maskgit.networks.quantizer import GumbelQuantizer, Quantized
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.sampler.noise import gumbel, uniform
 from maskgit.training.codebook import GUMBEL
-from maskgit.training.discriminator import Discriminator
+from maskgit.training.objectives.discriminator import Discriminator
+from maskgit.training.objectives.perceptual import PerceptualLoss, make_perceptual
 from maskgit.training.optim import LR_SCHEDULES, learning_rate
-from maskgit.training.perceptual import PerceptualLoss, make_perceptual
-from maskgit.training.run import autocast
+from maskgit.training.run.run import autocast
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 
 

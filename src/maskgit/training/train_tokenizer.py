@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from maskgit.devices import copies_aside, upload
+from maskgit.foundation.devices import copies_aside, upload
 from maskgit.hub import save_tokenizer
-from maskgit.tokenizer import Tokenizer
-from maskgit.training.checkpoint import Checkpoints, ModelAndOptimizer
+from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.inputs import open_images
-from maskgit.training.losses import (
+from maskgit.training.objectives.losses import (
     QUANTIZER_LOSSES,
     adaptive_weight,
     discriminator_loss,
@@ -31,10 +30,11 @@ from maskgit.training.losses import (
     l2_loss,
     r1_penalty,
 )
+from maskgit.training.objectives.perceptual import PerceptualLoss
 from maskgit.training.optim import EMA, clip_gradients, make_adam, set_learning_rate
-from maskgit.training.perceptual import PerceptualLoss
-from maskgit.training.progress import host_numbers
-from maskgit.training.run import (
+from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
+from maskgit.training.run.progress import host_numbers
+from maskgit.training.run.run import (
     EXIT_INTERRUPTED,
     Distributed,
     Logger,

@@ -20,16 +20,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskgit import hub
-from maskgit.config import ModelConfig, TransformerConfig
-from maskgit.devices import copies_aside, upload
+from maskgit.config import ModelConfig
+from maskgit.foundation.devices import copies_aside, upload
+from maskgit.networks.config import TransformerConfig
+from maskgit.networks.transformer import Transformer
+from maskgit.networks.vocabulary import Vocabulary
 from maskgit.pipeline import MaskGIT
-from maskgit.training.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import TokenInputs, open_tokens
-from maskgit.training.masking import draw_masks, hide_labels
+from maskgit.training.objectives.masking import draw_masks, hide_labels
 from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
-from maskgit.training.progress import host_numbers
-from maskgit.training.run import (
+from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
+from maskgit.training.run.progress import host_numbers
+from maskgit.training.run.run import (
     EXIT_INTERRUPTED,
     Distributed,
     Logger,
@@ -54,8 +57,6 @@ from maskgit.training.transformer_evaluation import (
     sequence_losses,
     warn_of_samples,
 )
-from maskgit.transformer import Transformer
-from maskgit.vocabulary import Vocabulary
 
 # What may differ when a run goes on, for it does not change what is computed.
 MAY_CHANGE = (

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, field
 
-from maskgit.checks import check_choice, check_range
-from maskgit.config import Config, SamplerConfig, TransformerConfig
 from maskgit.errors import ConfigError
-from maskgit.schedules import check_mask_schedule
+from maskgit.foundation.checks import Config, check_choice, check_range
+from maskgit.networks.config import TransformerConfig
+from maskgit.sampler.config import SamplerConfig
+from maskgit.sampler.schedules import check_mask_schedule
 from maskgit.training.fine_tuning import INIT_CLASSES
 from maskgit.training.optim import LR_SCHEDULES
-from maskgit.training.run import PRECISIONS
+from maskgit.training.run.run import PRECISIONS
+from maskgit.training.run.trackers import TRACKERS
 from maskgit.training.stream_config import TokenStreamConfig
-from maskgit.training.trackers import TRACKERS
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 import torch
 
-from maskgit.config import TransformerConfig
-from maskgit.devices import choose_device, shapes_only
+from maskgit.foundation.devices import choose_device, shapes_only
+from maskgit.networks.config import TransformerConfig
+from maskgit.networks.transformer import Transformer
 from maskgit.training.inputs import open_tokens
-from maskgit.training.run import choose_precision, peak_flops
+from maskgit.training.run.run import choose_precision, peak_flops
 from maskgit.training.tokenizer_dry_run import counted, passes
 from maskgit.training.train_transformer import flops_per_image
 from maskgit.training.transformer_config import TransformerTrainingConfig
-from maskgit.transformer import Transformer
 
 
 def dry_run(config: TransformerTrainingConfig, world: int = 1) -> str:

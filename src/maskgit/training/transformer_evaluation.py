@@ -10,18 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskgit.config import SamplerConfig
 from maskgit.data.batches import TokenBatches
 from maskgit.data.caches import TokenCache
-from maskgit.devices import upload
-from maskgit.noise import ImageNoise
-from maskgit.sampler import decode
-from maskgit.tokenizer import Tokenizer
-from maskgit.training.losses import sequence_cross_entropies
-from maskgit.training.masking import Masks, draw_masks
-from maskgit.training.progress import Logger
-from maskgit.training.run import Distributed, autocast
-from maskgit.vocabulary import Vocabulary
+from maskgit.foundation.devices import upload
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.vocabulary import Vocabulary
+from maskgit.sampler.config import SamplerConfig
+from maskgit.sampler.loop import decode
+from maskgit.sampler.noise import ImageNoise
+from maskgit.training.objectives.losses import sequence_cross_entropies
+from maskgit.training.objectives.masking import Masks, draw_masks
+from maskgit.training.run.progress import Logger
+from maskgit.training.run.run import Distributed, autocast
 
 NUM_RATIO_BINS = 10
 

@@ -12,24 +12,21 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from torch import Tensor
 
-from maskgit import __version__, provenance
-from maskgit.apps.flags import Network
-from maskgit.apps.serving import describing, outputs, schemas
-from maskgit.apps.serving.faults import (
-    ClientGoneError,
-    FailedError,
-    InvalidRequestError,
-    ServiceError,
-)
-from maskgit.apps.serving.gates import BodyGate, KeyGate, error_body, error_headers
+from maskgit import __version__
+from maskgit.apps.cli.flags import Network
+from maskgit.apps.serving import openapi_docs as describing
+from maskgit.apps.serving import outputs, schemas
+from maskgit.apps.serving.errors import ClientGoneError, FailedError, InvalidRequestError, ServiceError
+from maskgit.apps.serving.handlers import MAKERS, Maker, check_limits, recipe, tokenize
 from maskgit.apps.serving.inputs import EVENTS, JSON, negotiate, read_body
-from maskgit.apps.serving.making import MAKERS, Maker, check_limits, recipe, tokenize
 from maskgit.apps.serving.metrics import MEDIA_TYPE, Counted, Metrics
+from maskgit.apps.serving.middleware import BodyGate, KeyGate, error_body, error_headers
 from maskgit.apps.serving.network import place
 from maskgit.apps.serving.outputs import Answer
 from maskgit.apps.serving.service import Accepted, Service
 from maskgit.errors import ConfigError, ImageError, MaskGITError, RegionError
-from maskgit.notes import listening
+from maskgit.foundation.notes import listening
+from maskgit.images import provenance
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Callback
 

@@ -9,14 +9,14 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
-from maskgit import imagefiles
 from maskgit.apps.serving import schemas
-from maskgit.apps.serving.faults import (
+from maskgit.apps.serving.errors import (
     InvalidRequestError,
     NotAcceptableError,
     TooLargeError,
     UnsupportedTypeError,
 )
+from maskgit.images import reading as imagefiles
 
 Body = TypeVar("Body", bound=schemas.Request)
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from maskgit.apps.serving.gates import App, Message, Receive, Send
+from maskgit.apps.serving.middleware import App, Message, Receive, Send
 from maskgit.apps.serving.service import Service
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from maskgit.apps.flags import PREFIX, Network
-from maskgit.apps.serving.faults import ForeignError, ServiceError
-from maskgit.apps.serving.gates import App, Receive, Send, header, refuse
-from maskgit.proxies import is_loopback
+from maskgit.apps.cli.flags import PREFIX, Network
+from maskgit.apps.serving.errors import ForeignError, ServiceError
+from maskgit.apps.serving.middleware import App, Receive, Send, header, refuse
+from maskgit.foundation.proxies import is_loopback
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 

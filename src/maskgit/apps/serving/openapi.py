@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from maskgit import files
 from maskgit.apps.serving.app import bare_app
+from maskgit.foundation import files
 
 
 def document() -> str:

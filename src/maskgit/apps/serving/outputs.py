@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from maskgit import images, provenance
+from maskgit import images
 from maskgit.apps.serving.inputs import JSON, PICTURES
+from maskgit.images import provenance
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Output
 

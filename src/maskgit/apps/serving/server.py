@@ -10,7 +10,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from maskgit.apps.flags import Network
+from maskgit.apps.cli.flags import Network
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.connections import Patient
 from maskgit.apps.serving.service import Service

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from maskgit import __version__
-from maskgit.apps.flags import Marking
-from maskgit.apps.serving.faults import InvalidRequestError, OverloadedError, UnavailableError
-from maskgit.apps.serving.shared import SharedModel
+from maskgit.apps.cli.flags import Marking
+from maskgit.apps.serving.errors import InvalidRequestError, OverloadedError, UnavailableError
+from maskgit.apps.serving.request_model import SharedModel
 from maskgit.apps.serving.worker import Stats, Ticket, Worker
-from maskgit.checks import check_count, check_range
-from maskgit.config import Config
-from maskgit.forks import resets
+from maskgit.foundation.checks import Config, check_count, check_range
+from maskgit.foundation.forks import resets
 from maskgit.pipeline import MaskGIT
 
 T = TypeVar("T")

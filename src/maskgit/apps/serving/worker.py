@@ -1,6 +1,6 @@
 """The thread that owns a model: it makes the images of all requests in shared batches.
 
-Shapes: as in `maskgit.batching`.
+Shapes: as in `maskgit.engine.batching`.
 """
 
 import logging
@@ -16,17 +16,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from maskgit.apps.serving.faults import (
+from maskgit.apps.serving.errors import (
     ClientGoneError,
     DeadlineError,
     FailedError,
     ServiceError,
     UnavailableError,
 )
-from maskgit.batch_sizes import equal_sizes, ran_out_of_memory
-from maskgit.batching import Batcher, Job, News
+from maskgit.engine.batch_sizes import equal_sizes, ran_out_of_memory
+from maskgit.engine.batching import Batcher, Job, News
 from maskgit.engine.graphs import fixed_sizes
-from maskgit.forks import resets
+from maskgit.foundation.forks import resets
 from maskgit.pipeline import MaskGIT
 
 T = TypeVar("T")

@@ -8,9 +8,9 @@ import gradio as gr
 
 from maskgit.apps.webui import pictures
 from maskgit.apps.webui.forms import SamplerForm, SubjectForm
-from maskgit.apps.webui.studio import Clock, Studio, Values, buttons, connect
-from maskgit.apps.webui.watching import Step, watch
-from maskgit.config import SamplerConfig
+from maskgit.apps.webui.session import Clock, Studio, Values, buttons, connect
+from maskgit.apps.webui.streaming import Step, watch
+from maskgit.sampler.config import SamplerConfig
 
 SIDES = ("A", "B")
 

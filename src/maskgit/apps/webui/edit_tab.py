@@ -8,12 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from maskgit import provenance
 from maskgit.apps.webui import edits, pictures
-from maskgit.apps.webui.boxer import Boxer
+from maskgit.apps.webui.box_editor import Boxer
 from maskgit.apps.webui.edits import OPERATIONS, SIDES
 from maskgit.apps.webui.forms import SamplerForm, SubjectForm
-from maskgit.apps.webui.studio import (
+from maskgit.apps.webui.session import (
     GUESS,
     NO_CLASS,
     PRIVATE,
@@ -26,9 +25,10 @@ from maskgit.apps.webui.studio import (
     say,
     sentences,
 )
-from maskgit.apps.webui.watching import Step, watch
+from maskgit.apps.webui.streaming import Step, watch
 from maskgit.errors import ConfigError, ImageError, MaskGITError
-from maskgit.notes import listening
+from maskgit.foundation.notes import listening
+from maskgit.images import provenance
 from maskgit.results import Output
 
 # How far sliders reach: tokens, and times the model's image size.

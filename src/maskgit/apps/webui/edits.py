@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from maskgit import images, photos
+from maskgit import images
 from maskgit.apps.webui.pictures import enlarged
-from maskgit.apps.webui.studio import Label
-from maskgit.checks import check_count, check_range
-from maskgit.download import sha256
+from maskgit.apps.webui.session import Label
+from maskgit.editing import photos
 from maskgit.errors import ConfigError, ImageError, RegionError
+from maskgit.foundation.checks import check_count, check_range
+from maskgit.foundation.download import sha256
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Output
 

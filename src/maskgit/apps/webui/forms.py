@@ -8,11 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from maskgit.apps.flags import Sampler
-from maskgit.apps.webui.studio import GUESS, MAX_IMAGES, PRIVATE, Label, Studio, Values, whole
-from maskgit.config import SamplerConfig
-from maskgit.policies import POLICIES
-from maskgit.schedules import MASK_SCHEDULES
+from maskgit.apps.cli.flags import Sampler
+from maskgit.apps.webui.session import GUESS, MAX_IMAGES, PRIVATE, Label, Studio, Values, whole
+from maskgit.sampler.config import SamplerConfig
+from maskgit.sampler.policies import POLICIES
+from maskgit.sampler.schedules import MASK_SCHEDULES
 
 MAX_SEED, MAX_INDEX = 2**64 - 1, 2**62
 # Sliders reach so far; a value from a picture's settings that lies beyond makes them longer.

@@ -8,8 +8,8 @@ import gradio as gr
 
 from maskgit.apps.webui import pictures
 from maskgit.apps.webui.forms import SamplerForm, SubjectForm
-from maskgit.apps.webui.studio import PRIVATE, Clock, Studio, Values, buttons, connect, count_of, sentences
-from maskgit.apps.webui.watching import Step, watch
+from maskgit.apps.webui.session import PRIVATE, Clock, Studio, Values, buttons, connect, count_of, sentences
+from maskgit.apps.webui.streaming import Step, watch
 
 
 def generate_tab(studio: Studio) -> None:

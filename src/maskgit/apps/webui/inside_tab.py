@@ -9,8 +9,8 @@ import gradio as gr
 from maskgit import explain, images
 from maskgit.apps.webui import pictures
 from maskgit.apps.webui.forms import SamplerForm, SubjectForm
-from maskgit.apps.webui.studio import Clock, Studio, Values, buttons, connect
-from maskgit.apps.webui.watching import Step, watch
+from maskgit.apps.webui.session import Clock, Studio, Values, buttons, connect
+from maskgit.apps.webui.streaming import Step, watch
 from maskgit.results import Output, Trace
 
 # A panel of tokens is about so many pixels wide.

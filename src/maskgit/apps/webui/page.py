@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from maskgit.apps.flags import Marking
+from maskgit.apps.cli.flags import Marking
 from maskgit.apps.webui import PRIVATE_FOLDER
 from maskgit.apps.webui.compare_tab import compare_tab
 from maskgit.apps.webui.edit_tab import edit_tab
 from maskgit.apps.webui.generate_tab import generate_tab
 from maskgit.apps.webui.inside_tab import inside_tab
 from maskgit.apps.webui.pictures import KEPT, Shelf
-from maskgit.apps.webui.studio import Studio
+from maskgit.apps.webui.session import Studio
 from maskgit.pipeline import MaskGIT
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from maskgit import images, provenance
+from maskgit import images
+from maskgit.images import provenance
 
 # Photos are shown at most so large; what is downloaded is whole.
 SHOWN_SIDE = 1024

@@ -6,7 +6,7 @@ from contextlib import closing, suppress
 import uvicorn
 from fastapi import FastAPI
 
-from maskgit.apps.flags import Marking, Model, Network
+from maskgit.apps.cli.flags import Marking, Model, Network
 from maskgit.apps.serving.connections import Patient
 from maskgit.apps.serving.network import place
 from maskgit.apps.webui.page import mount

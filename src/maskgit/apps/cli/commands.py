@@ -1,0 +1,364 @@
+"""The command line, `maskgit`: every command is a function whose parameters are its flags.
+
+torch and the model code are imported inside the commands, so that `--help` answers at once.
+"""
+
+import atexit
+import gc
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from maskgit import __version__
+from maskgit.apps.cli.editing import edit, inpaint, interpolate, outpaint, panorama, vary
+from maskgit.apps.cli.evaluation import compare, evaluate, stats
+from maskgit.apps.cli.exporting import export
+from maskgit.apps.cli.flags import Marking, Model, Sampler
+from maskgit.apps.cli.output import (
+    MAX_COLUMNS,
+    MAX_SHEET,
+    Making,
+    Progress,
+    Writer,
+    label_of,
+    numbered,
+    picture_paths,
+    save_explained,
+    save_sheet,
+    slug,
+)
+from maskgit.apps.cli.serving import serve
+from maskgit.apps.cli.streams import open_closed, outlets
+from maskgit.apps.cli.training import pack, tokenize, train
+from maskgit.apps.cli.tuning import tune
+from maskgit.apps.cli.webui import page
+from maskgit.errors import ConfigError, MaskGITError, OutputError
+from maskgit.foundation.files import expand_argument
+from maskgit.foundation.notes import listening
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from maskgit.pipeline import MaskGIT
+
+EXIT_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def generate(
+    classes: Annotated[tuple[str, ...], arg(name="class", metavar="NAME|NUMBER")],
+    model: Model,
+    sampler: Sampler,
+    making: Making,
+    candidates: Annotated[int, arg(metavar="INT", help_behavior_hint="(default: as many as are kept)")] = 0,
+    explain: bool = False,
+) -> None:
+    """Make new images of one or more classes: single PNGs and a sheet of all.
+
+    Args:
+        classes: Names or numbers; "none" for no class, where the model can. A name that means something else
+            too is asked for as name:NAME, such as name:none, and a number as number:3.
+        candidates: Images made for each class, of which the num-images that the model finds likeliest are kept.
+        explain: Show how the first images were decoded: explain.png, and forming.gif as an animation.
+    """
+
+    making.check()
+    if candidates and explain:
+        raise ConfigError(
+            "The best of --candidates cannot be explained; leave out --explain, or --candidates."
+        )
+    pipe = model.load()
+    config = pipe.sampler_config(**sampler.given())
+    names = [name for name in classes for _ in range(making.num_images)]
+    found = {name: label_of(pipe, name) for name in classes}
+    labels = [found[name] for name in names]
+    paths = picture_paths(making.out, making.overwrite, numbered(making, names), explain)
+    if candidates:
+        _generate_best(pipe, classes, names, paths, model, sampler, making, candidates)
+        return
+    settings = model.recorded("generate") | config.to_dict()
+    sheet: list[Image.Image] = []
+    with Progress() as progress, Writer(making.overwrite, making.marking.writing()) as writer:
+        # Each batch is written as soon as it is made, so that an interrupt loses little.
+        batches = pipe.generate_batches(
+            labels,
+            seed=making.seed,
+            first_index=making.first_index,
+            batch_size=making.batch_size,
+            return_steps=explain,
+            callback=progress,
+            **sampler.given(),
+        )
+        number = 0
+        for made in batches:
+            pictures = made.to_pil()
+            for picture in pictures:
+                recorded = settings | {"class": names[number], **making.recorded(number)}
+                writer.save(paths[number], picture, recorded)
+                number += 1
+            sheet += pictures[: MAX_SHEET - len(sheet)]
+            if made.trace is not None and number == len(pictures):
+                save_explained(pipe, made, making)
+    columns = making.num_images if len(classes) > 1 and 1 < making.num_images <= MAX_COLUMNS else None
+    save_sheet(sheet, len(paths), making.out, making.marking.writing(), columns=columns)
+
+
+def _generate_best(
+    pipe: "MaskGIT",
+    classes: tuple[str, ...],
+    names: list[str],
+    paths: list[Path],
+    model: Model,
+    sampler: Sampler,
+    making: Making,
+    candidates: int,
+) -> None:
+    """Write the likeliest of many candidates."""
+    from maskgit import images
+
+    config = pipe.sampler_config(**sampler.given())
+    with Progress() as progress:
+        made = pipe.generate_best(
+            [label_of(pipe, name) for name in classes],
+            candidates=candidates,
+            num_images=making.num_images,
+            seed=making.seed,
+            first_index=making.first_index,
+            batch_size=making.batch_size,
+            callback=progress,
+            **sampler.given(),
+        )
+    assert made.indices is not None, "the best say which they are"
+    settings = model.recorded("generate") | config.to_dict() | {"candidates": candidates, "seed": making.seed}
+    writing = making.marking.writing()
+    for path, picture, name, index in zip(paths, made.to_pil(), names, made.indices.tolist(), strict=True):
+        recorded = settings | {"class": name, "index": index}
+        images.save_png(path, picture, settings=recorded, overwrite=making.overwrite, **writing)
+    save_sheet(made.to_pil()[:MAX_SHEET], len(paths), making.out, writing)
+
+
+for editing in (edit, inpaint, outpaint, panorama, vary, interpolate):
+    app.command(editing)
+
+
+@app.command
+def reconstruct(
+    photos: Positional[tuple[Path, ...]],
+    model: Model,
+    marking: Marking,
+    out: Path = Path("out"),
+    overwrite: bool = False,
+) -> None:
+    """Encode pictures to tokens and decode them again: what the tokenizer keeps; a sheet shows both.
+
+    Args:
+        photos: Pictures; cut to squares and resized to the model's size.
+        out: The folder for the pictures; made if needed.
+        overwrite: Replace pictures that are there.
+    """
+    from maskgit import images
+
+    if not photos:
+        raise ConfigError("Give at least one picture.")
+    marking.writing()
+    pipe = model.load()
+    before = [pipe.prepare(photo) for photo in photos]
+    paths = picture_paths(out, overwrite, [f"{slug(photo.stem)}-reconstructed" for photo in photos])
+    sheet: list[Image.Image] = []
+    for photo, pixels, path in zip(photos, before, paths, strict=True):
+        made = pipe.reconstruct(pixels).to_pil()
+        settings = model.recorded("reconstruct")
+        settings["photo"] = photo.name
+        images.save_png(path, made[0], settings=settings, overwrite=overwrite, **marking.writing(photo))
+        sheet += [*images.to_pil(pixels), *made][: MAX_SHEET - len(sheet)]
+    save_sheet(
+        sheet,
+        2 * len(photos),
+        out,
+        marking.writing(),
+        columns=2,
+        captions=(["original", "reconstruction"] * len(photos))[: len(sheet)],
+    )
+
+
+@app.command
+def convert(
+    source: Positional[Path],
+    dest: Positional[Path],
+    transformer: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")] = None,
+    to_flax: bool = False,
+    activation: Annotated[
+        str | None, arg(metavar="{swish,relu}", help_behavior_hint="(default: swish)")
+    ] = None,
+    quantizer: Annotated[str | None, arg(metavar="{vq,gumbel}", help_behavior_hint="(default: vq)")] = None,
+    overwrite: bool = False,
+) -> None:
+    """Turn official checkpoints into a model folder, or back.
+
+    Args:
+        source: The tokenizer's checkpoint, a folder that holds `tokenizer_*` and `maskgit_*` checkpoints, or,
+            with --to-flax, a model folder.
+        dest: The folder to write.
+        transformer: The transformer's checkpoint, if source is the tokenizer's.
+        to_flax: Write official checkpoints for the JAX code instead.
+        activation: The tokenizer's; a checkpoint does not record it, but --to-flax writes it beside.
+        quantizer: The tokenizer's; likewise.
+        overwrite: Replace a model, or checkpoints, that are there.
+    """
+    from maskgit import convert as conversion
+    from maskgit import hub
+
+    given = {"activation": activation, "quantizer": quantizer}
+    kinds = {name: value for name, value in given.items() if value is not None}
+    if dest.is_dir() and any(dest.iterdir()) and not overwrite:
+        raise OutputError(f"{dest} is there already; choose another folder, or say --overwrite.")
+    if to_flax:
+        if kinds or transformer:
+            raise ConfigError(
+                "With --to-flax a model folder is read, which needs neither checkpoints nor their kinds."
+            )
+        for path in conversion.save_official(hub.from_pretrained(source), dest):
+            print(path)
+        return
+    first, second = (source, transformer) if transformer else conversion.find_official(source)
+    print(hub.save_model(conversion.load_official(first, second, **kinds), dest))
+
+
+@app.command
+def policies() -> None:
+    """List the decoding policies with their parameters and sources."""
+    import inspect
+    from dataclasses import fields
+
+    from maskgit.sampler.policies import POLICIES
+
+    for name, policy in POLICIES.items():
+        about = inspect.getdoc(policy) or ""
+        print(f"{name}\n    {about.splitlines()[0]}\n    Source: {policy.source}")
+        described = about.partition("Attributes:")[2].split("\n    ")
+        for f in fields(policy):
+            text = next((line.strip() for line in described if line.strip().startswith(f"{f.name}")), f.name)
+            print(
+                f"    --policy-options {f.name}={str(f.default).lower() if f.type is bool else f.default}: "
+                f"{text.partition(': ')[2]}"
+            )
+        for setting, value in policy.defaults.items():
+            print(f"    brings --{setting.replace('_', '-')} {value}, unless another is given")
+        print()
+
+
+@app.command
+def info(model: Positional[str] = "", classes: bool = False) -> None:
+    """Describe a model, or list the models that have names.
+
+    Args:
+        model: A name, folder or Hugging Face id such as user/model@revision; nothing lists the names.
+        classes: List the model's classes too.
+    """
+    from maskgit import hub
+
+    if not model:
+        for name, entry in hub.REGISTRY.items():
+            print(f"{name:14}{'bundled with the package' if isinstance(entry, Path) else entry.transformer}")
+        return
+    pipe = hub.from_pretrained(model)
+    config = pipe.config
+    for stage, module in (("tokenizer", pipe.tokenizer), ("transformer", pipe.transformer)):
+        count = sum(p.numel() for p in module.parameters())
+        print(f"{stage}: {count / 1e6:.1f} M parameters")
+        for key, value in getattr(config, stage).to_dict().items():
+            print(f"    {key}: {value}")
+    print(f"image_size: {config.image_size}")
+    print(f"label_dropout: {config.label_dropout}")
+    print("sampler: " + ", ".join(f"{key} {value}" for key, value in config.sampler.to_dict().items()))
+    if classes:
+        for number in range(config.transformer.num_classes):
+            print(f"{number:5} {config.class_names[number] if config.class_names else ''}")
+
+
+for command in (pack, tokenize, train, evaluate, stats, compare, tune, export, serve):
+    app.command(command)
+app.command(name="app")(page)
+
+
+def _spare_the_collector() -> None:
+    """Keep Python's garbage collector from going through all that importing torch makes: 0.2 s a command."""
+    gc.set_threshold(20_000, 10, 10)
+    atexit.register(gc.freeze)
+
+
+@contextmanager
+def _polite() -> Iterator[None]:
+    """End on SIGTERM so that what is half-written is removed; training has its own answer to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        # A program that calls this one keeps its own; None is one that Python did not set.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    print(f"maskgit: {text}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return its exit code (2: a wrong input, told in one sentence)."""
+    arguments = [expand_argument(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    if argv is None:
+        _spare_the_collector()
+        open_closed()
+    with outlets() as out:
+        code = _run(arguments)
+        out.flush()
+        if out.error is None or out.unread:
+            return code
+        print(f"maskgit: what is printed cannot be written: {out.error.strerror}.", file=sys.stderr)
+        return code or EXIT_INPUT
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a command and return its exit code."""
+    if arguments in (["--version"], ["-V"]):
+        print(__version__)
+        return 0
+    try:
+        with _polite(), listening(_say):
+            app.cli(
+                prog="maskgit",
+                description="Masked generative image transformers: generate and edit images, and train your own. Try `maskgit generate --class frog`.",
+                args=arguments,
+                sort_subcommands=False,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as leaving:
+        # After help, wrong flags, or a training that was stopped.
+        return int(leaving.code or 0)
+    except MaskGITError as error:
+        print(f"maskgit: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except OSError as error:
+        # Whatever the file system has against a path that was given: too long, forbidden, gone.
+        print(f"maskgit: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("maskgit: interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0

@@ -1,0 +1,258 @@
+"""The commands that score images: `maskgit evaluate`, `stats` and `compare`.
+
+torch and the evaluation code are imported inside the commands, so that `--help` answers at once.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from maskgit.apps.cli.evaluation_flags import Net, ReconstructionFlags, SampleFlags, WorkFlags
+from maskgit.apps.cli.flags import Model, Sampler
+from maskgit.apps.cli.scoring import Bars, complaints, print_report, score_table
+from maskgit.errors import ConfigError, DataError, OutputError
+
+if TYPE_CHECKING:
+    from maskgit.evaluation.runs.evaluate import SampleEvaluation
+    from maskgit.evaluation.runs.reconstruction import ReconstructionEvaluation
+
+
+def evaluate(
+    model: Positional[str],
+    reference: Annotated[str, arg(metavar="DATA|FILE")],
+    out: Path,
+    net: Net,
+    work: WorkFlags,
+    samples: SampleFlags,
+    reconstructions: ReconstructionFlags,
+    sampler: Sampler,
+) -> None:
+    """Score a model's images, or a tokenizer's reconstructions: writes OUT/report.json and report.html.
+
+    Any number of processes may be given the same command and folder, under torchrun, in a Slurm array or on
+    several hosts: they share the work. The same command goes on where it was stopped.
+
+    Args:
+        model: A model's name, its folder, or a Hugging Face id; with --reconstruction a tokenizer's folder
+            will do.
+        reference: Real images to compare with, or statistics of them: what `maskgit stats` reads and writes,
+            or ADM's reference files.
+        out: The folder of the report and of the work.
+    """
+    evaluation: ReconstructionEvaluation | SampleEvaluation
+    if reconstructions.reconstruction:
+        samples.refuse()
+        evaluation = _of_reconstructions(model, reference, net, work, reconstructions)
+    elif reconstructions.lpips or reconstructions.lpips_weights:
+        raise ConfigError("LPIPS compares reconstructions with their originals: say --reconstruction too.")
+    else:
+        evaluation = _of_samples(model, reference, out, net, work, samples, sampler)
+    with Bars() as bars:
+        path = evaluation.run(out, bars)
+    print_report(out, path)
+
+
+def _of_samples(
+    model: str,
+    reference: str,
+    out: Path,
+    net: Net,
+    work: WorkFlags,
+    samples: SampleFlags,
+    sampler: Sampler,
+) -> "SampleEvaluation":
+    from maskgit.data.picture_sets import open_pictures
+    from maskgit.engine import build
+    from maskgit.evaluation.runs.evaluate import EvaluationConfig, SampleEvaluation
+    from maskgit.evaluation.runs.running import agreed_engine
+    from maskgit.evaluation.runs.sampling import SampleConfig
+    from maskgit.evaluation.scores.references import open_reference
+    from maskgit.foundation.devices import own_device
+    from maskgit.training.run.checkpoint import weights_fingerprint
+
+    images = SampleConfig(
+        50_000 if work.num_images is None else work.num_images,
+        samples.labels,
+        work.seed,
+        work.batch_size,
+        work.unit_size,
+        samples.keep_images,
+    )
+    config = EvaluationConfig(
+        work.splits,
+        samples.num_training,
+        samples.curve_images,
+        samples.epochs,
+        show_training=samples.show_training,
+        stale_seconds=work.stale_seconds,
+    )
+    axes, device = samples.axes(), own_device(work.device)
+    found = open_reference(reference, max_bad_share=work.max_bad_share)
+    training, test = (
+        None if place is None else open_pictures(place, max_bad_share=work.max_bad_share)
+        for place in (samples.training_data, samples.classification_accuracy)
+    )
+    plain = Model(model, str(device)).plain()
+    stages = {"tokenizer": plain.tokenizer, "transformer": plain.transformer}
+    asked = {"device": plain.device, "dtype": work.dtype, "reuse": work.speed.reuse}
+    evaluation = SampleEvaluation(
+        model=plain,
+        name=model,
+        weights={name: weights_fingerprint(stage) for name, stage in stages.items()},
+        net=net.load(device),
+        features=net.features,
+        reference=found,
+        images=images,
+        sampler=sampler.given(),
+        config=config,
+        training=training,
+        test=test,
+        curve=axes,
+    )
+    # What is wrong is told before anything is written.
+    evaluation.works()
+    return replace(evaluation, model=build(plain, agreed_engine(out, work.speed.mode, **asked)))
+
+
+def _of_reconstructions(
+    model: str, reference: str, net: Net, work: WorkFlags, flags: ReconstructionFlags
+) -> "ReconstructionEvaluation":
+    import torch
+
+    from maskgit import hub
+    from maskgit.evaluation.runs.evaluate import EvaluationConfig
+    from maskgit.evaluation.runs.reconstruction import ReconstructionEvaluation
+    from maskgit.evaluation.scores.references import open_reference
+    from maskgit.foundation.devices import own_device
+    from maskgit.training.run.checkpoint import weights_fingerprint
+
+    device = own_device(work.device)
+    data = open_reference(reference, max_bad_share=work.max_bad_share).images
+    if data is None:
+        raise DataError(
+            "Reconstructions are compared with the images they are made from: give --reference images, "
+            "not statistics."
+        )
+    lpips, lpips_name = flags.measure(device)
+    network = hub.load_tokenizer(model, device=device, dtype=getattr(torch, work.dtype or "float32"))
+    return ReconstructionEvaluation(
+        tokenizer=network,
+        name=model,
+        weights={"tokenizer": weights_fingerprint(network)},
+        net=net.load(device),
+        features=net.features,
+        data=data,
+        config=EvaluationConfig(work.splits, stale_seconds=work.stale_seconds),
+        num_images=work.num_images,
+        batch_size=work.batch_size,
+        unit_size=work.unit_size,
+        lpips=lpips,
+        lpips_name=lpips_name,
+    )
+
+
+def stats(
+    data: Positional[str],
+    out: Annotated[Path, arg(metavar="FILE.npz")],
+    net: Net,
+    split: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None,
+    size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the images')")] = None,
+    num_images: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: all)")] = None,
+    keep: int = 10_000,
+    max_bad_share: float = 0.01,
+    batch_size: int = 64,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Measure real images once, to compare samples with them by `maskgit evaluate --reference FILE`.
+
+    Args:
+        data: A folder of pictures, Parquet files, WebDataset tars, IDX files, a packed folder, an .npz of
+            images, or a name on the Hugging Face Hub.
+        out: The file to write.
+        split: Which part, as the source names it.
+        size: Cut the middle square of each picture and resize it to so many pixels a side.
+        num_images: So many images, spread evenly over the data.
+        keep: Images whose features are kept, for kernel distances, precision, recall and class agreement.
+        max_bad_share: Largest share of images that may be unreadable.
+        batch_size: Images read together.
+        device: cuda, mps or cpu; auto takes the first that is there.
+        overwrite: Replace a file that is there.
+    """
+    if out.suffix != ".npz":
+        raise OutputError(f"Statistics are written as .npz, but --out is {out}: choose another name.")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} is there already; choose another name, or say --overwrite.")
+    from maskgit.data.picture_sets import open_pictures
+    from maskgit.evaluation.runs.measure import measure
+    from maskgit.evaluation.scores.statistics import write_statistics
+    from maskgit.foundation.devices import own_device
+
+    pictures = open_pictures(data, split=split, size=size, max_bad_share=max_bad_share)
+    network = net.load(own_device(device))
+    with Bars() as bars:
+        found = measure(
+            pictures, network, num_images=num_images, keep=keep, batch_size=batch_size, progress=bars
+        )
+    for line in (*complaints(found.skipped), *pictures.left_out):
+        print(line)
+    write_statistics(out, found.statistics, overwrite=overwrite)
+    count, (height, width) = found.statistics.pooled.num_images, pictures.resolution
+    print(f"{out}: {count:,} images of {height} × {width} pixels, {network.identity}")
+
+
+def compare(
+    a: Positional[str],
+    b: Positional[str],
+    net: Net,
+    size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the images')")] = None,
+    splits: int = 10,
+    max_bad_share: float = 0.01,
+    batch_size: int = 64,
+    device: str = "auto",
+    as_json: Annotated[bool, arg(name="json")] = False,
+) -> None:
+    """Score the images of one place against those of another, and print the scores.
+
+    Args:
+        a: The reference: a folder of real images, or whatever else `maskgit stats` reads or writes.
+        b: The images to score, such as a folder of samples.
+        size: Cut the middle square of each picture and resize it to so many pixels a side.
+        splits: Parts of the images that intervals are taken over.
+        max_bad_share: Largest share of images that may be unreadable.
+        batch_size: Images read together.
+        device: cuda, mps or cpu; auto takes the first that is there.
+        as_json: Print JSON in place of a table.
+    """
+    from maskgit.data.picture_sets import open_pictures
+    from maskgit.evaluation.report.report import plain
+    from maskgit.evaluation.runs.measure import compare_pictures
+    from maskgit.evaluation.scores.references import open_reference
+    from maskgit.foundation.devices import own_device
+
+    first = open_reference(a, size=size, max_bad_share=max_bad_share)
+    second = open_pictures(b, size=size, max_bad_share=max_bad_share)
+    network = net.load(own_device(device))
+    with Bars() as bars:
+        found = compare_pictures(
+            first, second, network, net.features, splits=splits, batch_size=batch_size, progress=bars
+        )
+    sets = [data for data in (first.images, second) if data is not None]
+    left_out = [f"{data.name}: {line}" for data in sets for line in data.left_out]
+    if not as_json:
+        print("\n".join([score_table(found.scores), *found.cautions, *complaints(found.skipped), *left_out]))
+        return
+    values = {
+        "metrics": {score.name: plain(score.value) for score in found.scores},
+        "intervals": {score.name: plain(score.interval) for score in found.scores if score.interval},
+        "reference": a,
+        "images": b,
+        "evaluator": network.identity,
+        "cautions": found.cautions,
+        "skipped": {"count": len(found.skipped), "first": found.skipped[:100]},
+        "left_out": left_out,
+    }
+    print(json.dumps(values, indent=1, ensure_ascii=False))

@@ -1,0 +1,71 @@
+"""What the commands that score images share: progress, and scores as text."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskgit.evaluation.scores.names import Score
+
+
+class Bars:
+    """A progress bar for each work, on the terminal alone."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._name = ""
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        from maskgit.foundation.bars import bar
+
+        if self._bar is None or name != self._name:
+            self.__exit__()
+            self._bar, self._name = bar(desc=name, total=total), name
+        self._bar.n = done
+        self._bar.refresh()
+
+
+def print_report(out: Path, path: Path | None) -> None:
+    """Print what a report says and where it is."""
+    from maskgit.evaluation.report.report import JSON_NAME, PAGE_NAME
+
+    if path is None:
+        print(f"The work in {out} is done; another process writes its report.")
+        return
+    report = json.loads((out / JSON_NAME).read_text("utf-8"))
+    width = max(map(len, report["metrics"]))
+    for name, value in report["metrics"].items():
+        interval = report["intervals"].get(name)
+        print(
+            f"{name:{width}}  {value:10.4g}"
+            + (f"  [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
+        )
+    for caution in report["cautions"]:
+        print(caution)
+    for line in complaints(report["skipped"]["first"], report["skipped"]["count"]):
+        print(line)
+    print(out / JSON_NAME)
+    print(out / PAGE_NAME)
+
+
+def score_table(scores: "list[Score]") -> str:
+    width = max(len(score.name) for score in scores)
+    lines = [f"{'score':{width}}  {'value':>10}  {'95 % interval':22}  better"]
+    for score in scores:
+        ends = "" if score.interval is None else f"{score.interval.low:.4g} to {score.interval.high:.4g}"
+        lines.append(f"{score.name:{width}}  {score.value:10.4g}  {ends:22}  {score.better}".rstrip())
+    return "\n".join(lines)
+
+
+def complaints(skipped: list[str], count: int | None = None) -> list[str]:
+    count = len(skipped) if count is None else count
+    if not count:
+        return []
+    return [f"{count:,} images could not be read and were left out:", *(f"  {line}" for line in skipped[:5])]

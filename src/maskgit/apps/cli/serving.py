@@ -1,0 +1,100 @@
+"""The command that serves a model over HTTP."""
+
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from maskgit.apps.cli.flags import Marking, Model, Network
+from maskgit.errors import ConfigError, install_extra
+from maskgit.foundation.proxies import missing_socks
+
+
+def serve(
+    model: Model,
+    marking: Marking,
+    network: Network,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    queue_size: int = 64,
+    max_batch: int = 16,
+    max_images: int = 16,
+    max_per_client: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: all)")] = None,
+    timeout: float = 120.0,
+    api_key_file: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: no keys)")] = None,
+    page: bool = True,
+) -> None:
+    """Serve a model over HTTP; see docs/serving.md.
+
+    Args:
+        host: The address to listen on; 0.0.0.0 is every one of this machine.
+        port: 0 takes any that is free.
+        queue_size: Images accepted and not answered yet; further requests are told to come again later.
+        max_batch: Images made together.
+        max_images: Images that one request may ask for.
+        max_per_client: Images accepted and not answered yet of one client: of a key, or else of an address.
+        timeout: Seconds in which a request must be answered.
+        api_key_file: Keys, one a line, of which a client must show one.
+        page: Put the page of `maskgit app` at /, if Gradio is installed; not with keys, which browsers do not send.
+    """
+    import logging
+    from functools import partial
+    from importlib.util import find_spec
+
+    try:
+        from maskgit.apps.serving.middleware import read_keys
+        from maskgit.apps.serving.server import bind, run
+        from maskgit.apps.serving.service import Limits, Service
+    except ImportError as error:
+        raise ConfigError(f"The server needs the package {error.name}: {install_extra('serve')}.") from error
+
+    network.check()
+    limits = Limits(
+        queue_size=queue_size,
+        max_batch=max_batch,
+        max_images=max_images,
+        max_per_client=max_per_client,
+        timeout=timeout,
+    )
+    keys = list(read_keys(api_key_file)) if api_key_file else []
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Before the model is loaded, so that nobody waits for what cannot be shown.
+    mount = _page() if page and not keys and find_spec("gradio") else None
+    with bind(host, port) as listener:
+        pipe = model.load()
+        service = Service(pipe, model.model, limits, recorded=model.recorded("serve"), marking=marking)
+        # The page's pictures are made beside the batches of requests, by a model that shares the weights.
+        mounted = mount and partial(mount, pipe=copy(pipe), name=model.model, marking=marking)
+        announce = partial(_announce, model.model)
+        reload = partial(_reload, keys, api_key_file) if api_key_file else None
+        run(service, listener, keys, announce, mounted, network, reload)
+
+
+def _page() -> Callable[..., object]:
+    """Return what puts the page into a server."""
+    try:
+        from maskgit.apps.webui.page import mount
+    except ImportError as error:
+        failure = missing_socks(error)
+        if failure is None:
+            raise
+        raise failure from error
+    return mount
+
+
+def _reload(keys: list[str], path: Path) -> None:
+    """Take the keys that a file holds now in place of those before; if it is wrong, those before stay."""
+    from maskgit.apps.serving.middleware import read_keys
+
+    try:
+        keys[:] = read_keys(path)
+    except ConfigError as error:
+        print(f"The keys stay as they are: {error}", flush=True)
+    else:
+        print(f"Read {len(keys)} keys from {path}", flush=True)
+
+
+def _announce(name: str, url: str) -> None:
+    print(f"Serving {name} at {url}", flush=True)

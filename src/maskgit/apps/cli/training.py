@@ -1,0 +1,196 @@
+"""The commands that train: `maskgit pack`, `tokenize` and `train`.
+
+torch and the training code are imported inside the commands, so that `--help` answers at once.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from maskgit.errors import ConfigError
+
+MAX_RECIPE_BYTES = 2**20
+
+
+def pack(
+    source: Positional[str],
+    out: Positional[Path],
+    size: int,
+    split: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None,
+    config: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None,
+    image_column: str = "auto",
+    label_column: str = "auto",
+    class_names: Annotated[tuple[str, ...], arg(metavar="NAME", help_behavior_hint="")] = (),
+    max_bad_share: float = 0.01,
+    num_workers: int = 4,
+) -> None:
+    """Read a data set once and keep its images, cropped to squares, in a folder that training maps into memory.
+
+    Args:
+        source: A folder of folders of images, one a class; Parquet files; WebDataset tars; a folder of IDX files
+            (MNIST's format); or a name on the Hugging Face Hub.
+        out: The folder to make.
+        size: Pixels a side. Pack larger than the training size if it is to draw random crops.
+        split: Which part, as the source names it.
+        config: Which configuration of a data set on the hub that has several.
+        image_column: The column of images, where it cannot be found by its kind.
+        label_column: The column of labels; "none" gives all images one class.
+        class_names: Names for labels that are numbers, in their order, in place of those that the source gives.
+        max_bad_share: Largest share of images that may be unreadable.
+        num_workers: Threads that decode.
+    """
+    from maskgit.data.pack import pack_images
+
+    cache = pack_images(
+        source,
+        out,
+        size=size,
+        split=split,
+        config=config,
+        image_column=image_column,
+        label_column=None if label_column == "none" else label_column,
+        class_names=class_names or None,
+        max_bad_share=max_bad_share,
+        num_workers=num_workers,
+        progress=True,
+    )
+    for note in (*cache.notes, *cache.skipped[:5], *cache.left_out):
+        print(note)
+    print(f"{out}: {len(cache)} images of {cache.size} × {cache.size} pixels in {cache.num_classes} classes")
+
+
+def tokenize(
+    images: Positional[Path],
+    out: Positional[Path],
+    tokenizer: str,
+    views: Literal["centre", "centre+flip", "ten_crop", "random"] = "centre+flip",
+    num_views: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None,
+    size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the images')")] = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Encode packed images to tokens once, in several views, for training the transformer; goes on if stopped.
+
+    Args:
+        images: A folder that `maskgit pack` made.
+        out: The folder to make or complete.
+        tokenizer: A tokenizer's folder, or a model that has one.
+        views: The crops of each image.
+        num_views: How many, for random ones.
+        size: Pixels a side of the crops.
+        batch_size: Images encoded at once.
+        device: cuda, mps or cpu; auto takes the first that is there.
+        seed: Of random crops.
+    """
+    from maskgit import hub
+    from maskgit.data.caches import ImageCache
+    from maskgit.data.writers import write_token_cache
+    from maskgit.foundation.devices import own_device
+    from maskgit.training.run.checkpoint import weights_fingerprint
+
+    network = hub.load_tokenizer(tokenizer)
+    fingerprint = weights_fingerprint(network)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = own_device(device)
+    cache = write_token_cache(
+        ImageCache.open(images),
+        network.to(chosen),
+        out,
+        tokenizer_fingerprint=fingerprint,
+        num_codes=network.config.codebook_size,
+        views=views,
+        num_views=num_views,
+        size=size,
+        seed=seed,
+        batch_size=batch_size,
+        device=chosen,
+        rank=int(os.environ.get("RANK", 0)),
+        world=world,
+        progress=True,
+    )
+    if cache is not None:
+        print(
+            f"{out}: {len(cache)} images, {cache.num_views} views of {cache.grid_size} × {cache.grid_size} tokens"
+        )
+
+
+def train(
+    stage: Positional[Literal["tokenizer", "transformer"]],
+    recipe: Positional[Path],
+    changes: Annotated[
+        UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE")
+    ] = (),
+    dry_run: bool = False,
+) -> None:
+    """Train a tokenizer or a transformer as a recipe says; the same command goes on where a run was stopped.
+
+    A run that SIGTERM or Ctrl-C stops writes a checkpoint and leaves with code 75. For several GPUs:
+    `torchrun --nproc-per-node 8 -m maskgit train …`.
+
+    Args:
+        stage: Which of the two.
+        recipe: A TOML file; `recipes/` has examples.
+        changes: Values in place of the recipe's, in TOML, such as steps=1000 or model.filters=64; one or several,
+            and the flag may be given again.
+        dry_run: Print parameters, memory, steps and time instead of training.
+    """
+    values = read_recipe(recipe, tuple(change for given in changes for change in given))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if stage == "tokenizer":
+        from maskgit.training import tokenizer_dry_run
+        from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+        from maskgit.training.train_tokenizer import train_tokenizer
+
+        first = TokenizerTrainingConfig.from_dict(values)
+        print(tokenizer_dry_run.dry_run(first, world) if dry_run else train_tokenizer(first))
+    else:
+        from maskgit.training import transformer_dry_run
+        from maskgit.training.train_transformer import train_transformer
+        from maskgit.training.transformer_config import TransformerTrainingConfig
+
+        second = TransformerTrainingConfig.from_dict(values)
+        print(transformer_dry_run.dry_run(second, world) if dry_run else train_transformer(second))
+
+
+def read_recipe(path: Path, changes: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the values of a recipe, changed as the user asks.
+
+    Args:
+        path: a TOML file.
+        changes: "key=value" with a TOML value (a bare word is text) and dots for tables.
+
+    Raises:
+        ConfigError: the file cannot be read, or a change is not of that form.
+    """
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise ConfigError(f"{path} is larger than any recipe.")
+        values = tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not TOML: {error}.") from error
+    for change in changes:
+        key, equals, text = change.partition("=")
+        *tables, name = key.split(".")
+        if not equals or not all((*tables, name)):
+            raise ConfigError(f"--set takes KEY=VALUE, such as steps=1000, but was given {change!r}.")
+        table = values
+        for part in tables:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {change}: {part!r} is a value in {path}, not a table.")
+        table[name] = _toml_value(text)
+    return values
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except ValueError:
+        return text
+    return parsed["value"] if parsed.keys() == {"value"} else text

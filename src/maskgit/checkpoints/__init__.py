@@ -1,0 +1,1 @@
+"""Models in files: folders, the registry, Google's format."""

@@ -1,0 +1,412 @@
+"""Models on disk, in the registry, on the Hugging Face Hub, and in the cache.
+
+A model is a folder that diffusers users know:
+
+    model_index.json                     image size, classes, sampler settings
+    tokenizer/config.json, model.safetensors
+    transformer/config.json, model.safetensors
+
+Nothing is unpickled; shapes are compared with the config before any tensor is read.
+"""
+
+import re
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from maskgit.checkpoints import hugging_face, weights
+from maskgit.config import ModelConfig
+from maskgit.errors import (
+    CheckpointError,
+    ConfigError,
+    DownloadError,
+    unknown_name,
+)
+from maskgit.foundation import download
+from maskgit.foundation.checks import Config
+from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype, shapes_only
+from maskgit.foundation.files import expand, read_json
+from maskgit.foundation.folders import write_folder, write_json
+from maskgit.foundation.locks import locked, waits_for
+from maskgit.networks.config import TokenizerConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
+from maskgit.pipeline import MaskGIT
+
+Module = TypeVar("Module", bound=nn.Module)
+
+FORMAT_VERSION = 1
+INDEX, WEIGHTS = "model_index.json", "model.safetensors"
+
+
+class Official(NamedTuple):
+    """The URLs of a released pair of checkpoints."""
+
+    tokenizer: str
+    transformer: str
+
+
+_RELEASED = "https://storage.googleapis.com/maskgit-public/checkpoints"
+# A path is a folder inside the package.
+REGISTRY: dict[str, Official | Path] = {
+    "cifar10": Path(__file__).parents[1] / "assets" / "models" / "cifar10",
+    "imagenet256": Official(
+        f"{_RELEASED}/tokenizer_imagenet256_checkpoint", f"{_RELEASED}/maskgit_imagenet256_checkpoint"
+    ),
+    "imagenet512": Official(
+        f"{_RELEASED}/tokenizer_imagenet512_checkpoint", f"{_RELEASED}/maskgit_imagenet512_checkpoint"
+    ),
+}
+DEFAULT_MODEL = "cifar10"
+# A name on the Hugging Face Hub, and perhaps a revision.
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?")
+
+
+def from_pretrained(
+    name_or_path: str | Path = DEFAULT_MODEL,
+    *,
+    device: Device = "cpu",
+    dtype: Dtype | None = torch.float32,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> MaskGIT:
+    """Return a model by name or path.
+
+    Args:
+        name_or_path: a folder written by `save_model`; a name in `REGISTRY` (an official one is downloaded
+            and converted once, then kept in the cache); or a Hugging Face Hub id such as "user/model", or
+            "user/model@revision".
+        device: where the weights go; "auto" takes what is there.
+        dtype: the type that the networks compute in, such as torch.bfloat16 or "bfloat16"; "auto" is the one that
+            the weights are stored in, None is float32.
+        revision, token, cache_dir, local_files_only: see `locate`.
+
+    Raises:
+        CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
+        OutputError: it has to be downloaded, and the cache cannot be written.
+    """
+    folder = locate(
+        name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    return load_model(folder, device=choose_device(device), dtype=torch.float32 if dtype is None else dtype)
+
+
+def locate(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the folder of a model, downloading and converting it if need be.
+
+    Args:
+        name_or_path: see `from_pretrained`.
+        revision: a commit, tag or branch, of a model on the Hugging Face Hub.
+        token: for the hub; None takes the one that `hf auth login` stored, False none.
+        cache_dir: where downloads are kept, in place of the cache that $MASKGIT_CACHE names, or $HF_HOME for
+            models on the hub.
+        local_files_only: take what was downloaded before, and ask no server.
+
+    Raises:
+        CheckpointError, ConfigError, DownloadError: there is no such model, or it cannot be had.
+        OutputError: it has to be downloaded, and the cache cannot be written.
+    """
+    name = str(name_or_path)
+    # Names come first, so that a folder which happens to be called so does not hide a model; ./name is the folder.
+    entry = REGISTRY.get(name)
+    path = expand(name_or_path)
+    try:
+        is_dir, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{name:.200} cannot be read: {error.strerror}.") from error
+    hub_id = HUB_ID.fullmatch(name)
+    if revision is not None and (entry or exists or not hub_id):
+        raise ConfigError(
+            f"A revision is of a model on the Hugging Face Hub, but {name:.200} is not one: leave it out."
+        )
+    if revision is not None and hub_id and hub_id[2]:
+        raise ConfigError(f"{name:.200} names a revision already: give it once.")
+    if isinstance(entry, Path):
+        return entry
+    if isinstance(entry, Official):
+        return _converted(name, entry, None if cache_dir is None else expand(cache_dir), local_files_only)
+    if is_dir:
+        return path
+    if exists:
+        raise CheckpointError(
+            f"{path} is a file, not a model folder. Convert official checkpoints with `maskgit convert` first."
+        )
+    if hub_id:
+        return hugging_face.download(
+            hub_id[1],
+            revision=revision or hub_id[2],
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    if "/" in name:
+        raise CheckpointError(f"{name} cannot be read: there is no such folder.")
+    unknown = unknown_name("model", name, REGISTRY)
+    raise ConfigError(f"{unknown} Or give a model folder, or a Hugging Face id such as user/model.")
+
+
+def _converted(name: str, urls: Official, cache: Path | None, local_files_only: bool) -> Path:
+    from maskgit.convert import load_official
+
+    root = cache or download.cache_dir()
+    folder, downloads = root / "models" / name, root / "downloads"
+    if (folder / INDEX).is_file():
+        return folder
+    if local_files_only and not all(download.cached(url, downloads).is_file() for url in urls):
+        raise DownloadError(
+            f"{name} is not in {root}, and local_files_only allows no download: leave it out once."
+        )
+    with (
+        download.naming_the_cache() if cache is None else nullcontext(),
+        locked(folder.with_name(f".{name}.convert.lock"), waits_for(f"the conversion of {name}")),
+    ):
+        if (folder / INDEX).is_file():
+            return folder
+        paths = [download.fetch(url, folder=downloads) for url in urls]
+        try:
+            model = load_official(paths[0], paths[1])
+        except CheckpointError as error:
+            # What came may have been a proxy's page; its checksum must not stand in the way of the next try.
+            for path in paths:
+                download.forget(path)
+            raise CheckpointError(
+                f"What was downloaded is not {name}, and was thrown away: {error}"
+            ) from error
+        return save_model(model, folder)
+
+
+def load_model(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None = torch.float32) -> MaskGIT:
+    """Return the model in a folder.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or weights do not fit their config.
+    """
+    path = expand(path)
+    index = read_json(path / INDEX)
+    version = index.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path / INDEX} has format_version {version}; this package reads {FORMAT_VERSION}."
+        )
+    index = {key: value for key, value in index.items() if not key.startswith("_")}
+    stages = {"tokenizer": read_json(path / "tokenizer" / "config.json")}
+    stages["transformer"] = read_json(path / "transformer" / "config.json")
+    for key in stages:
+        if index.pop(key, None) is None:
+            raise CheckpointError(f"{path / INDEX} lacks the entry {key!r}.")
+    try:
+        config = ModelConfig.from_dict(index | stages)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    first = _load_stage(Tokenizer, config.tokenizer, path / "tokenizer" / WEIGHTS, device, dtype)
+    second = _load_stage(Transformer, config.transformer, path / "transformer" / WEIGHTS, device, dtype)
+    return MaskGIT(config, first, second)
+
+
+def load_tokenizer(
+    path: str | Path, *, device: Device = "cpu", dtype: Dtype | None = torch.float32
+) -> Tokenizer:
+    """Return a tokenizer.
+
+    Args:
+        path: a model's folder or name, or a folder that holds a tokenizer alone.
+        device: where the weights go.
+        dtype: the type that the networks compute in.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or weights do not fit their config.
+        ConfigError, DownloadError: there is no such model.
+    """
+    path = expand(path) if expand(path).is_dir() else locate(path)
+    folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    try:
+        config = TokenizerConfig.from_dict(read_json(folder / "config.json"))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return _load_stage(Tokenizer, config, folder / WEIGHTS, device, dtype)
+
+
+def _load_stage(
+    kind: Callable[[Any], Module], config: Config, path: Path, device: Device, dtype: Dtype | None
+) -> Module:
+    # "auto" keeps the type of each weight.
+    chosen = torch.float32 if dtype is None else choose_dtype(dtype)
+    with shapes_only():
+        module = kind(config)
+    expected = weights.shapes(module.state_dict())
+    counters = {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
+    with ExitStack() as opened, _blame_file(path):
+        files = [opened.enter_context(_open_weights(file)) for file in _weight_files(path)]
+        homes = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        found = {name: tuple(file.get_slice(name).get_shape()) for name, file in homes.items()}
+        problems = weights.differences(expected, found)
+        if problems:
+            raise CheckpointError(f"{path} does not fit its config: {weights.listed(problems)}.")
+        state = {name: homes[name].get_tensor(name) for name in expected}
+    wrong = [name for name, t in state.items() if t.is_floating_point() == (name in counters)]
+    if wrong:
+        raise CheckpointError(f"{path} does not fit its config: {wrong[0]} is {state[wrong[0]].dtype}.")
+    state = {name: t.to(chosen) if chosen and t.is_floating_point() else t for name, t in state.items()}
+    weights.check_finite(
+        state,
+        path,
+        f"The file is broken, or its numbers are too large for {chosen}: use another, or float32.",
+    )
+    module.load_state_dict({name: t.to(device) for name, t in state.items()}, strict=True, assign=True)
+    return module.eval()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Return the safetensors files that hold a network: one, or the shards that an index beside it lists."""
+    index = path.with_name(path.name + ".index.json")
+    if path.exists() or not index.exists():
+        return [path]
+    shards = read_json(index).get("weight_map")
+    names: list[Any] = list(shards.values()) if isinstance(shards, dict) and shards else [None]
+    # A name with a slash could lead out of the folder.
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):
+        raise CheckpointError(f"{index} does not list the safetensors files of its weights as `weight_map`.")
+    return [path.with_name(name) for name in sorted(set(names))]
+
+
+@contextmanager
+def _open_weights(path: Path) -> Iterator[Any]:
+    with _blame_file(path):
+        weights.check_is_no_pointer(path)
+        # Read on the CPU, whatever the device: safetensors knows some of them only.
+        file = safe_open(path, framework="pt", device="cpu")
+    with file as opened:
+        yield opened
+
+
+@contextmanager
+def _blame_file(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def save_model(model: MaskGIT, path: str | Path, *, dtype: Dtype | None = None) -> Path:
+    """Write a model folder, whole or not at all; one that is there is replaced.
+
+    Args:
+        model: the model.
+        path: the folder, made if needed.
+        dtype: the type that floating-point weights are stored in; None and "auto" keep theirs.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or would be in `dtype`.
+        ConfigError: the model is optimized, or a network is not the one that its config describes.
+        OutputError: it cannot be written, or something that is not a model stands there.
+    """
+    if model.engine is not None:
+        raise ConfigError("An optimized model is for running; save the one that it was made from.")
+    states = {
+        "tokenizer": _stored(Tokenizer, model.config.tokenizer, model.tokenizer, dtype),
+        "transformer": _stored(Transformer, model.config.transformer, model.transformer, dtype),
+    }
+    config = model.config.to_dict()
+    stages = {key: config.pop(key) for key in ("tokenizer", "transformer")}
+    index = {
+        "_class_name": "MaskGIT",
+        "format_version": FORMAT_VERSION,
+        **config,
+        "tokenizer": ["maskgit", "Tokenizer"],
+        "transformer": ["maskgit", "Transformer"],
+    }
+
+    def write(folder: Path) -> None:
+        write_json(folder / INDEX, index)
+        for name, state in states.items():
+            _write_stage(folder / name, stages[name], state)
+
+    return write_folder(path, (INDEX, "tokenizer", "transformer"), write)
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: Dtype | None = None) -> Path:
+    """Write a folder that holds a tokenizer alone; see `save_model`."""
+    config = cast(Tokenizer, weights.unwrapped(tokenizer)).config
+    state = _stored(Tokenizer, config, tokenizer, dtype)
+
+    def write(folder: Path) -> None:
+        _write_stage(folder, config.to_dict(), state)
+
+    return write_folder(path, ("config.json", WEIGHTS), write)
+
+
+def _stored(
+    kind: Callable[[Any], nn.Module], config: Config, module: nn.Module, dtype: Dtype | None
+) -> dict[str, Tensor]:
+    """Return a network's tensors as they are stored."""
+    stored = choose_dtype(dtype)
+    state = {
+        name: tensor.to("cpu", stored if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in weights.own_state(kind, config, module).items()
+    }
+    weights.check_finite(
+        state,
+        f"The {kind.__name__.lower()} is not saved",
+        "It is broken, or its numbers are too large for the type it is to be stored in.",
+    )
+    return state
+
+
+def _write_stage(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", config)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    # safetensors makes it private.
+    (folder / WEIGHTS).chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
+
+
+def push_to_hub(
+    model: MaskGIT,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Upload a model to the Hugging Face Hub and return its URL.
+
+    Args:
+        model: the model.
+        repo_id: "user/name"; made if it does not exist.
+        private: whether a new one is private.
+        token: the user's; None takes the one that `hf auth login` stored.
+        commit_message: of the upload.
+
+    Raises:
+        DownloadError: the hub refuses or cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return hugging_face.upload(
+            save_model(model, Path(folder) / "model"),
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message or "Upload MaskGIT model",
+        )

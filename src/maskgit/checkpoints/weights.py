@@ -1,0 +1,134 @@
+"""The tensors of a network as they travel: under their own names, all of them, and every one a number."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from maskgit.errors import CheckpointError, ConfigError
+from maskgit.foundation.devices import shapes_only
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# The one child of what wraps a network: torch.compile, DataParallel and DDP, FSDP, activation checkpointing.
+WRAPPED = frozenset(("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the network itself if it stands in DataParallel or the like, whose methods are not its own.
+
+    What `torch.compile` made passes everything on to the network, and is returned as it is.
+    """
+    inner, passes_on = module, True
+    while True:
+        name = next((name for name, _ in inner.named_children() if name in WRAPPED), None)
+        if name is None:
+            return module if passes_on else inner
+        passes_on = passes_on and name == "_orig_mod"
+        inner = inner.get_submodule(name)
+
+
+def own_state(kind: Callable[[Any], nn.Module], config: Any, module: nn.Module) -> dict[str, Tensor]:
+    """Return a network's tensors by the names that a fresh network of its config has, whatever wraps it or its parts.
+
+    Raises:
+        ConfigError: it has other tensors than such a network, so that nothing could read them back.
+    """
+    with shapes_only():
+        expected = shapes(kind(config).state_dict())
+    state = {
+        ".".join(part for part in name.split(".") if part not in WRAPPED): tensor.detach()
+        for name, tensor in module.state_dict().items()
+    }
+    problems = differences(expected, shapes(state))
+    if problems:
+        raise ConfigError(
+            f"The {kind.__name__.lower()} is not the network of its config any more: {listed(problems)}. Save the "
+            "one that it was made from."
+        )
+    return state
+
+
+def plain_network(kind: Callable[[Any], Module], config: Any, module: nn.Module) -> Module:
+    """Return a network without what wraps it or its parts: itself, or a new one that shares its tensors.
+
+    Raises:
+        ConfigError: it is wrapped, and has other tensors than its config says.
+    """
+    if not any(WRAPPED.intersection(name.split(".")) for name, _ in module.named_modules()):
+        return cast(Module, module)
+    state = own_state(kind, config, module)
+    with shapes_only():
+        fresh = kind(config)
+    fresh.load_state_dict(state, strict=True, assign=True)
+    return fresh.train(module.training)
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Say of each tensor that is missing, unknown or misshapen what is wrong with it, in order of names."""
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} has the shape {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return sorted(problems)
+
+
+def listed(problems: list[str]) -> str:
+    """Return the first five problems in one line."""
+    return "; ".join(problems[:5]) + (f", and {len(problems) - 5} more" if len(problems) > 5 else "")
+
+
+def check_finite(state: Mapping[str, Tensor], place: object, advice: str) -> None:
+    """Refuse weights of which one is NaN or infinite.
+
+    Args:
+        state: tensors by name.
+        place: what they are of, for the message.
+        advice: what to do, a sentence.
+
+    Raises:
+        CheckpointError: one is broken; the first is named.
+    """
+    tensors = {
+        name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()
+    }
+    if not tensors:
+        return
+    # A sum tells at the speed of memory, and on a GPU all are waited for at once; only what it cannot
+    # clear, as it may overflow, is looked at number by number.
+    sums = torch.stack([tensor.detach().sum(dtype=torch.float32) for tensor in tensors.values()])
+    for name in _names(tensors, sums.isfinite().logical_not().tolist()):
+        if not bool(tensors[name].isfinite().all()):
+            kind = "NaN" if bool(tensors[name].isnan().any()) else "infinity"
+            raise CheckpointError(f"{place}: {name} holds {kind}. {advice}")
+
+
+def _names(tensors: Mapping[str, Tensor], chosen: Iterable[bool]) -> list[str]:
+    return [name for name, is_chosen in zip(tensors, chosen, strict=True) if is_chosen]
+
+
+def check_is_no_pointer(path: Path) -> None:
+    """Refuse the text that Git LFS leaves where a file was not downloaded.
+
+    Raises:
+        CheckpointError: it is such a pointer.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the weights themselves. Fetch these with `git lfs pull` in its "
+            "folder, or download the file anew."
+        )

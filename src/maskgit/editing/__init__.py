@@ -1,0 +1,1 @@
+"""Everything that changes a picture: functions of a model."""

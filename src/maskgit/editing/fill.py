@@ -1,0 +1,180 @@
+"""Masked sequences filled in, a batch at a time, and turned into images.
+
+Shapes: B images, S the sequence with its class token, h × w the token grid.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from maskgit.foundation.checks import check_count, check_seed, check_whole
+from maskgit.foundation.devices import Landing, copies_aside, upload
+from maskgit.foundation.forks import check_process
+from maskgit.model import Model
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace, announce, join_outputs
+from maskgit.sampler.config import SamplerConfig
+from maskgit.sampler.loop import Decoded, decode_steps
+from maskgit.sampler.noise import ImageNoise
+from maskgit.sampler.plans import num_steps
+from maskgit.sampler.policies import make_policy
+from maskgit.sampler.policies.base import log_probs_of
+
+if TYPE_CHECKING:
+    from maskgit.pipeline import MaskGIT
+
+
+def fill(
+    model: Model,
+    sequences: Tensor,
+    config: SamplerConfig,
+    *,
+    start_step: int = 0,
+    switch: tuple[int, Tensor] | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    return_steps: bool = False,
+    callback: Callback | None = None,
+) -> Output:
+    """Fill in masked sequences, a batch at a time, and turn the result into images.
+
+    Args:
+        sequences: int64 (B, S), as `Vocabulary.sequence` makes them.
+        config: how they are decoded.
+        start_step: the step to begin decoding at.
+        switch: (step, class tokens int64 (B,)) to go on with other classes from that step.
+        seed, first_index, batch_size, return_steps, callback: as for `generate`.
+
+    Returns:
+        `Output` with B images.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    # The model's own, which may be another one: a server's model fills in its worker's batches.
+    made = model.fill_batches(
+        sequences,
+        config,
+        start_step=start_step,
+        switch=switch,
+        seed=seed,
+        first_index=first_index,
+        batch_size=batch_size,
+        return_steps=return_steps,
+        callback=callback,
+    )
+    return join_outputs(list(made))
+
+
+def fill_batches(
+    model: "MaskGIT",
+    sequences: Tensor,
+    config: SamplerConfig,
+    *,
+    start_step: int = 0,
+    switch: tuple[int, Tensor] | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    return_steps: bool = False,
+    callback: Callback | None = None,
+) -> Iterator[Output]:
+    """Give the `Output` of each batch as soon as it is there; see `fill`.
+
+    On a GPU the steps of a batch are under way before the pixels of the last are waited for, so that the
+    device is busy while the caller writes them.
+    """
+    batch_size = check_count("batch_size", batch_size, 1, 65_536)
+    first_index = check_count("first_index", first_index, 0, 2**62)
+    seed = check_seed(seed)
+    check_process(model.device)
+    start_step = check_whole("start_step", start_step)
+    policy = make_policy(config.policy, config.policy_options)
+    known = return_steps or policy.reads_known
+    steps = num_steps(config, model.vocabulary.num_tokens, remasks=policy.remasks, start_step=start_step)
+    announce(callback, steps * math.ceil(len(sequences) / batch_size))
+    waiting: tuple[Landing, list[Trace]] | None = None
+    for start in range(0, len(sequences), batch_size):
+        rows = slice(start, start + batch_size)
+        batch = upload(sequences[rows], model.device)
+        indices = torch.arange(first_index + start, first_index + start + len(batch), device=model.device)
+        noise = ImageNoise(seed, indices, batch.shape[1], model.vocabulary.num_codes)
+        part = None if switch is None else (switch[0], upload(switch[1][rows], model.device))
+        history = []
+        for made in _steps(model, batch, config, noise, start_step, part, known=known):
+            grid = model.vocabulary.grid(made.tokens)
+            if return_steps:
+                history.append(_record(model, made))
+            if callback is not None:
+                callback(made.step, indices, grid)
+        landing = Landing(model.decode_on_device(grid), grid)
+        if waiting is not None:
+            yield _output(*waiting)
+        waiting = landing, history
+        if not copies_aside(model.device):
+            yield _output(*waiting)
+            waiting = None
+    if waiting is not None:
+        yield _output(*waiting)
+
+
+def _steps(
+    model: "MaskGIT",
+    sequences: Tensor,
+    config: SamplerConfig,
+    noise: ImageNoise,
+    start_step: int,
+    switch: tuple[int, Tensor] | None,
+    *,
+    known: bool,
+) -> Iterator[Decoded]:
+    """Give the steps of decoding; from the step of the switch on, the class tokens are others.
+
+    The logits of known tokens are there only if `known` says so.
+    """
+    options: dict[str, Any] = {
+        "mask_token": model.vocabulary.mask,
+        "noise": noise,
+        "start_step": start_step,
+        "step_function": model.decode_step,
+    }
+    state = None
+    if switch is not None:
+        step, classes = switch
+        if step > start_step:
+            for made in decode_steps(model.new_predictor(known=known), sequences, config, **options):
+                yield made
+                state = made.state
+                if state is None:
+                    return
+                if state.step == step:
+                    sequences = state.sequence
+                    break
+        sequences = torch.cat([classes[:, None], sequences[:, 1:]], dim=1)
+        state = None if state is None else state._replace(sequence=sequences)
+    yield from decode_steps(model.new_predictor(known=known), sequences, config, state=state, **options)
+
+
+def _record(model: "MaskGIT", made: Decoded) -> Trace:
+    """Return what a trace keeps of one step."""
+    parts = (made.tokens, made.unknown, log_probs_of(made.logits, made.tokens).exp())
+    return Trace(*(model.vocabulary.grid(part).cpu() for part in parts))
+
+
+def _output(landing: Landing, history: list[Trace]) -> Output:
+    """Wait for a batch."""
+    pixels, tokens = landing.wait()
+    return Output(pixels, tokens, _stack(history) if history else None)
+
+
+def _stack(history: list[Trace]) -> Trace:
+    """Join the steps of a batch."""
+    return Trace(
+        *(
+            torch.stack([getattr(step, name) for step in history], 1)
+            for name in ("tokens", "unknown", "confidence")
+        )
+    )

@@ -1,0 +1,69 @@
+"""How good images, reconstructions, codes and edits are: pure functions of arrays, under one name.
+
+Long sums are float64. Images are float tensors (B, 3, H, W) in [0, 1]; features, counts and statistics are
+NumPy arrays.
+"""
+
+from maskgit.evaluation.metrics.codes import codebook_usage, perplexity
+from maskgit.evaluation.metrics.distributions import (
+    InceptionScore,
+    KernelDistance,
+    inception_score,
+    kernel_distance,
+)
+from maskgit.evaluation.metrics.fidelity import (
+    SSIM_WINDOW,
+    boundary_gradient_error,
+    boundary_gradient_ratio,
+    change_outside,
+    masked_psnr,
+    psnr,
+    ssim,
+)
+from maskgit.evaluation.metrics.frechet import (
+    FeatureStatistics,
+    FrechetReport,
+    Gaussian,
+    frechet_distance,
+    frechet_report,
+)
+from maskgit.evaluation.metrics.intervals import Interval, bootstrap_interval
+from maskgit.evaluation.metrics.manifolds import (
+    DensityCoverage,
+    PrecisionRecall,
+    authenticity,
+    density_coverage,
+    precision_recall,
+)
+from maskgit.evaluation.metrics.vectors import Floats, as_doubles, as_vectors
+
+__all__ = [
+    "SSIM_WINDOW",
+    "DensityCoverage",
+    "FeatureStatistics",
+    "Floats",
+    "FrechetReport",
+    "Gaussian",
+    "InceptionScore",
+    "Interval",
+    "KernelDistance",
+    "PrecisionRecall",
+    "as_doubles",
+    "as_vectors",
+    "authenticity",
+    "bootstrap_interval",
+    "boundary_gradient_error",
+    "boundary_gradient_ratio",
+    "change_outside",
+    "codebook_usage",
+    "density_coverage",
+    "frechet_distance",
+    "frechet_report",
+    "inception_score",
+    "kernel_distance",
+    "masked_psnr",
+    "perplexity",
+    "precision_recall",
+    "psnr",
+    "ssim",
+]

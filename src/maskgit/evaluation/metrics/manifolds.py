@@ -1,0 +1,221 @@
+"""Whether generated images lie where real ones do, whether these are covered, and whether they are copies.
+
+Each set is described by balls around its vectors, whose radius is the distance to the k-th nearest neighbour
+in the same set.
+
+Shapes: N real and M generated vectors, D their dimensions. Distances are float64; pieces of `chunk` vectors
+on each side are compared at once, which bounds memory to a few chunk² numbers and chunk vectors.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from maskgit.errors import DataError
+from maskgit.evaluation.metrics.vectors import as_finite, check_same_dim
+from maskgit.foundation.checks import check_whole
+
+CHUNK = 2048
+
+
+class PrecisionRecall(NamedTuple):
+    """Improved precision and recall, each in [0, 1].
+
+    Attributes:
+        precision: the share of generated vectors inside a ball of the real ones: fidelity.
+        recall: the share of real vectors inside a ball of the generated ones: variety.
+    """
+
+    precision: float
+    recall: float
+
+
+class DensityCoverage(NamedTuple):
+    """Density and coverage.
+
+    Attributes:
+        density: balls of real vectors that a generated one lies in, on average, divided by k; about 1 for
+            equal distributions, and not bounded by it.
+        coverage: the share of real vectors whose ball holds a generated one, in [0, 1].
+    """
+
+    density: float
+    coverage: float
+
+
+def precision_recall(
+    real: ArrayLike | Tensor,
+    generated: ArrayLike | Tensor,
+    *,
+    k: int = 3,
+    chunk: int = CHUNK,
+    device: str | torch.device = "cpu",
+) -> PrecisionRecall:
+    """Return improved precision and recall.
+
+    Args:
+        real: float (N, D), N above k.
+        generated: float (M, D), M above k.
+        k: the neighbour that decides the radius; published scores use 3.
+        chunk: see the module.
+        device: where distances are computed; it must know float64.
+
+    Raises:
+        ConfigError: a setting is no whole number.
+        DataError: the shapes do not fit, a value is not finite, or there are too few vectors.
+
+    Source: Kynkäänniemi et al.: Improved Precision and Recall Metric for Assessing Generative Models,
+    NeurIPS 2019, eq. 1–3.
+
+    Differs: ADM's evaluator computes distances in float16; ours are float64, so that the third digit may
+    differ.
+    """
+    k = check_whole("k", k)
+    vectors = _Pair(real, generated, k, chunk, device)
+    radii, generated_radii = vectors.radii(vectors.real, k), vectors.radii(vectors.generated, k)
+    inside = torch.zeros(len(vectors.generated), dtype=torch.bool, device=device)
+    reached = torch.zeros(len(vectors.real), dtype=torch.bool, device=device)
+    for rows, columns, squares in vectors.pieces(vectors.real, vectors.generated):
+        inside[columns] |= (squares <= radii[rows, None]).any(0)
+        reached[rows] |= (squares <= generated_radii[None, columns]).any(1)
+    return PrecisionRecall(_share(inside), _share(reached))
+
+
+def density_coverage(
+    real: ArrayLike | Tensor,
+    generated: ArrayLike | Tensor,
+    *,
+    k: int = 5,
+    chunk: int = CHUNK,
+    device: str | torch.device = "cpu",
+) -> DensityCoverage:
+    """Return density and coverage.
+
+    Args:
+        real, generated, chunk, device: as for `precision_recall`.
+        k: the neighbour that decides the radius; the paper takes 5.
+
+    Raises:
+        ConfigError: a setting is no whole number.
+        DataError: the shapes do not fit, a value is not finite, or there are too few vectors.
+
+    Source: Naeem et al.: Reliable Fidelity and Diversity Metrics for Generative Models, ICML 2020, §3.
+
+    Differs: a vector exactly on a ball's surface counts as inside, as for precision; the paper's code leaves
+    it out.
+    """
+    k = check_whole("k", k)
+    vectors = _Pair(real, generated, k, chunk, device)
+    radii = vectors.radii(vectors.real, k)
+    balls = torch.zeros((), dtype=torch.int64, device=device)
+    covered = torch.zeros(len(vectors.real), dtype=torch.bool, device=device)
+    for rows, _, squares in vectors.pieces(vectors.real, vectors.generated):
+        hits = squares <= radii[rows, None]
+        balls += hits.sum()
+        covered[rows] |= hits.any(1)
+    return DensityCoverage(balls.item() / (k * len(vectors.generated)), _share(covered))
+
+
+def authenticity(
+    training: ArrayLike | Tensor,
+    generated: ArrayLike | Tensor,
+    *,
+    chunk: int = CHUNK,
+    device: str | torch.device = "cpu",
+) -> float:
+    """Return the share of generated images that do not look like copies of training images.
+
+    A vector is a copy if it is nearer to its nearest training vector than that one is to any other.
+
+    Args:
+        training: float (N, D), N at least 2: the images that the model was trained on.
+        generated: float (M, D), M at least 2.
+        chunk, device: as for `precision_recall`.
+
+    Returns:
+        The share, in [0, 1]: 0 for copies; compare it with that of real images held out from training.
+
+    Raises:
+        ConfigError: a setting is no whole number.
+        DataError: the shapes do not fit, a value is not finite, or there are too few vectors.
+
+    Source: Alaa, van Breugel, Saveliev, van der Schaar: How Faithful is your Synthetic Data?, ICML 2022: its
+    authenticity.
+    """
+    vectors = _Pair(training, generated, 1, chunk, device)
+    radii = vectors.radii(vectors.real, 1)
+    nearest = torch.full((len(vectors.generated),), torch.inf, dtype=torch.float64, device=device)
+    limit = torch.zeros_like(nearest)
+    for rows, columns, squares in vectors.pieces(vectors.real, vectors.generated):
+        smallest, index = squares.min(0)
+        closer = smallest < nearest[columns]
+        limit[columns] = torch.where(closer, radii[rows][index], limit[columns])
+        nearest[columns] = torch.where(closer, smallest, nearest[columns])
+    # Copies of vectors that the training set holds twice lie at distance 0, as do their own neighbours.
+    return _share((nearest >= limit) & (nearest > 0))
+
+
+def _share(chosen: Tensor) -> float:
+    return chosen.double().mean().item()
+
+
+class _Pair:
+    """Two checked sets of vectors, and their squared distances in pieces."""
+
+    def __init__(
+        self,
+        real: ArrayLike | Tensor,
+        generated: ArrayLike | Tensor,
+        k: int,
+        chunk: int,
+        device: str | torch.device,
+    ) -> None:
+        self.real, self.generated = (
+            as_finite(real, "Real features"),
+            as_finite(generated, "Generated features"),
+        )
+        check_same_dim(self.real, self.generated)
+        smallest = min(len(self.real), len(self.generated))
+        chunk = check_whole("chunk", chunk)
+        if not 1 <= k < smallest or chunk < 1:
+            raise DataError(
+                f"k must be above 0 and below {smallest}, the size of the smaller set, and chunk above 0, "
+                f"but they are {k} and {chunk}."
+            )
+        self.chunk, self.device = chunk, torch.device(device)
+        # Distances lose fewer digits between vectors that lie around 0.
+        self.centre = torch.from_numpy(self.real.mean(0, dtype=np.float64)).to(self.device)
+
+    def pieces(self, a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield rows of a, rows of b, and the squared distances between them, float64."""
+        for start in range(0, len(a), self.chunk):
+            rows = slice(start, min(start + self.chunk, len(a)))
+            left = self._load(a[rows])
+            left_squares = left.square().sum(1)[:, None]
+            for first in range(0, len(b), self.chunk):
+                columns = slice(first, min(first + self.chunk, len(b)))
+                right = self._load(b[columns])
+                scale = left_squares + right.square().sum(1)
+                squares = scale - 2 * left @ right.T
+                # What is left of the distance of equal vectors is rounding.
+                squares[squares < 1e-12 * scale] = 0
+                yield rows, columns, squares
+
+    def radii(self, x: np.ndarray, k: int) -> Tensor:
+        """Return the squared distance of each vector to its k-th nearest other one, float64 (N,)."""
+        nearest = torch.full((len(x), k), torch.inf, dtype=torch.float64, device=self.device)
+        for rows, columns, squares in self.pieces(x, x):
+            itself = torch.arange(rows.start, rows.stop, device=self.device)[:, None] == torch.arange(
+                columns.start, columns.stop, device=self.device
+            )
+            squares[itself] = torch.inf
+            both = torch.cat([nearest[rows], squares], 1)
+            nearest[rows] = both.topk(k, largest=False).values
+        return nearest.amax(1)
+
+    def _load(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows.astype(np.float64)).to(self.device) - self.centre

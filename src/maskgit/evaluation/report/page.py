@@ -1,0 +1,293 @@
+"""A report as one HTML page for people: its pictures and styles are in it, and nothing is fetched."""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+from typing import Any
+
+from numpy.typing import NDArray
+from PIL import Image
+
+from maskgit.evaluation.report.charts import Mark, colour, line_chart, number
+from maskgit.evaluation.report.report import Report, versions
+from maskgit.evaluation.scores.classwise import ClassScore, best_and_worst
+from maskgit.evaluation.scores.memorisation import Memorisation, Row
+from maskgit.evaluation.scores.names import Score
+
+# Images of at most this many pixels a side are enlarged with sharp pixels, and are kept exactly.
+SMALL_SIDE = 96
+# Nothing is loaded, and no script runs, whatever a class or a file is called.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def render(report: Report) -> str:
+    """Return a report's page, HTML."""
+    style = resources.files("maskgit").joinpath("assets/report.css").read_text("utf-8")
+    sections = [
+        _sheet(report),
+        _classes(report),
+        _copies(report.memorisation, report.num_images),
+        _curves(report),
+        _settings(report),
+    ]
+    title = escape(report.title)
+    kind = "pixels" if report.sheet and max(report.sheet[0].pixels.shape[:2]) <= SMALL_SIDE else ""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title} · evaluation</title>\n<style>\n{style}</style>\n</head>\n<body "
+        f'class="{kind}">\n<main>\n'
+        + _head(report)
+        + "\n".join(section for section in sections if section)
+        + f"\n<footer>Made by maskgit {escape(versions()['maskgit'])}. The numbers are in report.json "
+        "beside this page.</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _head(report: Report) -> str:
+    what = (
+        "Samples of a model" if report.kind == "samples" else "Reconstructions of real images by a tokenizer"
+    )
+    reference, evaluator = report.identities["reference"], report.identities["evaluator"]
+    facts = [
+        f"<b>{report.num_images:,}</b> images",
+        f"features of <b>{escape(evaluator['identity'].split(',')[0])}</b>",
+        f"{'against' if report.kind == 'samples' else 'of'} <b>{escape(str(reference['name']))}</b>",
+    ]
+    if "images" in report.settings:
+        facts.append(
+            f"labels <b>{escape(report.settings['images']['labels'])}</b>, seed "
+            f"<b>{report.settings['images']['seed']}</b>"
+        )
+    cards = "\n".join(_card(score, first=place == 0) for place, score in enumerate(report.scores))
+    return (
+        f'<p class="kicker">{what}</p>\n<h1>{escape(report.title)}</h1>\n'
+        f'<ul class="facts">{"".join(f"<li>{fact}</li>" for fact in facts)}</ul>\n'
+        f'<div class="scores">\n{cards}\n</div>\n{_cautions(report)}\n'
+    )
+
+
+def _card(score: Score, *, first: bool) -> str:
+    better = f"<span>{score.better} is better</span>" if score.better else ""
+    interval = ""
+    if score.interval is not None:
+        interval = f"95 %: {number(score.interval.low)} – {number(score.interval.high)}"
+    return (
+        f'<article class="score{" first" if first else ""}" '
+        f'id="{escape(score.name)}"><header>{escape(score.title)}{better}</header><div><div '
+        f'class="value">{number(score.value)}</div><div class="range">{interval}</div></div>'
+        f"<p>{escape(score.about)}</p></article>"
+    )
+
+
+def _cautions(report: Report) -> str:
+    listed = list(report.cautions)
+    if report.skipped:
+        first = "; ".join(report.skipped[:3]) + ("; …" if len(report.skipped) > 3 else "")
+        listed.append(f"{len(report.skipped):,} images could not be read: {first}")
+    if not listed:
+        return ""
+    items = "".join(f"<li>{escape(caution)}</li>" for caution in listed)
+    return f'<div class="cautions" role="note"><b>Read with care</b><ul>{items}</ul></div>'
+
+
+def data_uri(pixels: NDArray) -> str:
+    """Return a picture, uint8 (H, W, 3), as an address that holds it."""
+    data = io.BytesIO()
+    if max(pixels.shape[:2]) <= SMALL_SIDE:
+        Image.fromarray(pixels).save(data, "PNG")
+        kind = "png"
+    else:
+        Image.fromarray(pixels).save(data, "WEBP", quality=90)
+        kind = "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _figure(pixels: NDArray, caption: str, alt: str | None = None) -> str:
+    height, width = pixels.shape[:2]
+    text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return (
+        f'<figure><img src="{data_uri(pixels)}" width="{width}" height="{height}" '
+        f'alt="{escape(caption if alt is None else alt)}" loading="lazy">{text}</figure>'
+    )
+
+
+def _sheet(report: Report) -> str:
+    if not report.sheet:
+        return ""
+    if report.pairs:
+        pairs = zip(report.sheet[::2], report.sheet[1::2], strict=True)
+        figures = "\n".join(f'<div class="pair">{_figure(*a)}{_figure(*b)}</div>' for a, b in pairs)
+        half = len(report.sheet) // 2
+        note = f"{half} images spread at random, each before its reconstruction. Nothing was chosen."
+        return (
+            f'<section id="images"><h2>Before and after</h2><p class="lede">{note}</p>'
+            f'<div class="sheet pairs" style="--columns: 4">\n{figures}\n</div></section>'
+        )
+    figures = "\n".join(_figure(*picture) for picture in report.sheet)
+    columns = 16 if max(report.sheet[0].pixels.shape[:2]) <= SMALL_SIDE else 8
+    count = f"{len(report.sheet)} of {report.num_images:,}"
+    note = f"{count}, drawn by index before any was made. Nothing was chosen."
+    return (
+        f'<section id="images"><h2>Random samples</h2><p class="lede">{note}</p>'
+        f'<div class="sheet" style="--columns: {columns}">\n{figures}\n</div></section>'
+    )
+
+
+def _classes(report: Report) -> str:
+    if not report.classes:
+        return ""
+    chosen = best_and_worst(report.classes)
+    rows = [_class_row(entry, report) for entry in chosen]
+    if len(chosen) < len(report.classes):
+        half = len(rows) // 2
+        rows = ["<h3>Best</h3>", *rows[:half], "<h3>Worst</h3>", *rows[half:]]
+    key = (
+        '<ul class="key"><li><i></i>samples whose nearest real images are of their class</li>'
+        '<li><i class="line"></i>95 % interval</li><li><i class="tick"></i>the same of real images</li></ul>'
+    )
+    count = f"{len(chosen)} of {len(report.classes):,}" if len(chosen) < len(report.classes) else "All"
+    return (
+        f'<section id="classes"><h2>Classes</h2><p class="lede">{count} classes, best first. The ten '
+        "nearest real "
+        "images vote on what a sample shows; pictures are the first of their class by index.</p>"
+        f"{key}\n{''.join(rows)}</section>"
+    )
+
+
+def _class_row(entry: ClassScore, report: Report) -> str:
+    pictures = report.examples.get(entry.label, [])
+    strip = (
+        f'<div class="strip">{"".join(_figure(p.pixels, "", p.caption) for p in pictures)}</div>'
+        if pictures
+        else ""
+    )
+    ceiling = "" if entry.real is None else f'<s style="left: {100 * entry.real:.1f}%"></s>'
+    low, high = entry.interval
+    return (
+        f'<div class="class{" pictured" if pictures else ""}"><div '
+        f'class="name">{escape(report.class_name(entry.label))}'
+        f"<small>{entry.num_images:,} images</small></div>"
+        f'<div class="bar"><i style="width: {100 * entry.agreement:.1f}%"></i>'
+        f'<u style="left: {100 * low:.1f}%; width: {100 * (high - low):.1f}%"></u>{ceiling}</div>'
+        f'<div class="share">{100 * entry.agreement:.0f} %</div>{strip}</div>\n'
+    )
+
+
+def _copies(found: Memorisation | None, num_images: int) -> str:
+    if found is None:
+        return ""
+    text = (
+        f"The nearest of {found.num_training:,} training images, by distance of features. The median sample "
+        f"is <b>{number(found.sample_distance)}</b> from its nearest training image"
+    )
+    if found.real_distance is not None and found.real_authenticity is not None:
+        text += (
+            f"; real images of the reference are <b>{number(found.real_distance)}</b> from theirs, and their "
+            f"authenticity is <b>{number(found.real_authenticity)}</b>"
+        )
+    blocks = [
+        ("Random samples, outlined, and their nearest training images", found.random),
+        (f"The {len(found.nearest)} of all {num_images:,} samples that lie nearest to one", found.nearest),
+    ]
+    shown = "".join(
+        f'<h3>{title}</h3><div class="copies">{"".join(map(_copy, rows))}</div>' for title, rows in blocks
+    )
+    return f'<section id="copies"><h2>Is anything copied?</h2><p class="lede">{text}.</p>{shown}</section>'
+
+
+def _copy(row: Row) -> str:
+    figures = [_figure(row.image, f"{row.sample}", f"sample {row.sample}"), "<span>→</span>"]
+    if not row.neighbours:
+        pairs = zip(row.numbers, row.distances, strict=True)
+        named = ", ".join(f"{place} ({number(distance)})" for place, distance in pairs)
+        return f'<div class="copy named">{"".join(figures)}<p>training images {named}</p></div>'
+    for place, distance, pixels in zip(row.numbers, row.distances, row.neighbours, strict=True):
+        figures.append(_figure(pixels, number(distance), f"training image {place}"))
+    return f'<div class="copy">{"".join(figures)}</div>'
+
+
+def _curves(report: Report) -> str:
+    if not report.curves:
+        return ""
+    axes = list(report.curves[0].settings)
+    numeric = [axis for axis in axes if all(not isinstance(p.settings[axis], str) for p in report.curves)]
+    x_axis = (numeric or axes)[0]
+    names = [score.name for score in report.curves[0].scores]
+    lines: dict[str, list[Any]] = {}
+    for point in report.curves:
+        others = ", ".join(
+            str(value) if isinstance(value, str) else f"{name} {value}"
+            for name, value in point.settings.items()
+            if name != x_axis
+        )
+        lines.setdefault(others, []).append(point)
+    charts = []
+    for place, name in enumerate(names):
+        title = report.curves[0].scores[place].title
+        marks = {
+            line: sorted(
+                (Mark(p.settings[x_axis], p.scores[place].value, p.scores[place].interval) for p in points),
+                key=lambda mark: (isinstance(mark.x, str), mark.x),
+            )
+            for line, points in lines.items()
+        }
+        chart = line_chart(marks, x_axis.replace("_", " "), f"{title} by {x_axis}")
+        charts.append(
+            '<figure class="chart" '
+            f'id="curve-{escape(name)}"><figcaption>{escape(title)}</figcaption>{chart}</figure>'
+        )
+    key = ""
+    if len(lines) > 1:
+        items = "".join(
+            f'<li><i style="background: {colour(i)}"></i>{escape(line)}</li>' for i, line in enumerate(lines)
+        )
+        key = f'<ul class="key">{items}</ul>'
+    return (
+        '<section id="curves"><h2>Other settings</h2><p class="lede">Each point is a run of '
+        f"{report.curve_images:,} "
+        "images with the same labels and seed. Fréchet distances of fewer images are larger: compare "
+        "points with each "
+        f'other, not with the score above.</p>{key}<div class="charts">{"".join(charts)}</div></section>'
+    )
+
+
+def _settings(report: Report) -> str:
+    tables = [(name.capitalize(), values) for name, values in report.identities.items()]
+    tables += [("Settings", report.settings), ("Versions", versions()), ("Run", report.run)]
+    blocks = "".join(f"<div><h3>{escape(name)}</h3>{_table(_flat(values))}</div>" for name, values in tables)
+    return (
+        '<section id="settings"><h2>How it was measured</h2><p class="note">An interval is the bootstrap '
+        "of the scores "
+        "of disjoint parts, moved to lie around the score of all images; of shares, Wilson’s. It says how "
+        "much other samples of the same model would move the number, not how far another network or "
+        "reference would."
+        f'</p><div class="tables">{blocks}</div></section>'
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name} · ")
+        else:
+            yield prefix + name, value
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> str:
+    cells = []
+    for name, value in rows:
+        text = (
+            ", ".join(map(str, value))
+            if isinstance(value, Sequence) and not isinstance(value, str)
+            else value
+        )
+        text = "—" if text is None or text == "" else str(text)
+        text = text if len(text) <= 300 else text[:299] + "…"
+        is_hash = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+        kind = ' class="hash"' if is_hash else ""
+        cells.append(f"<dt>{escape(name)}</dt><dd{kind}>{escape(text)}</dd>")
+    return f"<dl>{''.join(cells)}</dl>"

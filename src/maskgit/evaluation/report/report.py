@@ -1,0 +1,171 @@
+"""What an evaluation found, as one JSON file for programs and one HTML page for people.
+
+report.json    metrics, intervals, cautions, classes, neighbours, curves, settings, identities, versions
+report.html    the same with pictures, in one file that asks nothing of the network
+"""
+
+import json
+import math
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from numpy.typing import NDArray
+
+from maskgit import __version__
+from maskgit.evaluation.scores.classwise import ClassScore
+from maskgit.evaluation.scores.memorisation import Memorisation
+from maskgit.evaluation.scores.names import Score
+from maskgit.foundation.files import expand, write_bytes
+
+FORMAT = 1
+JSON_NAME, PAGE_NAME = "report.json", "report.html"
+
+
+class Picture(NamedTuple):
+    """A picture with what stands under it.
+
+    Attributes:
+        pixels: uint8 (H, W, 3).
+        caption: a few words.
+    """
+
+    pixels: NDArray[np.uint8]
+    caption: str
+
+
+class Point(NamedTuple):
+    """One run of a curve.
+
+    Attributes:
+        settings: the sampler's fields that the curve varies.
+        scores: of that run.
+    """
+
+    settings: dict[str, Any]
+    scores: list[Score]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that one evaluation found.
+
+    Attributes:
+        title: what was evaluated.
+        kind: "samples" or "reconstructions".
+        num_images: how many images the scores are of.
+        scores: in the order of importance.
+        cautions: a sentence for each reason why a number may mislead.
+        sheet: pictures chosen by index before any was made.
+        pairs: whether the sheet's pictures are originals, each before its reconstruction.
+        settings: the plan that decides every image.
+        identities: what was compared with what: model, evaluator, reference, training data, each a
+            dictionary.
+        skipped: sentences about images that could not be read.
+        classes: how each class fares.
+        no_classes: why that is not said, where it is not.
+        class_names: names by class number.
+        examples: pictures of some classes, their first ones by index.
+        memorisation: what the search for copies found.
+        curves: smaller runs with other settings, all of as many images.
+        run: seconds and devices: what may differ between two runs of the same settings.
+    """
+
+    title: str
+    kind: str
+    num_images: int
+    scores: list[Score]
+    cautions: list[str]
+    sheet: list[Picture]
+    settings: dict[str, Any]
+    identities: dict[str, dict[str, Any]]
+    pairs: bool = False
+    skipped: list[str] = field(default_factory=list)
+    classes: list[ClassScore] = field(default_factory=list)
+    no_classes: str = ""
+    class_names: tuple[str, ...] = ()
+    examples: dict[int, list[Picture]] = field(default_factory=dict)
+    memorisation: Memorisation | None = None
+    curves: list[Point] = field(default_factory=list)
+    curve_images: int = 0
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def class_name(self, label: int) -> str:
+        """Return what a class is called: its first name, or its number."""
+        return self.class_names[label].split(",")[0] if label < len(self.class_names) else str(label)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the pictures as plain JSON values."""
+        return {
+            "format": FORMAT,
+            "title": self.title,
+            "kind": self.kind,
+            "num_images": self.num_images,
+            "metrics": {score.name: plain(score.value) for score in self.scores},
+            "intervals": {
+                score.name: [plain(end) for end in score.interval] for score in self.scores if score.interval
+            },
+            "cautions": self.cautions,
+            "skipped": {"count": len(self.skipped), "first": self.skipped[:100]},
+            "classes": [
+                {"class": entry.label, "name": self.class_name(entry.label)}
+                | {name: plain(value) for name, value in entry._asdict().items() if name != "label"}
+                for entry in self.classes
+            ],
+            "no_classes": self.no_classes or None,
+            "memorisation": None if self.memorisation is None else self.memorisation.to_dict(),
+            "curves": [
+                {
+                    "settings": point.settings,
+                    "num_images": self.curve_images,
+                    "metrics": {score.name: plain(score.value) for score in point.scores},
+                    "intervals": {
+                        score.name: list(score.interval) for score in point.scores if score.interval
+                    },
+                }
+                for point in self.curves
+            ],
+            "settings": self.settings,
+            **self.identities,
+            "versions": versions(),
+            "run": self.run,
+        }
+
+
+def plain(value: Any) -> Any:
+    """Return a number as JSON can hold it; what is not finite becomes None."""
+    if isinstance(value, tuple):
+        return [plain(part) for part in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of all that computed."""
+    return {
+        "maskgit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }
+
+
+def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
+    """Write a report as JSON and HTML, each whole or not at all, and return the two paths.
+
+    Raises:
+        OutputError: one cannot be written.
+    """
+    # Imported here because the page is written from a report.
+    from maskgit.evaluation.report.page import render
+
+    values, page = expand(folder) / JSON_NAME, expand(folder) / PAGE_NAME
+    text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(page, render(report).encode(errors="backslashreplace"))
+    # A file name that is no text, in surrogates, becomes the escapes that JSON has for them.
+    write_bytes(values, text.encode(errors="backslashreplace") + b"\n")
+    return values, page

@@ -1,0 +1,343 @@
+"""A model's images, made, scored and written up by any number of processes.
+
+The report is a function of the finished units alone, which are read in their order, so that it is the same
+after a kill, and whoever made them.
+
+Shapes: N samples.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskgit.foundation.checks import check_range
+from maskgit.foundation.checks import Config
+from maskgit.data.pictures import Pictures, check_share
+from maskgit.errors import ConfigError, DataError
+from maskgit.evaluation.scores import memorisation
+from maskgit.evaluation.scores.classification import classification_accuracy, kept_images
+from maskgit.evaluation.scores.classwise import (
+    ClassScore,
+    Matched,
+    best_and_worst,
+    class_agreement,
+    matched_classes,
+    wilson_interval,
+)
+from maskgit.evaluation.networks.features import FeatureNet
+from maskgit.evaluation.scores.references import Reference, evaluator_identity, reference_statistics
+from maskgit.evaluation.report.report import Picture, Point, Report
+from maskgit.evaluation.runs.running import Progress, run_works
+from maskgit.evaluation.runs.sampling import RealImages, SampleConfig, Samples, gather
+from maskgit.evaluation.scores.names import Names, Score
+from maskgit.evaluation.scores.scores import distances, manifolds
+from maskgit.evaluation.scores.statistics import ImageStatistics
+from maskgit.foundation.units import Arrays, Units, Work
+from maskgit.foundation.files import expand
+from maskgit.pipeline import MaskGIT
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Config):
+    """How thoroughly images are scored.
+
+    Attributes:
+        splits: parts of the images that intervals are taken over.
+        num_training: training images that are searched for copies, spread evenly over them.
+        curve_images: images of each run of a curve.
+        epochs: passes over the samples when a classifier is trained on them.
+        num_examples: pictures of each class that is shown.
+        show_training: whether the page shows training images beside the samples that they are nearest to; a page
+            that is published may not be free to.
+        stale_seconds: the age at which another host's lock counts as left behind.
+    """
+
+    splits: int = 10
+    num_training: int = 50_000
+    curve_images: int = 1000
+    epochs: int = 14
+    num_examples: int = 4
+    show_training: bool = True
+    stale_seconds: float = 300.0
+
+    def validate(self) -> None:
+        check_range("splits", self.splits, 2, 1000)
+        check_range("num_training", self.num_training, 2, 10_000_000)
+        check_range("curve_images", self.curve_images, 2, 10_000_000)
+        check_range("epochs", self.epochs, 1, 1000)
+        check_range("num_examples", self.num_examples, 1, 32)
+        check_range("stale_seconds", self.stale_seconds, 0.01, 1e6)
+
+
+@dataclass(frozen=True)
+class SampleEvaluation:
+    """An evaluation of a model's images.
+
+    Attributes:
+        model: the model.
+        name: what it is called.
+        weights: SHA-256 of its networks by name.
+        net: what features are computed with, and `features` its name in `FEATURE_NETS`.
+        reference: what samples are compared with.
+        images: which images are made.
+        sampler: the sampler's settings that are not the model's own.
+        config: how thoroughly they are scored.
+        training: the images that the model was trained on, searched for copies.
+        test: labelled real images for the classification accuracy score.
+        curve: sampler settings of smaller runs: all combinations of these values.
+    """
+
+    model: MaskGIT
+    name: str
+    weights: dict[str, str]
+    net: FeatureNet
+    features: str
+    reference: Reference
+    images: SampleConfig
+    sampler: dict[str, Any]
+    config: EvaluationConfig
+    training: Pictures | None = None
+    test: Pictures | None = None
+    curve: Mapping[str, Sequence[Any]] | None = None
+
+    def run(self, out: str | Path, progress: Progress | None = None) -> Path | None:
+        """Make the images, score them and write the report; see `run_works`.
+
+        Raises:
+            ConfigError: a setting is not allowed, or the folder was begun with others.
+            DataError: the reference does not belong to the net or the model, or data cannot be read.
+        """
+        works, seconds = self.works(), self.config.stale_seconds
+        return run_works(expand(out), works, self._write, stale_seconds=seconds, progress=progress)
+
+    def works(self) -> dict[str, Work]:
+        """Return what is to be done, by name; nothing is done or written yet.
+
+        Raises:
+            ConfigError: a setting is not allowed.
+            DataError: the reference does not belong to the net or the model.
+        """
+        side = self.model.config.image_size
+        self.reference.check(self.net, (side, side))
+        if self.test is not None:
+            numbers, reason = self._matched(
+                self.test.class_names, self.test.num_classes, "The set of test images"
+            )
+            if numbers is None:
+                raise DataError(
+                    f"{reason} The classification accuracy score needs images of the model's classes."
+                )
+        works: dict[str, Work] = {"samples": self._samples(self.images, {}, show=True)}
+        for name, data in (("reference", self.reference.images), ("training", self.training)):
+            if data is not None:
+                count = self.config.num_training if name == "training" else None
+                works[name] = RealImages(data, self.net, num_images=count)
+        if self.training is not None and self.training.resolution != (side, side):
+            raise DataError(
+                f"The training data {self.training.name} has {self.training.resolution[0]} × "
+                f"{self.training.resolution[1]} pixels and the samples {side} × {side}: pack it with "
+                f"--size {side}."
+            )
+        for point in self._points():
+            small = replace(self.images, num_images=self.config.curve_images, keep_images="none")
+            works[curve_name(point)] = self._samples(small, point, show=False)
+        return works
+
+    def _samples(self, images: SampleConfig, settings: dict[str, Any], *, show: bool) -> Samples:
+        given = dict(self.sampler)
+        if "policy" in settings:
+            given.pop("policy_options", None)
+        if show and self.test is not None:
+            if images.keep_images == "png":
+                raise ConfigError("The classification accuracy score reads samples kept as npz, not as png.")
+            images = replace(images, keep_images="npz")
+        counts = None
+        sources = [data for data in (self.training, self.reference.images) if data is not None]
+        if images.labels == "dataset":
+            for data in sources:
+                numbers, _ = self._matched(data.class_names, data.num_classes, data.name)
+                if numbers is not None:
+                    counts = np.empty(len(numbers), np.int64)
+                    counts[numbers] = data.count_labels()
+                    break
+        return Samples(
+            self.model,
+            self.net,
+            images,
+            weights=self.weights,
+            sampler=self.model.sampler_config(**(given | settings)),
+            class_counts=counts,
+            show=show,
+        )
+
+    def _points(self) -> list[dict[str, Any]]:
+        axes = self.curve or {}
+        if not axes:
+            return []
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+    def _write(self, units: dict[str, Units]) -> Report:
+        """Turn finished units into a report."""
+        names, done = Names(self.features, self.net), units["samples"]
+        work = done.work
+        assert isinstance(work, Samples)
+        arrays = gather(done).arrays
+        measured: ImageStatistics | None = None
+        skipped: list[str] = []
+        if self.reference.images is not None:
+            measured, skipped = reference_statistics(units["reference"], self.reference.images, self.net)
+        reference, no_classes, notes = self._labelled(self.reference.joined(measured))
+        for data in (self.reference.images, self.training, self.test):
+            notes += [] if data is None else [f"{data.name}: {line}" for line in data.left_out]
+        scores, cautions = self._scores(arrays, reference, names)
+        agreement, classes = self._agreement(arrays, reference, names)
+        copies, authenticity = self._copies(units, arrays, reference, names)
+        report = Report(
+            title=self.name,
+            kind="samples",
+            num_images=len(arrays["pooled"]),
+            scores=scores + agreement + authenticity + self._accuracy(done, arrays, names),
+            cautions=cautions + notes,
+            sheet=[],
+            settings=done.plan,
+            identities=self._identities(reference, names),
+            skipped=skipped,
+            classes=classes,
+            no_classes=no_classes,
+            class_names=self.model.class_names or (),
+            memorisation=copies,
+            curves=self._curves(units, reference, names),
+            curve_images=self.config.curve_images,
+            run={"seconds": done.seconds(), "device": str(self.model.device)},
+        )
+        sheet = [
+            Picture(pixels, report.class_name(int(arrays["labels"][index])))
+            for index, pixels in zip(work.shown, arrays["shown"], strict=True)
+        ]
+        return replace(report, sheet=sheet, examples=self._examples(report, work, arrays["labels"]))
+
+    def _matched(self, names: tuple[str, ...] | None, count: int, whose: str) -> Matched:
+        """Return which of the model's classes those of other images are."""
+        num_classes = self.model.config.transformer.num_classes
+        return matched_classes(names, count, self.model.class_names, num_classes, whose)
+
+    def _labelled(self, reference: ImageStatistics) -> tuple[ImageStatistics, str, list[str]]:
+        """Return the reference with the model's labels, or why there are none, and cautions."""
+        if reference.labels is None:
+            return reference, "The reference's classes are not known.", []
+        names, present = reference.class_names, len(np.unique(reference.labels))
+        count = int(reference.labels.max()) + 1 if names is None else len(names)
+        numbers, reason = self._matched(names, count, "The reference")
+        if numbers is not None and present < count:
+            numbers, reason = None, f"The reference has images of {present:,} of the {count:,} classes alone."
+        if numbers is None:
+            reason += " So scores by class are left out."
+            return replace(reference, labels=None, class_names=None), reason, [reason]
+        labels = numbers[reference.labels]
+        return (
+            replace(reference, labels=labels, class_names=self.model.class_names),
+            "",
+            [reason] if reason else [],
+        )
+
+    def _agreement(
+        self, arrays: Arrays, reference: ImageStatistics, names: Names
+    ) -> tuple[list[Score], list[ClassScore]]:
+        """Return the share of samples that look like their class, of all and by class, where it is known."""
+        found = class_agreement(arrays["pooled"], arrays["labels"], reference)
+        if found is None:
+            return [], []
+        agreed, classes = found
+        share = wilson_interval(int(agreed.sum()), len(agreed))
+        return [names.score("class_agreement", float(agreed.mean()), share)], classes
+
+    def _copies(
+        self, units: dict[str, Units], arrays: Arrays, reference: ImageStatistics, names: Names
+    ) -> tuple[memorisation.Memorisation | None, list[Score]]:
+        """Return what the search for copies of training images found, if these were given."""
+        if self.training is None:
+            return None, []
+        work = units["samples"].work
+        assert isinstance(work, Samples)
+        training = gather(units["training"])
+        total = units["training"].work.count
+        check_share(self.training.name, total, training.skipped, self.training.max_bad_share)
+        found, score = memorisation.search(
+            arrays["pooled"],
+            work.shown,
+            lambda i: work.pictures(i, i + 1)[0],
+            training.arrays,
+            self.training if self.config.show_training else None,
+            # Training images are their own nearest, which says nothing.
+            None if self.reference.digest == self.training.fingerprint else reference,
+            names,
+        )
+        return found, [score]
+
+    def _accuracy(self, samples: Units, arrays: Arrays, names: Names) -> list[Score]:
+        """Return the classification accuracy score, if test images were given."""
+        if self.test is None:
+            return []
+        return classification_accuracy(
+            kept_images(samples),
+            arrays["labels"],
+            self.test,
+            names,
+            num_classes=self.model.config.transformer.num_classes,
+            class_names=self.model.class_names,
+            training=self.training,
+            epochs=self.config.epochs,
+            device=self.net.device,
+        )
+
+    def _scores(
+        self, arrays: Arrays, reference: ImageStatistics, names: Names
+    ) -> tuple[list[Score], list[str]]:
+        splits = self.config.splits
+        scores, cautions = distances(arrays, reference, names, splits=splits)
+        scores += manifolds(arrays["pooled"], reference, names, splits=splits, device=self.net.device)
+        if self.net.published is False:
+            cautions.append(
+                f"The feature net's weights are not the published ones of {self.features}: its scores "
+                "compare only with scores made with the same file."
+            )
+        return scores, cautions
+
+    def _curves(self, units: dict[str, Units], reference: ImageStatistics, names: Names) -> list[Point]:
+        points = []
+        for settings in self._points():
+            arrays = gather(units[curve_name(settings)]).arrays
+            scores, _ = distances(arrays, reference, names, splits=self.config.splits)
+            scores += self._agreement(arrays, reference, names)[0]
+            points.append(Point(settings, scores))
+        return points
+
+    def _examples(self, report: Report, work: Samples, labels: NDArray) -> dict[int, list[Picture]]:
+        """Return the first pictures by index of the best and the worst classes."""
+        examples = {}
+        for entry in best_and_worst(report.classes):
+            indices = np.flatnonzero(labels == entry.label)[: self.config.num_examples].tolist()
+            examples[entry.label] = [Picture(work.pictures(i, i + 1)[0], f"image {i}") for i in indices]
+        return examples
+
+    def _identities(self, reference: ImageStatistics, names: Names) -> dict[str, dict[str, Any]]:
+        found = {
+            "model": {"name": self.name, "weights": self.weights, "image_size": self.model.config.image_size},
+            "evaluator": evaluator_identity(names),
+            "reference": self.reference.identity(reference),
+        }
+        for name, data in (("training", self.training), ("test", self.test)):
+            if data is not None:
+                found[name] = {"name": data.name, "sha256": data.fingerprint, "num_images": len(data)}
+        return found
+
+
+def curve_name(settings: dict[str, Any]) -> str:
+    """Return the name of the work of one run of a curve."""
+    text = "-".join(f"{name}-{value}" for name, value in settings.items())
+    return "curve-" + "".join(c if c.isalnum() or c in "-._" else "_" for c in text)

@@ -1,0 +1,142 @@
+"""Measuring sets of real images and comparing two of them, within one process."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from maskgit.foundation.checks import check_count
+from maskgit.data.pictures import Pictures, check_share
+from maskgit.errors import DataError
+from maskgit.evaluation.networks.features import FeatureNet
+from maskgit.evaluation.scores.references import Reference
+from maskgit.evaluation.runs.sampling import RealImages, joined
+from maskgit.evaluation.scores.names import Names, Score
+from maskgit.evaluation.scores.scores import MAX_KEPT, distances, manifolds, summarise
+from maskgit.evaluation.scores.statistics import ImageStatistics
+from maskgit.foundation.units import Arrays
+
+# Called with what is measured and the images done and in all.
+Progress = Callable[[str, int, int], None]
+# Images that are added up at once.
+_PIECE = 512
+
+
+class Measured(NamedTuple):
+    """What was measured of a set of images.
+
+    Attributes:
+        statistics: of all that could be read.
+        skipped: a sentence for each image that could not be.
+    """
+
+    statistics: ImageStatistics
+    skipped: list[str]
+
+
+class Compared(NamedTuple):
+    """What two sets of images differ by.
+
+    Attributes:
+        scores: of the second against the first.
+        cautions: a sentence for each reason why a number may mislead.
+        skipped: a sentence for each image that could not be read.
+    """
+
+    scores: list[Score]
+    cautions: list[str]
+    skipped: list[str]
+
+
+def measure(
+    pictures: Pictures,
+    net: FeatureNet,
+    *,
+    num_images: int | None = None,
+    keep: int = MAX_KEPT,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Measured:
+    """Return the statistics of a set of images.
+
+    Args:
+        pictures: the images.
+        net: the feature net.
+        num_images: how many of them, spread evenly over the set; None takes all.
+        keep: images whose features are kept, spread evenly, 0 to 1,000,000.
+        batch_size: images read together.
+        progress: called as images are done.
+
+    Raises:
+        DataError: too many images cannot be read, or they differ in size.
+    """
+    keep = check_count("keep", keep, 0, 1_000_000)
+    batch_size = check_count("batch_size", batch_size, 1, 65_536)
+    if num_images is not None:
+        num_images = check_count("num_images", num_images, 2, len(pictures))
+    work = RealImages(pictures, net, num_images=num_images, batch_size=batch_size)
+    skipped: list[str] = []
+    statistics = summarise(
+        _pieces(work, skipped, progress),
+        total=work.count,
+        identity=net.identity,
+        resolution=pictures.resolution,
+        keep=keep,
+        class_names=pictures.class_names,
+    )
+    return Measured(statistics, skipped)
+
+
+def _pieces(work: RealImages, skipped: list[str], progress: Progress | None) -> Iterator[Arrays]:
+    for first in range(0, work.count, _PIECE):
+        stop = min(first + _PIECE, work.count)
+        made = work.make(first, stop)
+        skipped += made.notes["skipped"]
+        yield made.arrays
+        if progress is not None:
+            progress(work.data.name, stop, work.count)
+    check_share(work.data.name, work.count, skipped, work.data.max_bad_share)
+
+
+def compare_pictures(
+    reference: Reference,
+    pictures: Pictures,
+    net: FeatureNet,
+    features: str,
+    *,
+    splits: int = 10,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Compared:
+    """Return the scores of images against a reference.
+
+    Args:
+        reference: real images or their statistics.
+        pictures: the images to score.
+        net: the feature net, and `features` its name in `FEATURE_NETS`.
+        splits: parts that intervals are taken over.
+        batch_size: images read together.
+        progress: called as images are done.
+
+    Raises:
+        DataError: the sets are of different sizes or nets, or too many images cannot be read.
+    """
+    splits = check_count("splits", splits, 2, 1000)
+    reference.check(net, pictures.resolution)
+    names = Names(features, net)
+    skipped: list[str] = []
+    measured = None
+    if reference.images is not None:
+        real = measure(reference.images, net, batch_size=batch_size, progress=progress)
+        measured = real.statistics
+        skipped += real.skipped
+    work = RealImages(pictures, net, batch_size=batch_size)
+    own: list[str] = []
+    arrays = joined([piece for piece in _pieces(work, own, progress) if piece])
+    skipped += own
+    if len(arrays.get("pooled", ())) < 2:
+        raise DataError(f"{pictures.name} holds fewer than two images: scores are of many.")
+    against = reference.joined(measured)
+    scores, cautions = distances(arrays, against, names, splits=splits)
+    scores += manifolds(np.asarray(arrays["pooled"]), against, names, splits=splits, device=net.device)
+    return Compared(scores, cautions, skipped)

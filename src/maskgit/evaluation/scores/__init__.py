@@ -1,0 +1,1 @@
+"""From what is kept of images to named numbers."""

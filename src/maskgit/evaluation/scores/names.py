@@ -1,0 +1,187 @@
+"""What scores are called, and how they are read: FID only where it is one."""
+
+from typing import NamedTuple
+
+from maskgit.evaluation.metrics.intervals import Interval
+from maskgit.evaluation.networks.features import FeatureNet
+
+
+class Score(NamedTuple):
+    """One number of a report.
+
+    Attributes:
+        name: what it is called, such as "fid" or "fd_effnet-lite0".
+        value: of all images.
+        interval: where the value would lie for other samples, 95 %; None where there were too few images.
+        title: what people call it.
+        better: "lower", "higher", or "" where neither is.
+        about: what it says, in a sentence.
+    """
+
+    name: str
+    value: float
+    interval: Interval | None
+    title: str
+    better: str
+    about: str
+
+
+class Kind(NamedTuple):
+    """How a kind of score is called and read; see `Score`."""
+
+    title: str
+    inception: str
+    better: str
+    about: str
+
+
+KINDS = {
+    "fd": Kind(
+        "FD",
+        "FID",
+        "lower",
+        "Fréchet distance of the samples’ features to the reference’s.",
+    ),
+    "sfd": Kind(
+        "sFD",
+        "sFID",
+        "lower",
+        "The same of features that keep their places: layout.",
+    ),
+    "kd": Kind(
+        "KD",
+        "KID",
+        "lower",
+        "Kernel distance; unbiased, so it may be compared across numbers of images.",
+    ),
+    "inception_score": Kind(
+        "Inception Score",
+        "Inception Score",
+        "higher",
+        "How sure and varied Inception's classes are.",
+    ),
+    "precision": Kind(
+        "Precision",
+        "Precision",
+        "higher",
+        "Share of samples that lie where real images do: fidelity.",
+    ),
+    "recall": Kind(
+        "Recall",
+        "Recall",
+        "higher",
+        "Share of real images that samples reach: variety.",
+    ),
+    "density": Kind(
+        "Density",
+        "Density",
+        "higher",
+        "How deep samples lie among real images; about 1 for real ones.",
+    ),
+    "coverage": Kind(
+        "Coverage",
+        "Coverage",
+        "higher",
+        "Share of real images that have a sample next to them.",
+    ),
+    "authenticity": Kind(
+        "Authenticity",
+        "Authenticity",
+        "",
+        "Share of samples that do not look like copies of training images.",
+    ),
+    "class_agreement": Kind(
+        "Class agreement",
+        "Class agreement",
+        "higher",
+        "Share of samples whose nearest real images are of their class.",
+    ),
+    "rfd": Kind(
+        "rFD",
+        "rFID",
+        "lower",
+        "Fréchet distance of reconstructions to their originals.",
+    ),
+    "psnr": Kind(
+        "PSNR",
+        "PSNR",
+        "higher",
+        "Nearness of reconstructions to originals, in decibels.",
+    ),
+    "ssim": Kind(
+        "SSIM",
+        "SSIM",
+        "higher",
+        "Structural similarity of reconstructions and originals.",
+    ),
+    "lpips": Kind(
+        "LPIPS",
+        "LPIPS",
+        "lower",
+        "Perceptual distance of reconstructions and originals.",
+    ),
+    "codebook_usage": Kind(
+        "Codes in use",
+        "Codes in use",
+        "higher",
+        "Share of the codes that the images use.",
+    ),
+    "perplexity": Kind(
+        "Perplexity",
+        "Perplexity",
+        "higher",
+        "How many codes used equally often would be as varied.",
+    ),
+    "cas": Kind(
+        "Classification accuracy",
+        "Classification accuracy",
+        "higher",
+        "Share of real test images that a classifier trained on samples alone gets right.",
+    ),
+    "cas_real": Kind(
+        "… of real images",
+        "… of real images",
+        "",
+        "The same classifier, trained on as many real images: the ceiling.",
+    ),
+}
+# These do not depend on a feature net, and keep their names.
+PLAIN = frozenset(("psnr", "ssim", "codebook_usage", "perplexity", "cas", "cas_real", "lpips"))
+_INCEPTION = {"fd": "fid", "sfd": "sfid", "kd": "kid", "rfd": "rfid"}
+
+
+class Names:
+    """What scores made with a feature net are called: FID only where it is one."""
+
+    def __init__(self, features: str, net: FeatureNet) -> None:
+        """Take the net's name in `FEATURE_NETS` and the net."""
+        self.features, self.net = features, net
+        # Other weights, or another resize, make another number than the FID of papers.
+        self.is_inception = features == "inception" and net.published is True
+        self.is_pytorch_fid = features == "inception-pytorch-fid" and net.published is True
+
+    def name(self, kind: str) -> str:
+        """Return a score's name in a report."""
+        if kind in PLAIN:
+            return kind
+        if self.is_inception:
+            return _INCEPTION.get(kind, kind)
+        if self.is_pytorch_fid:
+            return f"{_INCEPTION.get(kind, kind)}_pytorch-fid"
+        return f"{kind}_{self.features}"
+
+    def title(self, kind: str) -> str:
+        """Return what people call a score; the distances say by which net, unless it is that of FID."""
+        known = KINDS[kind]
+        if kind not in _INCEPTION or self.is_inception:
+            return known.inception
+        if self.is_pytorch_fid:
+            return f"{known.inception} (pytorch-fid)"
+        if self.features == "dinov2":
+            return f"{known.title}-DINOv2"
+        return f"{self.net.name.removesuffix('-Lite0')}-{known.title}"
+
+    def score(self, kind: str, value: float, interval: Interval | None = None) -> Score:
+        """Return a score of a kind."""
+        about = KINDS[kind]
+        return Score(self.name(kind), value, interval, self.title(kind), about.better, about.about)

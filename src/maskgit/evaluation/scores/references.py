@@ -1,0 +1,146 @@
+"""What images are compared with: statistics in files, and real images that are measured.
+
+Shapes: D feature dimensions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskgit.data.npz import open_npz
+from maskgit.data.picture_sets import MAX_BAD_SHARE, NpzPictures, open_pictures
+from maskgit.data.pictures import Pictures, check_share
+from maskgit.evaluation.metrics import Gaussian
+from maskgit.evaluation.networks.features import FeatureNet
+from maskgit.evaluation.scores.names import Names
+from maskgit.evaluation.scores.scores import MAX_KEPT, summarise
+from maskgit.evaluation.scores.statistics import ImageStatistics, check_comparable, read_statistics
+from maskgit.foundation.download import sha256
+from maskgit.foundation.files import expand
+from maskgit.foundation.units import Arrays, Units
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with: statistics from a file, images to be measured, or both.
+
+    Attributes:
+        name: what it is, in words.
+        statistics: means and covariances; None where `images` are to give them.
+        images: images whose features are compared one by one, and whose means and covariances count where
+            there are no `statistics`.
+        digest: SHA-256 of the file of statistics, or else the images' fingerprint (see `Pictures`).
+    """
+
+    name: str
+    statistics: ImageStatistics | None
+    images: Pictures | None
+    digest: str
+
+    def check(self, net: FeatureNet, resolution: tuple[int, int]) -> None:
+        """Raise a `DataError` if scores of a net and images of a size cannot be compared with it."""
+        blank = Gaussian(np.zeros(net.dim), np.zeros((net.dim, net.dim)))
+        ours = ImageStatistics(blank, None, net.identity, resolution)
+        if self.statistics is not None:
+            check_comparable(self.statistics, ours)
+        if self.images is not None:
+            check_comparable(replace(ours, resolution=self.images.resolution), ours)
+
+    def joined(self, measured: ImageStatistics | None) -> ImageStatistics:
+        """Return the statistics with the features of the images, once these are measured."""
+        if self.statistics is None:
+            assert measured is not None, "a reference has statistics or images"
+            return measured
+        if measured is None:
+            return self.statistics
+        # As ADM has it: distances to the whole data set, precision and recall to a sample of it.
+        return replace(
+            self.statistics,
+            features=measured.features,
+            labels=measured.labels,
+            class_names=measured.class_names,
+        )
+
+    def identity(self, joined: ImageStatistics) -> dict[str, Any]:
+        """Return what a report says of it."""
+        return {
+            "name": self.name,
+            "sha256": self.digest,
+            "num_images": joined.pooled.num_images,
+            "num_features": 0 if joined.features is None else len(joined.features),
+            "resolution": joined.resolution,
+            "features": joined.identity,
+        }
+
+
+def open_reference(
+    place: str | Path, *, size: int | None = None, max_bad_share: float = MAX_BAD_SHARE
+) -> Reference:
+    """Open statistics in an `.npz` file, or a set of images that are yet to be measured.
+
+    Args:
+        place: such a file, or what `open_pictures` takes.
+        size, max_bad_share: as for `open_pictures`, for images that are not in an `.npz` file.
+
+    Raises:
+        DataError: there is nothing, or nothing that can be read.
+    """
+    path = expand(place)
+    if path.suffix == ".npz":
+        with open_npz(path) as archive:
+            names = archive.names
+        statistics = read_statistics(path) if names & {"mu", "format"} else None
+        images = NpzPictures(path) if "arr_0" in names else None
+        if statistics is None and images is None:
+            read_statistics(path)  # which says what is wrong
+        return Reference(str(place), statistics, images, sha256(path))
+    pictures = open_pictures(place, size=size, max_bad_share=max_bad_share)
+    return Reference(pictures.name, None, pictures, pictures.fingerprint)
+
+
+def reference_statistics(
+    units: Units, data: Pictures, net: FeatureNet, *, keep: int = MAX_KEPT
+) -> tuple[ImageStatistics, list[str]]:
+    """Return the statistics of images that `RealImages` has measured, and sentences about those left out.
+
+    Args:
+        units: finished.
+        data: the images.
+        net: what measured them.
+        keep: how many images' features are kept.
+
+    Raises:
+        DataError: a unit is damaged, or too many images could not be read.
+    """
+    skipped: list[str] = []
+
+    def pieces() -> Iterator[Arrays]:
+        for number in range(len(units)):
+            made = units.read(number)
+            skipped.extend(made.notes.get("skipped", []))
+            yield made.arrays
+
+    arrays = pieces()
+    statistics = summarise(
+        arrays,
+        total=units.work.count,
+        identity=net.identity,
+        resolution=data.resolution,
+        keep=keep,
+        class_names=data.class_names,
+    )
+    check_share(data.name, units.work.count, skipped, data.max_bad_share)
+    return statistics, skipped
+
+
+def evaluator_identity(names: Names) -> dict[str, Any]:
+    """Return what a report says of the feature net."""
+    net = names.net
+    return {
+        "features": names.features,
+        "identity": net.identity,
+        "published": net.published,
+    }

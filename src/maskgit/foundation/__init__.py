@@ -1,0 +1,1 @@
+"""What knows nothing of MaskGIT: checks, files, downloads, devices, shared work."""

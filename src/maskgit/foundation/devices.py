@@ -1,0 +1,194 @@
+"""Choosing where to run, bringing tensors there and back, and building networks without memory."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeGuard, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from maskgit.errors import ConfigError, unknown_name
+from maskgit.foundation.forks import check_process
+
+# What callers name them by.
+Device = str | int | torch.device
+Dtype = str | torch.dtype | np.dtype | type[np.generic]
+
+# The types that networks compute in.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def is_dtype(value: object) -> TypeGuard[Dtype]:
+    """Return whether a value names a type, which then need not be one that networks compute in."""
+    if isinstance(value, str):
+        return isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
+    return isinstance(value, torch.dtype | np.dtype) or (
+        isinstance(value, type) and issubclass(value, np.generic)
+    )
+
+
+def choose_dtype(value: Any) -> torch.dtype | None:
+    """Return the type that a caller names.
+
+    Args:
+        value: a `torch.dtype`, numpy's, or a name in `DTYPES`, with or without "torch." before it. None and "auto"
+            leave the choice to what is done with it.
+
+    Returns:
+        The type, or None for no choice.
+
+    Raises:
+        ConfigError: it is none that networks compute in.
+    """
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return None
+    if isinstance(value, str | torch.dtype):
+        name = str(value).removeprefix("torch.")
+    elif is_dtype(value):
+        name = np.dtype(cast(Any, value)).name
+    else:
+        name = repr(value)[:80]
+    if name in DTYPES:
+        return DTYPES[name]
+    if is_dtype(name):
+        raise ConfigError(f"Networks compute in floating point, in {', '.join(DTYPES)}, but not in {name}.")
+    raise unknown_name("dtype", name, ("auto", *DTYPES))
+
+
+def choose_device(name: Device = "auto") -> torch.device:
+    """Return the device of a name, after checking that it is there.
+
+    Args:
+        name: "auto" (CUDA, else MPS, else the CPU), or what `torch.device` takes, such as "cuda:1" or 0.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        check_process(device)
+        torch.empty(1, device=device)
+    except ConfigError:
+        raise
+    # An unknown name, a build without it and a missing driver raise RuntimeError, AssertionError and others.
+    except Exception as error:
+        shown = str(name) if isinstance(name, torch.device) else name
+        raise ConfigError(f"The device {shown!r} is not available here; try --device cpu.") from error
+    return device
+
+
+def own_device(name: str = "auto") -> torch.device:
+    """Return the device of this process, and make it the one that torch means by "cuda".
+
+    Under torchrun "auto" and "cuda" are one GPU a process.
+
+    Args:
+        name: as for `choose_device`.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    chosen = choose_device(name)
+    if chosen.type != "cuda":
+        return chosen
+    if chosen.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', os.environ.get('RANK', '0'))}")
+    # What is made without a device named, such as streams, events and communicators, then belongs to this one.
+    torch.cuda.set_device(torch.cuda.current_device() if chosen.index is None else chosen.index)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@functools.cache
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the most precise type that a device computes in: float64, or float32 where there is none (MPS)."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError:
+        return torch.float32
+    return torch.float64
+
+
+def copies_aside(device: torch.device) -> bool:
+    """Return whether a device copies to and from pinned memory while the host goes on.
+
+    MPS shares the host's memory and has little to gain; what it does aside could be read too early.
+    """
+    return device.type not in ("cpu", "mps")
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Bring a tensor to a device without waiting for what that is busy with.
+
+    Args:
+        tensor: where it is. What lies in pinned memory already is not copied twice.
+        device: where to.
+    """
+    if not copies_aside(device):
+        return tensor.to(device)
+    return (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
+
+
+class Landing:
+    """Tensors on their way to the CPU, behind all that their device was asked for before."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        """Send them off.
+
+        Args:
+            tensors: on one device.
+        """
+        device = tensors[0].device
+        aside = copies_aside(device)
+        self._parts = [tensor.to("cpu", non_blocking=aside) for tensor in tensors]
+        self._event: Any = None
+        if aside:
+            module: Any = torch.get_device_module(device)
+            self._event = module.Event()
+            # The stream of their own device, which need not be the current one.
+            self._event.record(module.current_stream(device))
+
+    @property
+    def landed(self) -> bool:
+        """Whether they are there."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> list[Tensor]:
+        """Return them on the CPU, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._parts
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Let networks be built on the meta device: nothing is allocated, and no initial weights are drawn."""
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
+_DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Skips random initialization, for which torch would load its compiler on the meta device, for 0.7 s."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

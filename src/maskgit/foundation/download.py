@@ -1,0 +1,253 @@
+"""Fetching files by URL into a cache: resumed when cut off, checked against what came the first time."""
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from maskgit.errors import ConfigError, DownloadError, OutputError
+from maskgit.foundation.bars import bar
+from maskgit.foundation.files import expand, output_error, write_bytes
+from maskgit.foundation.locks import locked, waits_for
+from maskgit.foundation.proxies import is_loopback, proxy_for
+
+MAX_BYTES = 2**34
+TIMEOUT_S = 30
+_PIECE = 2**20
+
+
+def cache_dir() -> Path:
+    """Return the cache: $MASKGIT_CACHE, or `maskgit` in the user's cache folder.
+
+    Raises:
+        OutputError: the user has no home, and no variable names a folder.
+    """
+    named = os.environ.get("MASKGIT_CACHE")
+    if named:
+        return expand(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "maskgit"
+    except RuntimeError as error:
+        raise OutputError(
+            "This user has no home folder for the cache; name a folder that can be written with the environment "
+            "variable MASKGIT_CACHE."
+        ) from error
+
+
+@contextmanager
+def naming_the_cache() -> Iterator[None]:
+    """Say of what cannot be written in the cache which variable moves it."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(f"{error} The environment variable MASKGIT_CACHE names the cache.") from error
+
+
+def fetch(url: str, *, folder: Path | None = None) -> Path:
+    """Return the local copy of a URL, downloading it the first time.
+
+    A download that was cut off goes on where it stopped. The file's SHA-256 is recorded on first use and
+    compared whenever the file is fetched or used again. One process downloads while others that want the same
+    file wait for it.
+
+    Args:
+        url: https, or http to this machine.
+        folder: where files are kept; None is `downloads` in the cache.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        DownloadError: the URL cannot be reached or is refused, or its content is not what it was before.
+        OutputError: the cache cannot be written, or the disk is full.
+    """
+    _check_url(url)
+    if folder is None:
+        folder = cache_dir() / "downloads"
+        with naming_the_cache():
+            return fetch(url, folder=folder)
+    path = cached(url, folder)
+    record = _record(path)
+    # What is whole is only read, so that it may lie where nothing can be written.
+    if not (path.exists() and record.exists()):
+        with _lock(path, f"the download of {url}"):
+            if not path.exists():
+                _download(url, path)
+            if not record.exists():
+                write_bytes(record, json.dumps({"url": url, "sha256": sha256(path)}).encode())
+    digest, known = sha256(path), _recorded(record)
+    if known != digest:
+        with _lock(path, f"the download of {url}"):
+            path.unlink(missing_ok=True)
+        raise DownloadError(
+            f"{url} is not what was fetched before (SHA-256 {digest}, recorded {known}), so it was thrown away. "
+            f"If the change is meant, delete {record} and try again."
+        )
+    return path
+
+
+def cached(url: str, folder: Path) -> Path:
+    """Return where `fetch` keeps a URL in a folder."""
+    name = Path(urllib.parse.urlsplit(url).path).name[:80]
+    return folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+
+
+def forget(path: Path) -> None:
+    """Delete a fetched file and its checksum, if `fetch` made them."""
+    record = _record(path)
+    if record.exists():
+        with _lock(path, f"the download of {path.name}"):
+            record.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def _record(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _lock(path: Path, what: str) -> AbstractContextManager[None]:
+    return locked(path.with_name(f".{path.name}.lock"), waits_for(what))
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file.
+
+    Raises:
+        DownloadError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DownloadError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _recorded(record: Path) -> str:
+    try:
+        return str(json.loads(record.read_text("utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DownloadError(
+            f"{record}, which holds a checksum, is damaged. Delete it and try again."
+        ) from error
+
+
+def _check_url(url: str) -> None:
+    parts = urllib.parse.urlsplit(url)
+    local = is_loopback(parts.hostname or "")
+    if not (parts.scheme == "https" or (parts.scheme == "http" and local)):
+        raise DownloadError(f"{url} is refused: only https URLs are fetched.")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to URLs that could have been asked for."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        _check_url(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _Proxies(urllib.request.ProxyHandler):
+    """Sends each request, redirected ones too, through the proxy for its URL, if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(("http", "https"), ""))
+
+    def proxy_open(self, req, proxy, type):
+        try:
+            proxy = proxy_for(req.full_url)
+        except ConfigError as error:
+            raise DownloadError(str(error)) from error
+        if proxy is None:
+            return None
+        if urllib.parse.urlsplit(proxy).scheme not in ("http", "https"):
+            raise DownloadError(
+                "Files are downloaded through http proxies alone, but the environment names another kind for "
+                f"{req.type} URLs; set {req.type.upper()}_PROXY=http://HOST:PORT, or add the host to NO_PROXY."
+            )
+        return super().proxy_open(req, proxy, type)
+
+
+def _download(url: str, path: Path) -> None:
+    partial = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = partial.stat().st_size if partial.exists() else 0
+        try:
+            total = _transfer(url, partial, start)
+        except _NoRestError:
+            # Nothing is left to send, or the file has become another: begin anew, and let the checksum decide.
+            partial.unlink(missing_ok=True)
+            total = _transfer(url, partial, 0)
+        if total is not None and partial.stat().st_size != total:
+            raise DownloadError(f"{url} was cut off; run the same command again to go on.")
+        os.replace(partial, path)
+    except urllib.error.HTTPError as error:
+        raise DownloadError(f"{url} answered {error.code} {error.reason}; try again later.") from error
+    except DownloadError:
+        raise
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise DownloadError(
+            f"{url} cannot be reached ({reason}); run the same command again to go on."
+        ) from error
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+class _NoRestError(Exception):
+    """The server does not send the rest of a file that was begun."""
+
+
+def _transfer(url: str, partial: Path, start: int) -> int | None:
+    """Append what is missing to `partial`; return the whole file's size if the server tells it.
+
+    Raises:
+        _NoRestError: a part is there, and the server does not send what follows it.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "maskgit"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    opener = urllib.request.build_opener(_Redirects, _Proxies)
+    try:
+        answer = opener.open(request, timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and start:
+            raise _NoRestError from error
+        raise
+    with answer:
+        if answer.status != 206:  # the server sends it all, whatever was asked
+            start = 0
+        elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+            if start:
+                raise _NoRestError
+            raise DownloadError(
+                f"{url} answered with a part of the file where all was asked for; try again later."
+            )
+        length = answer.headers.get("Content-Length") or ""
+        total = start + int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+        free = shutil.disk_usage(partial.parent).free
+        if total is not None and total > MAX_BYTES:
+            raise DownloadError(f"{url} has {total} bytes, more than the {MAX_BYTES} that are allowed.")
+        if total is not None and total - start > free:
+            raise DownloadError(
+                f"{url} needs {total - start} bytes in {partial.parent}, where {free} are free."
+            )
+        with (
+            partial.open("ab" if start else "wb") as file,
+            bar(total=total, initial=start, unit="B", unit_scale=True, desc=partial.stem) as shown,
+        ):
+            while piece := answer.read(_PIECE):
+                file.write(piece)
+                shown.update(len(piece))
+                if file.tell() > MAX_BYTES:
+                    raise DownloadError(f"{url} sends more than the {MAX_BYTES} bytes that are allowed.")
+    return total

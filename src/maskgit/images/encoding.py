@@ -1,0 +1,112 @@
+"""Pictures as files' bytes, with all that is known of them: settings, metadata, and what they are."""
+
+import io
+import json
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from maskgit.errors import ConfigError, OutputError
+from maskgit.foundation.notes import note
+from maskgit.images import provenance
+from maskgit.images import reading as imagefiles
+from maskgit.images.provenance import Sign
+
+MAX_SETTINGS_CHARS = 2**20
+SETTINGS_KEY = "maskgit"
+
+
+def encode(
+    image: Image.Image,
+    form: str = "png",
+    *,
+    settings: dict[str, Any] | None = None,
+    mark: bool = True,
+    sign: Sign | None = None,
+) -> bytes:
+    """Return a picture as a file's bytes, with what is known of it.
+
+    Its `info` may hold an "icc_profile", "exif" and "xmp", as a photo's does that was edited, and what the
+    picture is (`provenance.KEY`), as those of `Output.to_pil` do.
+
+    Args:
+        image: a PIL image of any mode, written as RGB, or as RGBA if it is that; a JPEG shows transparency over
+            white.
+        form: png, jpeg or webp.
+        settings: JSON values, which a PNG holds as `save_png` says.
+        mark: whether to say in XMP what the picture is, and this tool's name.
+        sign: makes a signed file of the file, if the picture says what it is.
+
+    Raises:
+        ConfigError: the settings are no JSON values, or too long.
+        OutputError: files of this kind cannot be so large, or the file cannot be signed.
+    """
+    if max(image.size) > _SIDES[form]:
+        raise OutputError(
+            f"The picture has {image.width} × {image.height} pixels, but a {form} has at most {_SIDES[form]:,} a "
+            "side; ask for png."
+        )
+    source = image.info.get(provenance.KEY)
+    picture = imagefiles.keep_alpha(image)
+    if picture.mode == "RGBA" and image.mode != "RGBA":
+        picture = imagefiles.to_rgb(image)
+    if picture.mode == "RGBA" and form == "jpeg":
+        info = picture.info
+        picture = imagefiles.over_white(picture)
+        picture.info = info
+    known = {key: picture.info[key] for key in imagefiles.METADATA if key in picture.info}
+    if mark and source is not None:
+        known["xmp"] = provenance.packet(source, known.get("xmp"))
+    if form == "jpeg":
+        _fit_segments(known, source if mark else None)
+    picture.info = {}
+    options = {"icc_profile": known.get("icc_profile"), "exif": known.get("exif", b"")}
+    if form == "png":
+        options["pnginfo"] = _chunks(settings, known.get("xmp"))
+    else:
+        options |= {"xmp": known.get("xmp", b""), "quality": _QUALITY[form]}
+    data = io.BytesIO()
+    picture.save(data, form.upper(), **options)
+    if sign is None or source is None:
+        return data.getvalue()
+    return sign(data.getvalue(), f"image/{form}", source)
+
+
+_QUALITY = {"jpeg": 95, "webp": 90}
+# Pixels: what libjpeg and libwebp write.
+_SIDES = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
+# Bytes of one segment of a JPEG, without its length and the name of XMP.
+_SEGMENT, _XMP_SEGMENT = 65_533, 65_533 - 29
+
+
+def _fit_segments(known: dict[str, bytes], source: str | None) -> None:
+    """Make metadata fit into a JPEG, whose segments are short."""
+    if len(known.get("exif", b"")) > _SEGMENT:
+        note("The picture's EXIF metadata are too long for a JPEG, and are left out.")
+        del known["exif"]
+    if len(known.get("xmp", b"")) > _XMP_SEGMENT:
+        note("The picture's XMP metadata are too long for a JPEG, and are left out.")
+        known["xmp"] = b"" if source is None else provenance.packet(source)
+
+
+def _chunks(settings: dict[str, Any] | None, xmp: bytes | None) -> PngInfo:
+    chunks = PngInfo()
+    if settings is not None:
+        chunks.add_text(SETTINGS_KEY, _dump(settings))
+    if xmp:
+        text = xmp.decode("utf-8", "replace")
+        chunks.add_itxt("XML:com.adobe.xmp", text)
+    return chunks
+
+
+def _dump(settings: dict[str, Any]) -> str:
+    try:
+        text = json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"The settings cannot be stored as JSON: {error}.") from error
+    if len(text) > MAX_SETTINGS_CHARS:
+        raise ConfigError(
+            f"The settings take {len(text):,} characters; at most {MAX_SETTINGS_CHARS:,} are stored."
+        )
+    return text

@@ -1,0 +1,1 @@
+"""The two networks, their configs, and the vocabulary between them."""

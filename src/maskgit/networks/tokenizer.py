@@ -1,0 +1,207 @@
+"""The VQGAN tokenizer: image → tokens → image.
+
+Shapes: B batch, C channels, H × W pixels, h × w tokens, D embedding_dim.
+Source: official nets/vqgan_tokenizer.py (no attention layers) and nets/layers.py.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskgit.errors import ImageError
+from maskgit.foundation.precision import whole_float32
+from maskgit.networks.config import TokenizerConfig
+from maskgit.networks.quantizer import make_quantizer
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel, (B, C, H, W) → the same (Flax normalizes the last axis)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+# Flax's defaults: ε 1e-6 for GroupNorm and LayerNorm; BatchNorm is made with ε 1e-5 and momentum 0.9, which
+# PyTorch counts from the other end.
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "GN": lambda channels: nn.GroupNorm(32, channels, eps=1e-6),
+    "LN": lambda channels: ChannelLayerNorm(channels, eps=1e-6),
+    "BN": lambda channels: nn.BatchNorm2d(channels, eps=1e-5, momentum=0.1),
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"swish": nn.SiLU, "relu": nn.ReLU}
+
+
+class ResBlock(nn.Module):
+    """Norm, activation, 3×3 convolution, twice, beside a shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.norm1 = NORMS[config.norm](in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.norm2 = NORMS[config.norm](channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.shortcut = nn.Conv2d(channels, channels, 1, bias=False) if in_channels != channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(self.activation(self.norm1(x)))
+        y = self.conv2(self.activation(self.norm2(y)))
+        # The official shortcut of a block that changes width reads the processed features, not the block's
+        # input; the released weights were trained that way.
+        return y + (x if self.shortcut is None else self.shortcut(y))
+
+
+class Encoder(nn.Module):
+    """Image to features: float (B, 3, H, W) → (B, D, h, w)."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.filters * m for m in config.channel_multipliers]
+        self.num_res_blocks = config.num_res_blocks
+        self.conv_in = nn.Conv2d(3, config.filters, 3, padding=1, bias=False)
+        blocks, downs, channels = [], [], config.filters
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                blocks.append(ResBlock(channels, width, config))
+                channels = width
+            if level < len(widths) - 1:
+                downs.append(
+                    nn.Conv2d(width, width, 4, stride=2, padding=1)
+                    if config.conv_downsample
+                    else nn.AvgPool2d(2)
+                )
+        blocks += [ResBlock(channels, channels, config) for _ in range(config.num_res_blocks)]
+        self.blocks = nn.ModuleList(blocks)
+        self.downs = nn.ModuleList(downs)
+        self.norm_out = NORMS[config.norm](channels)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.conv_out = nn.Conv2d(channels, config.embedding_dim, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            level, last = divmod(i + 1, self.num_res_blocks)
+            if last == 0 and level <= len(self.downs):
+                x = self.downs[level - 1](x)
+        return self.conv_out(self.activation(self.norm_out(x)))
+
+
+class Upsample(nn.Conv2d):
+    """Each pixel made four, then a 3×3 convolution: (B, C, H, W) → (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+
+
+class Decoder(nn.Module):
+    """Features to image: float (B, D, h, w) → (B, 3, H, W)."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.filters * m for m in reversed(config.channel_multipliers)]
+        self.num_res_blocks = config.num_res_blocks
+        channels = widths[0]
+        self.conv_in = nn.Conv2d(config.embedding_dim, channels, 3, padding=1)
+        blocks = [ResBlock(channels, channels, config) for _ in range(config.num_res_blocks)]
+        ups: list[nn.Module] = []
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                blocks.append(ResBlock(channels, width, config))
+                channels = width
+            if level < len(widths) - 1:
+                ups.append(Upsample(width))
+        self.blocks = nn.ModuleList(blocks)
+        self.ups = nn.ModuleList(ups)
+        self.norm_out = NORMS[config.norm](channels)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.conv_in(features)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            # The first num_res_blocks blocks stand before the levels.
+            level, last = divmod(i + 1, self.num_res_blocks)
+            if last == 0 and 2 <= level <= len(self.ups) + 1:
+                x = self.ups[level - 2](x)
+        return self.conv_out(self.activation(self.norm_out(x)))
+
+
+class Tokenizer(nn.Module):
+    """The first stage: images to a grid of discrete tokens and back."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantizer = make_quantizer(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a token covers, in each direction."""
+        return self.config.patch_size
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the tokens of images.
+
+        Args:
+            images: float (B, 3, H, W) in [0, 1], RGB; H and W multiples of `patch_size`.
+
+        Returns:
+            int64 (B, H / patch_size, W / patch_size), each in [0, codebook_size).
+
+        Raises:
+            ImageError: the shape does not fit.
+
+        Source: official `encode_to_indices`.
+        """
+        patch = self.patch_size
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ImageError(f"Images must be of shape (B, 3, H, W), but are {tuple(images.shape)}.")
+        if images.shape[2] % patch or images.shape[3] % patch or 0 in images.shape:
+            raise ImageError(
+                f"Image sides must be multiples of {patch}, but are {images.shape[3]} × {images.shape[2]} pixels."
+            )
+        with whole_float32(images.device, self.encoder):
+            features = self.encoder(images.to(self.dtype))
+        with whole_float32(images.device):
+            return self.quantizer.tokens(features)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return the images of tokens.
+
+        Args:
+            tokens: int64 (B, h, w), each in [0, codebook_size).
+
+        Returns:
+            float (B, 3, h · patch_size, w · patch_size), RGB, nominally in [0, 1] and not clamped.
+
+        Raises:
+            ImageError: the shape does not fit, or, on the CPU, a token is out of range.
+
+        Source: official `decode_from_indices`.
+        """
+        if tokens.ndim != 3:
+            raise ImageError(f"Tokens must be of shape (B, h, w), but are {tuple(tokens.shape)}.")
+        # On a GPU the look would make the host wait.
+        codes = self.config.codebook_size
+        if tokens.device.type == "cpu" and not (int(tokens.min()) >= 0 and int(tokens.max()) < codes):
+            raise ImageError(
+                f"Tokens must be in [0, {codes}), but run from {tokens.min()} to {tokens.max()}."
+            )
+        with whole_float32(tokens.device, self.decoder):
+            return self.decoder(self.quantizer.embed(tokens))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, which is the type that the networks compute in."""
+        return self.decoder.conv_in.weight.dtype

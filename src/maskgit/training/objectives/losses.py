@@ -1,0 +1,267 @@
+"""The official losses of both training stages.
+
+Shapes: B batch, N positions, K codes, D embedding_dim, h × w the token grid.
+Source: official libml/losses.py and nets/vqgan_tokenizer.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskgit.foundation.checks import check_choice
+from maskgit.networks.quantizer import Quantized
+
+# Added inside logarithms of mean probabilities, as the official code does.
+_LOG_FLOOR = 1e-5
+
+
+def l1_loss(target: Tensor, prediction: Tensor) -> Tensor:
+    """Return the mean absolute difference of two tensors of one shape, in float32."""
+    return (target - prediction).float().abs().mean()
+
+
+def l2_loss(target: Tensor, prediction: Tensor) -> Tensor:
+    """Return the mean squared difference of two tensors of one shape, in float32."""
+    return (target - prediction).float().square().mean()
+
+
+class AdversarialLoss(NamedTuple):
+    """The two sides of an adversarial loss, as functions of logits of any one shape; each returns a mean."""
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+
+
+ADVERSARIAL_LOSSES = {
+    "hinge": AdversarialLoss(
+        lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)).mean(),
+        lambda fake: -fake.mean(),
+    ),
+    # softplus(−x) is the cross-entropy of the logit x with the label 1, softplus(x) with the label 0.
+    "non-saturating": AdversarialLoss(
+        lambda real, fake: (F.softplus(-real) + F.softplus(fake)).mean(),
+        lambda fake: F.softplus(-fake).mean(),
+    ),
+}
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
+    """Return what the discriminator minimizes.
+
+    Args:
+        real_logits: float (B, 1), of images.
+        fake_logits: float (B, 1), of reconstructions.
+        kind: a name in `ADVERSARIAL_LOSSES`.
+
+    Returns:
+        float32 ().
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    check_choice("adversarial_loss", kind, ADVERSARIAL_LOSSES)
+    return ADVERSARIAL_LOSSES[kind].discriminator(real_logits.float(), fake_logits.float())
+
+
+def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
+    """Return the adversarial part of what the tokenizer minimizes.
+
+    Args:
+        fake_logits: float (B, 1), of reconstructions.
+        kind: a name in `ADVERSARIAL_LOSSES`.
+
+    Returns:
+        float32 ().
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    check_choice("adversarial_loss", kind, ADVERSARIAL_LOSSES)
+    return ADVERSARIAL_LOSSES[kind].generator(fake_logits.float())
+
+
+def r1_penalty(discriminator: nn.Module, images: Tensor, cost: float = 10.0) -> tuple[Tensor, Tensor]:
+    """Return the R1 gradient penalty on real images, differentiable in the discriminator's weights.
+
+    Args:
+        discriminator: maps images to logits, each image on its own.
+        images: float (B, 3, H, W).
+        cost: multiplies the penalty.
+
+    Returns:
+        penalty: float32 (), cost · mean over the batch of ‖∂logit / ∂image‖².
+        logits: float (B, 1), of the same images.
+
+    Source: official `r1_gradient_penalty`; Mescheder et al., Which Training Methods for GANs do actually
+    Converge? (ICML 2018), eq. 9, whose factor 1/2 the official code leaves out.
+    """
+    images = images.detach().requires_grad_()
+    logits = discriminator(images)
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return gradient.float().square().sum(dim=(1, 2, 3)).mean() * cost, logits
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """Return the weight at which both losses pull equally hard on the decoder's last layer.
+
+    Args:
+        reconstruction: float (), a loss with a graph that is kept.
+        adversarial: float (), likewise.
+        last_layer: the weight of the decoder's last convolution.
+
+    Returns:
+        float32 () without gradient, in [0, 10⁴], the same on all processes.
+
+    Source: Esser et al., Taming Transformers (CVPR 2021), eq. 7 and its code's clamp.
+    """
+    norms = []
+    for loss in (reconstruction, adversarial):
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norms.append(mean_over_processes(gradient.detach().float()).norm())
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over all processes, forwards of values and backwards of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _Mean.forward(ctx, gradients[0])
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes, through which gradients flow to each of them.
+
+    With gradients averaged over processes, as DDP and FSDP do, a loss of this mean has the same gradient as in one
+    process that holds the whole batch.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    return _Mean.apply(value)
+
+
+def entropy_loss(affinity: Tensor, kind: str = "softmax", temperature: float = 0.01) -> Tensor:
+    """Return the mean entropy of each vector's choice of code less the entropy of the mean choice.
+
+    Minimizing it makes choices sharp and all codes used. Holds several (vectors, K) matrices.
+
+    Args:
+        affinity: float (…, K), larger for nearer codes: negative distances.
+        kind: `softmax`, or `argmax` for one-hot choices with straight-through gradients.
+        temperature: divides the affinity.
+
+    Returns:
+        float32 (); the mean choice is that over all processes.
+
+    Raises:
+        ConfigError: the kind is unknown.
+
+    Source: official `entropy_loss`.
+    """
+    check_choice("entropy_kind", kind, ENTROPY_KINDS)
+    logits = affinity.float().flatten(0, -2) / temperature
+    log_probs = logits.log_softmax(-1)
+    probs = log_probs.exp()
+    if kind == "argmax":
+        one_hot = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(probs.dtype)
+        probs = probs - (probs - one_hot).detach()
+    mean_K = mean_over_processes(probs.mean(0))
+    mean_entropy = -(mean_K * (mean_K + _LOG_FLOOR).log()).sum()
+    sample_entropy = -(probs * log_probs).sum(-1).mean()
+    return sample_entropy - mean_entropy
+
+
+ENTROPY_KINDS = ("softmax", "argmax")
+
+
+class QuantizerLosses(NamedTuple):
+    """The parts of a quantizer's loss, float32 () each, weights included; `total` is the sum of the others."""
+
+    total: Tensor
+    commitment: Tensor
+    codebook: Tensor
+    entropy: Tensor
+
+
+def quantizer_loss(
+    features: Tensor,
+    quantized: Quantized,
+    *,
+    commitment_weight: float = 0.25,
+    entropy_weight: float = 0.1,
+    entropy_kind: str = "softmax",
+    entropy_temperature: float = 0.01,
+) -> QuantizerLosses:
+    """Return the loss of the `vq` quantizer.
+
+    Args:
+        features: float (B, D, h, w), the encoder's.
+        quantized: what the quantizer made of them.
+        commitment_weight: of the features' distance to their codes.
+        entropy_weight: of `entropy_loss`.
+        entropy_kind: as `entropy_loss` takes it.
+        entropy_temperature: as `entropy_loss` takes it.
+
+    Returns:
+        The losses; the codes' distance to their features has weight 1.
+
+    Source: official `VectorQuantizer`, e_latent_loss, q_latent_loss and entropy_loss.
+    """
+    features, codes = features.float(), quantized.codes.float()
+    commitment = l2_loss(codes.detach(), features) * commitment_weight
+    codebook = l2_loss(codes, features.detach())
+    entropy = torch.zeros_like(codebook)
+    if entropy_weight:
+        entropy = entropy_loss(-quantized.distances, entropy_kind, entropy_temperature) * entropy_weight
+    return QuantizerLosses(commitment + codebook + entropy, commitment, codebook, entropy)
+
+
+def no_quantizer_loss(features: Tensor, quantized: Quantized, **weights: object) -> QuantizerLosses:
+    """Return the loss of the `gumbel` quantizer, which is nothing.
+
+    Source: official `GumbelVQ`.
+    """
+    zero = torch.zeros((), device=features.device)
+    return QuantizerLosses(zero, zero, zero, zero)
+
+
+# By the quantizer's name.
+QUANTIZER_LOSSES = {"vq": quantizer_loss, "gumbel": no_quantizer_loss}
+
+
+def sequence_cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Return the cross-entropy of predicted sequences: the weighted mean of each, then the mean of these.
+
+    Args:
+        logits: float (B, N, V).
+        labels: int64 (B, N), each in [0, V).
+        weights: (B, N), such as 1 where a token was masked and 0 elsewhere; no row may be all 0.
+        label_smoothing: the share of the target that is spread evenly over all V.
+
+    Returns:
+        float32 ().
+
+    Source: official `weighted_sequence_cross_entropy_loss`.
+    """
+    per_token = sequence_cross_entropies(logits, labels, label_smoothing)
+    weights = weights.to(per_token.dtype)
+    return ((per_token * weights).sum(-1) / weights.sum(-1)).mean()
+
+
+def sequence_cross_entropies(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy of each token, float32 (B, N); the arguments are `sequence_cross_entropy`'s."""
+    return F.cross_entropy(
+        logits.float().movedim(-1, 1), labels, reduction="none", label_smoothing=label_smoothing
+    )

@@ -1,0 +1,316 @@
+"""A run's own checkpoints: whole or absent, resumed exactly, the oldest removed.
+
+    run_dir/checkpoints/step-00001000/    written by torch.distributed.checkpoint, one part a process
+    run_dir/checkpoints/step-00001000/COMMITTED    written last: {"step", "score", "files": {name: bytes}}
+
+A folder without its marker is the rest of a save that was cut short, and counts for nothing.
+
+torch.distributed.checkpoint pickles its metadata: read only run directories of your own. The weights that
+travel are written by `maskgit.hub`.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+
+from maskgit.errors import CheckpointError, OutputError
+from maskgit.foundation.files import output_error
+
+T = TypeVar("T")
+FOLDER, MARKER = "checkpoints", "COMMITTED"
+
+
+class Committed(NamedTuple):
+    """A checkpoint that is whole."""
+
+    step: int
+    score: float | None
+    path: Path
+
+
+class ModelAndOptimizer:
+    """A network with its optimizer as one `Stateful`, named by parameter, sharded or not."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return both states; an optimizer that has not stepped yet gets its zeros first."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set both states; how the optimizer computes stays as the present device needs it."""
+        for group, saved in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True):
+            saved |= {name: group[name] for name in ("fused", "foreach") if name in group}
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(
+        self, run_dir: str | Path, *, keep_last: int = 2, keep_best: int = 0, asynchronous: bool = False
+    ) -> None:
+        """Describe them; nothing is read or written yet.
+
+        Args:
+            run_dir: the run's folder.
+            keep_last: how many of the newest stay, at least one.
+            keep_best: how many with the highest score stay besides.
+            asynchronous: whether `save` returns once the state is copied, and a thread writes it. All
+                processes must make this object then, for they make a process group of their own.
+        """
+        self.folder = Path(run_dir) / FOLDER
+        self.keep_last = max(1, keep_last)
+        self.keep_best = keep_best
+        self._parallel = dist.is_available() and dist.is_initialized()
+        self._is_main = not self._parallel or dist.get_rank() == 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._pending: Future[Any] | None = None
+        # A single process is a single process. For good, and not around each call: the filters belong to the whole
+        # process, and a thread that set them back would set back what others did meanwhile.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        if asynchronous:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            # Its collectives run beside the training's, so they need a group of their own.
+            self._group = dist.new_group(backend="gloo") if self._parallel else None
+
+    def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> Path:
+        """Write a checkpoint, then remove those that are no longer to be kept; all processes call it.
+
+        Args:
+            step: training steps done; a step that is already there is left as it is.
+            state: nested dicts of tensors, plain values and `Stateful`s (objects with `state_dict` and
+                `load_state_dict`). What is not sharded must be the same on all processes.
+            score: higher is better; only `keep_best` reads it.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            OutputError: it cannot be written; the ones before it are untouched.
+        """
+        self.wait()
+        path = self.folder / f"step-{step:08d}"
+        if any(found.path == path for found in self.committed()):
+            return path
+        self._on_main(path, lambda: shutil.rmtree(path, ignore_errors=True))
+        # Not overwritten in place: the folder is fresh, so that a cut-off save leaves nothing that looks whole.
+        writer = dcp.FileSystemWriter(path, single_file_per_rank=True, sync_files=True, overwrite=False)
+        options: dict[str, Any] = {"storage_writer": writer, "no_dist": not self._parallel}
+        expanded = _expand(state)
+        if self._thread is None:
+            _guard(path, lambda: dcp.save(expanded, **options))
+            self._on_main(path, lambda: self._commit(step, path, score))
+            return path
+        written = _guard(path, lambda: dcp.async_save(expanded, process_group=self._group, **options))
+        future = written if isinstance(written, Future) else written.upload_completion
+
+        def finish() -> None:
+            # The main process's future is done only after every process has written its part.
+            _guard(path, future.result)
+            if self._is_main:
+                _guard(path, lambda: self._commit(step, path, score))
+
+        self._pending = self._thread.submit(finish)
+        return path
+
+    def wait(self) -> None:
+        """Wait until the last save is whole; all processes call it.
+
+        Raises:
+            OutputError: it could not be written, by whichever process.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        failures: list[OutputError | None] = [None]
+        try:
+            pending.result()
+        except OutputError as error:
+            failures = [error]
+        if self._parallel:
+            # One process alone that raised would leave the others waiting for it in their next exchange.
+            own, failures = failures[0], [None] * dist.get_world_size()
+            dist.all_gather_object(failures, own, group=self._group)
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
+    def close(self) -> None:
+        """Wait for the last save, then end the thread that writes and its group; all processes call it."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
+
+    def latest(self) -> Path | None:
+        """Return the newest checkpoint that is whole, or None."""
+        committed = self.committed()
+        return committed[-1].path if committed else None
+
+    def committed(self) -> list[Committed]:
+        """Return all checkpoints that are whole, by step."""
+        found = [_read_marker(path) for path in sorted(self.folder.glob("step-*"))]
+        return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.step)
+
+    def load(self, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Read a checkpoint into tensors and `Stateful`s that are there; all processes call it.
+
+        Args:
+            path: a folder that `latest` returned.
+            state: of the structure that was saved. Tensors are filled in place and `Stateful`s loaded.
+
+        Returns:
+            The state, with the plain values that were saved in place of those given.
+
+        Raises:
+            CheckpointError: it is damaged, or is of another structure.
+        """
+        if _read_marker(path) is None:
+            raise CheckpointError(
+                f"{path} is incomplete or damaged. Remove it; the run goes on from the one before."
+            )
+        expanded = _expand(state)
+        try:
+            dcp.load(expanded, storage_reader=dcp.FileSystemReader(path), no_dist=not self._parallel)
+        # Derived from BaseException; it holds each process's own error.
+        except dcp.CheckpointException as error:
+            reasons = "; ".join(str(_cause(failure)) for failure in error.failures.values())
+            raise CheckpointError(f"{path} does not belong to this run: {reasons}") from error
+        except (OSError, RuntimeError, ValueError, EOFError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return _restore(state, expanded)
+
+    def _on_main(self, path: Path, action: Callable[[], None]) -> None:
+        """Let the main process do something while the others wait for it."""
+        failure: list[Exception | None] = [None]
+        if self._is_main:
+            try:
+                action()
+            except OSError as error:
+                failure = [output_error(path, error)]
+        if self._parallel:
+            dist.broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def _commit(self, step: int, path: Path, score: float | None) -> None:
+        files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+        temporary = path / f".{MARKER}"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"step": step, "score": score, "files": files}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(path)
+        os.replace(temporary, path / MARKER)
+        _sync_folder(path)
+        _sync_folder(path.parent)
+        self._prune()
+
+    def _prune(self) -> None:
+        committed = self.committed()
+        scored = [entry for entry in committed if entry.score is not None and not math.isnan(entry.score)]
+        best = sorted(scored, key=lambda entry: (entry.score, entry.step))[::-1][: self.keep_best]
+        keep = {entry.path for entry in (*committed[-self.keep_last :], *best)}
+        for path in self.folder.glob("step-*"):
+            if path not in keep:
+                # The marker goes first, so that a removal that is cut short leaves nothing that looks whole.
+                (path / MARKER).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Return the sha256 of a network's weights with their names, types and shapes, as hexadecimal digits.
+
+    A token cache holds that of the tokenizer that made it, in float32.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_marker(path: Path) -> Committed | None:
+    try:
+        marker = json.loads((path / MARKER).read_text("utf-8"))
+        whole = all((path / name).stat().st_size == size for name, size in marker["files"].items())
+        return Committed(int(marker["step"]), marker["score"], path) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _expand(value: Any) -> Any:
+    """Replace `Stateful`s by their states, at every depth."""
+    if isinstance(value, Mapping):
+        return {key: _expand(item) for key, item in value.items()}
+    return value.state_dict() if isinstance(value, Stateful) else value
+
+
+def _restore(given: Any, loaded: Any) -> Any:
+    """Give `Stateful`s their loaded states, and return the rest as loaded."""
+    if isinstance(given, Mapping):
+        return {key: _restore(item, loaded[key]) for key, item in given.items()}
+    if isinstance(given, Stateful):
+        given.load_state_dict(loaded)
+        return given
+    return loaded
+
+
+def _guard(path: Path, action: Callable[[], T]) -> T:
+    """Do something that writes, with the library's errors turned into ours."""
+    try:
+        return action()
+    except dcp.CheckpointException as error:
+        causes = [_cause(failure) for failure in error.failures.values()]
+        for cause in causes:
+            if isinstance(cause, OSError):
+                raise output_error(path, cause) from error
+            if not isinstance(cause, Exception):
+                raise cause from error
+        raise OutputError(f"{path} cannot be written: {'; '.join(map(str, causes))}.") from error
+    except OSError as error:
+        raise output_error(path, error) from error
+    # How the library reports a zip stream whose disk is full.
+    except RuntimeError as error:
+        raise OutputError(f"{path} cannot be written: {error}.") from error
+
+
+def _cause(failure: Any) -> BaseException:
+    cause = failure[0] if isinstance(failure, tuple) else failure
+    return cause if isinstance(cause, BaseException) else RuntimeError(str(cause))
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

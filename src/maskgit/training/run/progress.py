@@ -1,0 +1,256 @@
+"""What people watch while a model trains: one line, a file of scalars, image grids, TensorBoard."""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from maskgit.errors import ConfigError
+from maskgit.foundation.files import output_error, replacing
+from maskgit.training.run.trackers import Tracker, make_tracker
+
+if TYPE_CHECKING:
+    from maskgit.training.run.run import Distributed
+
+# Dense bfloat16 (float16 where there is none) FLOP/s by the makers' data sheets, by a part of the device's name.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def host_numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Return scalars as plain numbers, those of a device in one reading."""
+    scalars = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    read = torch.stack([value.detach().float() for value in scalars.values()]).tolist() if scalars else []
+    there = dict(zip(scalars, read, strict=True))
+    return {name: there[name] if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s that a large matrix product reaches here, in a few tens of milliseconds."""
+    side = 1024 if device.type == "cpu" else 4096
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return a device's peak FLOP/s: its data sheet's, or what a large matrix product reaches."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [peak for part, peak in PEAK_FLOPS.items() if part in name]
+    return known[0] if known and dtype != torch.float32 else measured_peak(device, dtype)
+
+
+class Throughput:
+    """Images a second, the share of peak FLOP/s that they use (MFU), and the time left."""
+
+    def __init__(self, images_per_step: int, flops_per_image: float = 0.0, peak: float = math.inf) -> None:
+        """Start the clock.
+
+        Args:
+            images_per_step: of all processes.
+            flops_per_image: forward and backward, of steps that say nothing else.
+            peak: FLOP/s of all processes' devices together.
+        """
+        self.images_per_step = images_per_step
+        self.flops_per_image = flops_per_image
+        self.peak = peak
+        self.images_per_second = self.mfu = 0.0
+        self._steps, self._flops, self._start = 0, 0.0, time.perf_counter()
+
+    def step(self, flops_per_image: float | None = None) -> None:
+        """Count a step, and the FLOPs that it spent on each image."""
+        self._steps += 1
+        self._flops += self.flops_per_image if flops_per_image is None else flops_per_image
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of something that is not training, such as a checkpoint."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def read(self) -> tuple[float, float]:
+        """Return images a second and MFU since the last reading."""
+        now = time.perf_counter()
+        seconds = max(now - self._start, 1e-9)
+        self.images_per_second = self._steps * self.images_per_step / seconds
+        self.mfu = self._flops * self.images_per_step / seconds / self.peak
+        self._steps, self._flops, self._start = 0, 0.0, now
+        return self.images_per_second, self.mfu
+
+    def time_left(self, steps: int) -> float:
+        """Return the seconds that further steps take at the last speed read."""
+        return steps * self.images_per_step / self.images_per_second if self.images_per_second else math.nan
+
+
+def grid(images: Tensor) -> Tensor:
+    """Lay images out as a nearly square grid: float (B, 3, H, W) in [0, 1] → uint8 (3, rows · H, columns · W)."""
+    count, _, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    cells = images.new_zeros(rows * columns, 3, height, width)
+    cells[:count] = images
+    table = (
+        cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)
+    )
+    return (table.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+class Logger:
+    """Writes what the main process is told; in the others it does nothing."""
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        distributed: "Distributed",
+        *,
+        start_step: int = 0,
+        tracker: str = "tensorboard",
+    ) -> None:
+        """Open the log of a run.
+
+        Args:
+            run_dir: the run's folder.
+            distributed: the processes; the main one writes.
+            tracker: where it is shown besides, a name in `trackers.TRACKERS`; without the package TensorBoard,
+                which is the default, is done without.
+            start_step: the step that the run goes on from; what was logged beyond it is removed, for it is
+                logged again.
+
+        Raises:
+            ConfigError: the tracker's package is not installed.
+            OutputError: the folder cannot be written.
+        """
+        self.run_dir = Path(run_dir)
+        self._is_main = distributed.is_main
+        self._said: set[str] = set()
+        self._bar: tqdm | None = None
+        self._file: Any = None
+        self._board: Tracker | None = None
+        if not self._is_main:
+            return
+        path = self.run_dir / "scalars.jsonl"
+        kept = _lines_until(path, start_step)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), "utf-8")
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise output_error(path, error) from error
+        try:
+            self._board = make_tracker(tracker, self.run_dir, start_step)
+        except ConfigError:
+            if tracker != "tensorboard":
+                raise
+            self.say(f"TensorBoard is not installed (pip install tensorboard); scalars go to {path} alone.")
+
+    def scalars(self, step: int, values: Mapping[str, float | Tensor]) -> None:
+        """Log numbers by name, such as {"loss": 6.2, "loss_by_ratio/0.9-1.0": 6.8}."""
+        if not self._is_main:
+            return
+        numbers = {name: float(value) for name, value in host_numbers(values).items()}
+        try:
+            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise output_error(self.run_dir / "scalars.jsonl", error) from error
+        if self._board is not None:
+            for name, number in numbers.items():
+                self._board.add_scalar(name, number, step)
+
+    def images(self, step: int, name: str, images: Tensor) -> None:
+        """Log a grid of images, float (B, 3, H, W) in [0, 1], also as samples/{name}-{step}.png."""
+        if not self._is_main:
+            return
+        table = grid(images.detach().float())
+        with replacing(self.run_dir / "samples" / f"{name}-{step:08d}.png") as temporary:
+            Image.fromarray(table.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+        if self._board is not None:
+            self._board.add_image(name, table, step)
+
+    def progress(
+        self, step: int, steps: int, throughput: Throughput, loss: float | Tensor, note: str = ""
+    ) -> None:
+        """Renew the one line that tells how the run goes; where nobody watches a terminal, print it."""
+        if not self._is_main:
+            return
+        text = (
+            f"{throughput.images_per_second:,.0f} images/s, MFU {throughput.mfu:.1%}, "
+            f"{duration(throughput.time_left(steps - step))} left, loss {float(loss):.4f}"
+        )
+        text += f", {note}" if note else ""
+        if sys.stderr is None:
+            return
+        if not sys.stderr.isatty():
+            print(f"step {step}/{steps}: {text}", file=sys.stderr, flush=True)
+            return
+        if self._bar is None:
+            form = "step {n}/{total} |{bar:20}| {desc}"
+            self._bar = tqdm(total=steps, initial=step, bar_format=form, dynamic_ncols=True)
+        self._bar.n = step
+        self._bar.set_description_str(text)
+
+    def warn(self, name: str, step: int, sentence: str) -> None:
+        """Say once, in words, that something looks wrong; `name` tells one warning from another."""
+        if self._is_main and name not in self._said:
+            self._said.add(name)
+            self.say(f"Warning at step {step}: {sentence}")
+            if self._board is not None:
+                self._board.add_text("warnings", sentence, step)
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence without breaking the line of progress."""
+        if self._is_main and sys.stderr is not None:
+            tqdm.write(sentence, file=sys.stderr)
+
+    def close(self) -> None:
+        """Write everything out."""
+        for opened in (self._bar, self._file, self._board):
+            if opened is not None:
+                opened.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    if step == 0 or not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        # A killed run may leave half a line at the end.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    return kept
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as people read it, such as "1 h 05 min"."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
