@@ -12,6 +12,7 @@ import torch
 from golden_weights import arrays as golden_arrays
 from maskgit import MaskGIT, convert
 from maskgit.checkpoints import flax_msgpack as flaxio
+from maskgit.checkpoints import official_table
 from maskgit.errors import CheckpointError, ConfigError, MaskGITError
 from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer
@@ -71,7 +72,9 @@ def test_the_full_size_models_equal_the_official_ones(size, golden, request):
     arrays = golden_arrays(shapes["tokenizer"], 1)
     config = convert.infer_tokenizer_config(arrays)
     assert config == TokenizerConfig()
-    tokenizer = loaded(Tokenizer, config, convert.to_state_dict(arrays, convert.tokenizer_table(config)))
+    tokenizer = loaded(
+        Tokenizer, config, convert.to_state_dict(arrays, official_table.tokenizer_table(config))
+    )
     assert sum(p.numel() for p in tokenizer.parameters()) == pytest.approx(54.5e6, rel=2e-3)
     tokens = tokenizer.encode(bchw(record["image_BHWC"]))
     assert (tokens.numpy() == record["tokens_BHW"]).mean() >= 0.995
@@ -84,7 +87,7 @@ def test_the_full_size_models_equal_the_official_ones(size, golden, request):
     config = convert.infer_transformer_config(arrays)
     assert config == TransformerConfig(grid_size=size // 16)
     transformer = loaded(
-        Transformer, config, convert.to_state_dict(arrays, convert.transformer_table(config))
+        Transformer, config, convert.to_state_dict(arrays, official_table.transformer_table(config))
     )
     rows = torch.from_numpy(record["logits_rows"])[None]
     logits = transformer(masked(record["sequence_BN"], 2024), positions=rows)
@@ -99,10 +102,10 @@ def test_the_tables_cover_the_released_checkpoints_both_ways(size, stage, golden
     official = {path: tuple(shape) for path, shape in flaxio.leaves(shapes)}
     if stage == "tokenizer":
         config, network = TokenizerConfig(), Tokenizer
-        table = convert.tokenizer_table(config)
+        table = official_table.tokenizer_table(config)
     else:
         config, network = TransformerConfig(grid_size=size // 16), Transformer
-        table = convert.transformer_table(config)
+        table = official_table.transformer_table(config)
     assert {row.path: row.shape for row in table} == official
     assert len(table) == len(official)
     with torch.device("meta"):
@@ -137,7 +140,7 @@ def test_every_form_of_the_tokenizer_goes_both_ways(norm, conv_downsample):
     )
     torch.manual_seed(0)
     network = Tokenizer(config).eval()
-    table = convert.tokenizer_table(config)
+    table = official_table.tokenizer_table(config)
     arrays = convert.from_state_dict(network.state_dict(), table)
     assert {path: array.shape for path, array in arrays.items()} == {row.path: row.shape for row in table}
     assert convert.infer_tokenizer_config(arrays, activation="relu", quantizer="gumbel") == config
@@ -153,7 +156,7 @@ def test_every_form_of_the_tokenizer_goes_both_ways(norm, conv_downsample):
 
 def test_parameters_that_do_not_fit_are_named(golden):
     arrays = convert.read_checkpoint(golden / "tiny_tokenizer.msgpack")
-    table = convert.tokenizer_table(convert.infer_tokenizer_config(arrays))
+    table = official_table.tokenizer_table(convert.infer_tokenizer_config(arrays))
     lost = dict(arrays)
     del lost["params/decoder/Conv_0/bias"]
     with pytest.raises(CheckpointError, match="params/decoder/Conv_0/bias is missing"):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from maskgit import MaskGIT, hub
 from maskgit.apps.cli.commands import main
+from maskgit.checkpoints import folder as saving
 from maskgit.errors import CheckpointError, ConfigError, DownloadError, OutputError
 
 
@@ -165,7 +166,7 @@ def test_saving_never_destroys_what_is_no_model(tiny, tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub, "save_file", full_disk)
+    monkeypatch.setattr(saving, "save_file", full_disk)
     with pytest.raises(OutputError, match="disk is full"):
         tiny.save_pretrained(folder)
     assert_equal(tiny, hub.load_model(folder))
@@ -179,20 +180,20 @@ def test_an_official_model_is_converted_once(tiny, golden, monkeypatch):
         calls.append(url)
         return golden / ("tiny_tokenizer.msgpack" if "tokenizer_" in url else "tiny_transformer.msgpack")
 
-    monkeypatch.setattr(hub.download, "fetch", fetched)
+    monkeypatch.setattr(saving.download, "fetch", fetched)
     first = hub.from_pretrained("imagenet256")
     assert len(calls) == 2
     assert all("imagenet256" in url for url in calls)
     assert_equal(first, hub.from_pretrained("imagenet256"))
     assert len(calls) == 2
-    shutil.rmtree(hub.download.cache_dir() / "models")
+    shutil.rmtree(saving.download.cache_dir() / "models")
 
 
 def test_what_was_downloaded_and_is_no_model_is_thrown_away(monkeypatch, tmp_path):
     page = tmp_path / "page"
     page.write_bytes(b"<html>log in</html>")
     (tmp_path / "page.json").write_text("{}")
-    monkeypatch.setattr(hub.download, "fetch", lambda url, folder: page)
+    monkeypatch.setattr(saving.download, "fetch", lambda url, folder: page)
     with pytest.raises(CheckpointError, match="not imagenet512, and was thrown away"):
         hub.from_pretrained("imagenet512")
     assert not list(tmp_path.iterdir())
@@ -290,15 +291,15 @@ def test_processes_may_save_into_one_new_folder(tiny, folder, tmp_path):
 
 def test_another_save_in_the_middle_of_ours_harms_neither(tiny, tmp_path, monkeypatch):
     """The other one puts its folder in place after we have looked, and before we put ours."""
-    target, write = tmp_path / "model", hub.save_file
+    target, write = tmp_path / "model", saving.save_file
 
     def meanwhile(state, path, **options):
-        monkeypatch.setattr(hub, "save_file", write)
+        monkeypatch.setattr(saving, "save_file", write)
         tiny.save_pretrained(target)
         (target / "README.md").write_text("a card")
         write(state, path, **options)
 
-    monkeypatch.setattr(hub, "save_file", meanwhile)
+    monkeypatch.setattr(saving, "save_file", meanwhile)
     tiny.save_pretrained(target)
     assert_equal(tiny, hub.load_model(target))
     assert (target / "README.md").read_text() == "a card"
@@ -309,7 +310,7 @@ def test_another_save_in_the_middle_of_ours_harms_neither(tiny, tmp_path, monkey
         (target / "thesis.txt").write_text("mine")
         write(state, path, **options)
 
-    monkeypatch.setattr(hub, "save_file", strangers)
+    monkeypatch.setattr(saving, "save_file", strangers)
     with pytest.raises(OutputError, match=r"holds thesis\.txt"):
         tiny.save_pretrained(target)
     assert (target / "thesis.txt").read_text() == "mine"
@@ -344,6 +345,7 @@ CONVERT = """
 import sys
 from pathlib import Path
 from maskgit import hub
+from maskgit.checkpoints import folder as saving
 golden, cache = map(Path, sys.argv[1:])
 
 def fetched(url, folder):
@@ -351,7 +353,7 @@ def fetched(url, folder):
     sys.stdin.readline()
     return golden / ("tiny_tokenizer.msgpack" if "tokenizer_" in url else "tiny_transformer.msgpack")
 
-hub.download.fetch = fetched
+saving.download.fetch = fetched
 print(hub.locate("imagenet256", cache_dir=cache))
 """
 
@@ -383,7 +385,7 @@ def test_an_official_model_may_be_asked_for_without_a_download(tiny, golden, tmp
     def fetched(url, folder):
         raise AssertionError("nothing is to be fetched")
 
-    monkeypatch.setattr(hub.download, "fetch", fetched)
+    monkeypatch.setattr(saving.download, "fetch", fetched)
     with pytest.raises(DownloadError, match="local_files_only"):
         hub.from_pretrained("imagenet256", cache_dir=tmp_path, local_files_only=True)
     tiny.save_pretrained(tmp_path / "models" / "imagenet256")
@@ -499,7 +501,7 @@ def test_a_name_may_hold_the_revision(folder, tmp_path, monkeypatch):
         asked.append((repo_id, revision))
         return folder
 
-    monkeypatch.setattr(hub.hugging_face, "download", download)
+    monkeypatch.setattr(saving.hugging_face, "download", download)
     monkeypatch.chdir(tmp_path)
     for revision in ("v1", "refs/pr/3", "0" * 40):
         assert hub.locate(f"user/model@{revision}") == folder

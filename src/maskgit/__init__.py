@@ -10,6 +10,8 @@ arXiv 2202.04200.
 
 from typing import TYPE_CHECKING, Any
 
+from maskgit.foundation.version import __version__
+
 if TYPE_CHECKING:
     from maskgit.config import ModelConfig
     from maskgit.errors import MaskGITError
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from maskgit.results import Output
     from maskgit.sampler.config import SamplerConfig
 
-__version__ = "0.1.0"
 __all__ = [
     "MaskGIT",
     "MaskGITError",

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,8 @@ from maskgit.foundation import files
 from maskgit.foundation.checks import check_choice, check_count
 from maskgit.images import provenance
 from maskgit.images.provenance import Sign
+from maskgit.model import Model
 from maskgit.results import Output, Trace
-
-if TYPE_CHECKING:
-    from maskgit.pipeline import MaskGIT
 
 # Lightness, chroma and hue (degrees) in OKLCh at equal distances. Lightness goes straight up or down, so that
 # equal differences look equal, also in grey and to the colour-blind.
@@ -186,7 +184,7 @@ def explain(
 
 
 def animation(
-    model: "MaskGIT",
+    model: Model,
     made: Output,
     *,
     unfixed: str = "faded",
@@ -300,7 +298,7 @@ def _trace(made: Output) -> Trace:
     return made.trace
 
 
-def _decoded(model: "MaskGIT", tokens: Tensor) -> Tensor:
+def _decoded(model: Model, tokens: Tensor) -> Tensor:
     return model.tokenizer.decode(tokens.to(model.device)).float().clamp(0, 1).cpu()
 
 

@@ -19,12 +19,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskgit import __version__
 from maskgit.errors import CheckpointError, ConfigError, OutputError, install_extra, unknown_name
 from maskgit.foundation.bars import bar
 from maskgit.foundation.files import expand
 from maskgit.foundation.folders import write_folder, write_json
-from maskgit.pipeline import MaskGIT, plain_model
+from maskgit.foundation.version import __version__
+from maskgit.model import plain_model
+from maskgit.pipeline import MaskGIT
 
 CONFIG = "config.json"
 # Protobuf ends at 2 GiB; weights of a larger ONNX graph lie beside it.

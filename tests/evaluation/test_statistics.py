@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from maskgit.data.npz import open_samples
 from maskgit.errors import DataError, ImageError, OutputError
 from maskgit.evaluation.metrics.frechet import Gaussian
 from maskgit.evaluation.networks.features import FeatureNet, Features
@@ -16,7 +17,6 @@ from maskgit.evaluation.scores.statistics import (
     check_comparable,
     compare,
     merge_statistics,
-    open_samples,
     read_statistics,
     write_statistics,
 )

@@ -15,10 +15,11 @@ from maskgit.data.caches import ImageCache
 from maskgit.data.writers import write_image_cache
 from maskgit.training import optim, train_tokenizer, train_transformer
 from maskgit.training.codebook import CodeUsage, revive_codes
+from maskgit.training.distributed import Distributed
 from maskgit.training.objectives.discriminator import Discriminator
 from maskgit.training.run import progress, run
 from maskgit.training.run.checkpoint import Checkpoints
-from maskgit.training.run.run import Distributed, TrainingError, UpdateGate
+from maskgit.training.run.run import TrainingError, UpdateGate
 from maskgit.training.tokenizer_evaluation import comparison_device
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))

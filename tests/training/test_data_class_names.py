@@ -6,9 +6,9 @@ import torch
 
 from maskgit import hub
 from maskgit.data.writers import write_image_cache, write_token_cache
+from maskgit.training.distributed import Distributed
 from maskgit.training.inputs import open_tokens
 from maskgit.training.run.checkpoint import weights_fingerprint
-from maskgit.training.run.run import Distributed
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_evaluation import evaluate_loss
 

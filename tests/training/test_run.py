@@ -18,19 +18,17 @@ from maskgit.data.writers import write_image_cache
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.foundation.checks import Config
 from maskgit.sampler.config import SamplerConfig
+from maskgit.training.distributed import Distributed, compile_blocks, parallelize
 from maskgit.training.run import progress, run
 from maskgit.training.run.checkpoint import Checkpoints
 from maskgit.training.run.run import (
-    Distributed,
     Logger,
     StopSignal,
     Throughput,
     TrainingError,
     UpdateGate,
     choose_precision,
-    compile_blocks,
     held_run,
-    parallelize,
     seed_step,
     setup_run,
 )

@@ -20,8 +20,9 @@ from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training import codebook
 from maskgit.training import train_tokenizer as loop
 from maskgit.training.codebook import CodeUsage, revive_codes
+from maskgit.training.distributed import Distributed
 from maskgit.training.optim import make_adam
-from maskgit.training.run.run import Distributed, TrainingError, held_run
+from maskgit.training.run.run import TrainingError, held_run
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run
 from maskgit.training.tokenizer_parts import gumbel_noise, gumbel_tau, make_networks

@@ -22,11 +22,12 @@ from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.sampler.config import SamplerConfig
 from maskgit.training import train_transformer as module
+from maskgit.training.distributed import Distributed
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.objectives.losses import sequence_cross_entropy
 from maskgit.training.objectives.masking import draw_masks
 from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
-from maskgit.training.run.run import EXIT_INTERRUPTED, Distributed, TrainingError, held_run
+from maskgit.training.run.run import EXIT_INTERRUPTED, TrainingError, held_run
 from maskgit.training.train_transformer import flops_per_image, train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_dry_run import dry_run

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskgit.checkpoints import hugging_face, weights
+from maskgit.checkpoints.official import read_official
+from maskgit.checkpoints.parts import Parts, Whole
 from maskgit.config import ModelConfig
 from maskgit.errors import (
     CheckpointError,
@@ -39,7 +41,6 @@ from maskgit.foundation.locks import locked, waits_for
 from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
-from maskgit.pipeline import MaskGIT
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -70,7 +71,7 @@ DEFAULT_MODEL = "cifar10"
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?")
 
 
-def from_pretrained(
+def load_named(
     name_or_path: str | Path = DEFAULT_MODEL,
     *,
     device: Device = "cpu",
@@ -79,8 +80,8 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-) -> MaskGIT:
-    """Return a model by name or path.
+) -> Parts:
+    """Return what a model is made of, by name or path; see `maskgit.hub.from_pretrained`.
 
     Args:
         name_or_path: a folder written by `save_model`; a name in `REGISTRY` (an official one is downloaded
@@ -98,7 +99,7 @@ def from_pretrained(
     folder = locate(
         name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    return load_model(folder, device=choose_device(device), dtype=torch.float32 if dtype is None else dtype)
+    return load_parts(folder, device=choose_device(device), dtype=torch.float32 if dtype is None else dtype)
 
 
 def locate(
@@ -163,8 +164,6 @@ def locate(
 
 
 def _converted(name: str, urls: Official, cache: Path | None, local_files_only: bool) -> Path:
-    from maskgit.convert import load_official
-
     root = cache or download.cache_dir()
     folder, downloads = root / "models" / name, root / "downloads"
     if (folder / INDEX).is_file():
@@ -181,7 +180,7 @@ def _converted(name: str, urls: Official, cache: Path | None, local_files_only: 
             return folder
         paths = [download.fetch(url, folder=downloads) for url in urls]
         try:
-            model = load_official(paths[0], paths[1])
+            parts = read_official(paths[0], paths[1])
         except CheckpointError as error:
             # What came may have been a proxy's page; its checksum must not stand in the way of the next try.
             for path in paths:
@@ -189,11 +188,11 @@ def _converted(name: str, urls: Official, cache: Path | None, local_files_only: 
             raise CheckpointError(
                 f"What was downloaded is not {name}, and was thrown away: {error}"
             ) from error
-        return save_model(model, folder)
+        return save_parts(parts, folder)
 
 
-def load_model(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None = torch.float32) -> MaskGIT:
-    """Return the model in a folder.
+def load_parts(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None = torch.float32) -> Parts:
+    """Return what the model in a folder is made of.
 
     Raises:
         CheckpointError: a file is missing or broken, or weights do not fit their config.
@@ -217,7 +216,7 @@ def load_model(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None 
         raise CheckpointError(f"{path}: {error}") from error
     first = _load_stage(Tokenizer, config.tokenizer, path / "tokenizer" / WEIGHTS, device, dtype)
     second = _load_stage(Transformer, config.transformer, path / "transformer" / WEIGHTS, device, dtype)
-    return MaskGIT(config, first, second)
+    return Parts(config, first, second)
 
 
 def load_tokenizer(
@@ -306,46 +305,6 @@ def _blame_file(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
-def save_model(model: MaskGIT, path: str | Path, *, dtype: Dtype | None = None) -> Path:
-    """Write a model folder, whole or not at all; one that is there is replaced.
-
-    Args:
-        model: the model.
-        path: the folder, made if needed.
-        dtype: the type that floating-point weights are stored in; None and "auto" keep theirs.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: a weight is NaN or infinite, or would be in `dtype`.
-        ConfigError: the model is optimized, or a network is not the one that its config describes.
-        OutputError: it cannot be written, or something that is not a model stands there.
-    """
-    if model.engine is not None:
-        raise ConfigError("An optimized model is for running; save the one that it was made from.")
-    states = {
-        "tokenizer": _stored(Tokenizer, model.config.tokenizer, model.tokenizer, dtype),
-        "transformer": _stored(Transformer, model.config.transformer, model.transformer, dtype),
-    }
-    config = model.config.to_dict()
-    stages = {key: config.pop(key) for key in ("tokenizer", "transformer")}
-    index = {
-        "_class_name": "MaskGIT",
-        "format_version": FORMAT_VERSION,
-        **config,
-        "tokenizer": ["maskgit", "Tokenizer"],
-        "transformer": ["maskgit", "Transformer"],
-    }
-
-    def write(folder: Path) -> None:
-        write_json(folder / INDEX, index)
-        for name, state in states.items():
-            _write_stage(folder / name, stages[name], state)
-
-    return write_folder(path, (INDEX, "tokenizer", "transformer"), write)
-
-
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: Dtype | None = None) -> Path:
     """Write a folder that holds a tokenizer alone; see `save_model`."""
     config = cast(Tokenizer, weights.unwrapped(tokenizer)).config
@@ -383,7 +342,7 @@ def _write_stage(folder: Path, config: dict[str, Any], state: dict[str, Tensor])
 
 
 def push_to_hub(
-    model: MaskGIT,
+    model: Whole,
     repo_id: str,
     *,
     private: bool = False,
@@ -410,3 +369,48 @@ def push_to_hub(
             token=token,
             commit_message=commit_message or "Upload MaskGIT model",
         )
+
+
+def save_model(model: Whole, path: str | Path, *, dtype: Dtype | None = None) -> Path:
+    """Write a model folder, whole or not at all; one that is there is replaced.
+
+    Args:
+        model: the model.
+        path: the folder, made if needed.
+        dtype: the type that floating-point weights are stored in; None and "auto" keep theirs.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or would be in `dtype`.
+        ConfigError: the model is optimized, or a network is not the one that its config describes.
+        OutputError: it cannot be written, or something that is not a model stands there.
+    """
+    if model.engine is not None:
+        raise ConfigError("An optimized model is for running; save the one that it was made from.")
+    return save_parts(Parts(model.config, model.tokenizer, model.transformer), path, dtype=dtype)
+
+
+def save_parts(parts: Parts, path: str | Path, *, dtype: Dtype | None = None) -> Path:
+    """Write what a model is made of; see `save_model`."""
+    states = {
+        "tokenizer": _stored(Tokenizer, parts.config.tokenizer, parts.tokenizer, dtype),
+        "transformer": _stored(Transformer, parts.config.transformer, parts.transformer, dtype),
+    }
+    config = parts.config.to_dict()
+    stages = {key: config.pop(key) for key in ("tokenizer", "transformer")}
+    index = {
+        "_class_name": "MaskGIT",
+        "format_version": FORMAT_VERSION,
+        **config,
+        "tokenizer": ["maskgit", "Tokenizer"],
+        "transformer": ["maskgit", "Transformer"],
+    }
+
+    def write(folder: Path) -> None:
+        write_json(folder / INDEX, index)
+        for name, state in states.items():
+            _write_stage(folder / name, stages[name], state)
+
+    return write_folder(path, (INDEX, "tokenizer", "transformer"), write)

@@ -5,7 +5,7 @@ Shapes: B images, S the sequence with its class token, h × w the token grid.
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from maskgit.sampler.noise import ImageNoise
 from maskgit.sampler.plans import num_steps
 from maskgit.sampler.policies import make_policy
 from maskgit.sampler.policies.base import log_probs_of
-
-if TYPE_CHECKING:
-    from maskgit.pipeline import MaskGIT
 
 
 def fill(
@@ -70,7 +67,7 @@ def fill(
 
 
 def fill_batches(
-    model: "MaskGIT",
+    model: Model,
     sequences: Tensor,
     config: SamplerConfig,
     *,
@@ -122,7 +119,7 @@ def fill_batches(
 
 
 def _steps(
-    model: "MaskGIT",
+    model: Model,
     sequences: Tensor,
     config: SamplerConfig,
     noise: ImageNoise,
@@ -158,7 +155,7 @@ def _steps(
     yield from decode_steps(model.new_predictor(known=known), sequences, config, state=state, **options)
 
 
-def _record(model: "MaskGIT", made: Decoded) -> Trace:
+def _record(model: Model, made: Decoded) -> Trace:
     """Return what a trace keeps of one step."""
     parts = (made.tokens, made.unknown, log_probs_of(made.logits, made.tokens).exp())
     return Trace(*(model.vocabulary.grid(part).cpu() for part in parts))

@@ -13,7 +13,8 @@ Beside a mode, decoding may reuse what it computed of known tokens (`engine.reus
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,13 +26,12 @@ from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import keep_freed_memory
 from maskgit.engine.linear import FIXED_ROWS, PATHS, replace_linears, ways
 from maskgit.engine.masked import MaskedPredictor
+from maskgit.engine.reuse import ContextReuse
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import Config, check_choice, check_count, check_range
 from maskgit.foundation.compiled import Compiled
 from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype
-
-if TYPE_CHECKING:
-    from maskgit.pipeline import MaskGIT
+from maskgit.model import AnyModel, plain_model
 
 MODES = ("exact", "fast", "int8")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -183,7 +183,7 @@ def _forms(kind: str, dtype: str | None, fast: bool, quantize: str | None) -> li
     return found + [("float32", "int8")] * (quantize is None and "int8" in ways(torch.float32))
 
 
-def optimize(model: "MaskGIT", mode: str = "fast", **choices: Any) -> "MaskGIT":
+def optimize(model: AnyModel, mode: str = "fast", **choices: Any) -> AnyModel:
     """Return the model made ready to run fast; the one it is made from stays as it is.
 
     Weights that need not change are shared. The returned model is for running: with bfloat16, float16 or int8
@@ -207,14 +207,12 @@ def optimize(model: "MaskGIT", mode: str = "fast", **choices: Any) -> "MaskGIT":
     return build(model, choose(mode, **choices))
 
 
-def build(model: "MaskGIT", engine: Engine) -> "MaskGIT":
+def build(model: AnyModel, engine: Engine) -> AnyModel:
     """Return the model made to run as an engine says; see `optimize`.
 
     Raises:
         ConfigError: the model was optimized before, or this machine cannot run it so.
     """
-    from maskgit.pipeline import MaskGIT, plain_model
-
     if model.engine is not None:
         raise ConfigError("This model is optimized already; optimize the one that it was made from.")
     model = plain_model(model)
@@ -223,7 +221,7 @@ def build(model: "MaskGIT", engine: Engine) -> "MaskGIT":
         raise ConfigError(
             f"This machine has no {engine.quantize or engine.linear!r} products of {engine.dtype}, which the engine asks for."
         )
-    made = MaskGIT(model.config, _shared(model.tokenizer), _shared(model.transformer))
+    made = type(model)(model.config, _shared(model.tokenizer), _shared(model.transformer))
     made.to(torch.device(engine.device), form)
     if engine.device == "cpu":
         keep_freed_memory()
@@ -252,6 +250,15 @@ def build(model: "MaskGIT", engine: Engine) -> "MaskGIT":
             codes=made.vocabulary.num_codes,
             mask_token=made.vocabulary.mask,
             remember=engine.dtype == "float32",
+        )
+    if engine.reuse > 1:
+        made.fresh_predictor = partial(
+            ContextReuse,
+            made.transformer,
+            made.local_transformer,
+            codes=made.vocabulary.num_codes,
+            mask_token=made.vocabulary.mask,
+            reuse=engine.reuse,
         )
     if engine.graphs:
         made.decode_step = GraphedSteps(compile_noise=engine.compile)

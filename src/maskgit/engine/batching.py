@@ -21,7 +21,7 @@ from maskgit.engine.batch_sizes import free_memory, in_parts, ran_out_of_memory
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import check_count, check_seed, check_whole
 from maskgit.foundation.devices import upload
-from maskgit.pipeline import MaskGIT
+from maskgit.model import Model
 from maskgit.results import DEFAULT_BATCH_SIZE
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.loop import Made, begin, free_tokens
@@ -157,7 +157,7 @@ class Batcher:
 
     def __init__(
         self,
-        model: MaskGIT,
+        model: Model,
         *,
         max_batch: int = DEFAULT_BATCH_SIZE,
         sizes: Sequence[int] | None = None,
@@ -177,7 +177,7 @@ class Batcher:
         Raises:
             ConfigError: a size is out of range, or the model's engine reuses context.
         """
-        if model.engine is not None and model.engine.reuse > 1:
+        if model.fresh_predictor is not None:
             raise ConfigError("Jobs are at different steps, so they cannot reuse context; leave reuse at 1.")
         self.model = model
         self.max_batch = check_count("max_batch", max_batch, 1, 4096)

@@ -14,7 +14,7 @@ from torch import Tensor
 from maskgit.errors import CheckpointError
 from maskgit.evaluation.metrics import codebook_usage, perplexity
 from maskgit.sampler.noise import uniform
-from maskgit.training.run.run import Distributed
+from maskgit.training.distributed import Distributed
 
 # The streams of `noise.uniform` that tokenizer training draws from.
 GUMBEL, REVIVE = 72, 73

@@ -23,7 +23,8 @@ from maskgit.evaluation.networks.features import load_feature_net
 from maskgit.foundation.devices import upload, widest_float
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.codebook import count_codes
-from maskgit.training.run.run import Distributed, autocast
+from maskgit.training.distributed import Distributed
+from maskgit.training.run.run import autocast
 
 NUM_SHOWN = 32
 

@@ -20,6 +20,7 @@ from maskgit.foundation.devices import copies_aside, upload
 from maskgit.hub import save_tokenizer
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.codebook import CodeUsage, revive_codes
+from maskgit.training.distributed import Distributed, parallelize
 from maskgit.training.inputs import open_images
 from maskgit.training.objectives.losses import (
     QUANTIZER_LOSSES,
@@ -36,7 +37,6 @@ from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.run.progress import host_numbers
 from maskgit.training.run.run import (
     EXIT_INTERRUPTED,
-    Distributed,
     Logger,
     StopSignal,
     Throughput,
@@ -44,7 +44,6 @@ from maskgit.training.run.run import (
     autocast,
     choose_precision,
     held_run,
-    parallelize,
     peak_flops,
     setup_run,
 )

@@ -26,6 +26,7 @@ from maskgit.networks.config import TransformerConfig
 from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.pipeline import MaskGIT
+from maskgit.training.distributed import Distributed, compile_blocks, parallelize
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import TokenInputs, open_tokens
 from maskgit.training.objectives.masking import draw_masks, hide_labels
@@ -34,16 +35,13 @@ from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.run.progress import host_numbers
 from maskgit.training.run.run import (
     EXIT_INTERRUPTED,
-    Distributed,
     Logger,
     StopSignal,
     Throughput,
     UpdateGate,
     autocast,
     choose_precision,
-    compile_blocks,
     held_run,
-    parallelize,
     peak_flops,
     seed_step,
     setup_run,

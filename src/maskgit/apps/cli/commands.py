@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from maskgit import __version__
 from maskgit.apps.cli.editing import edit, inpaint, interpolate, outpaint, panorama, vary
 from maskgit.apps.cli.evaluation import compare, evaluate, stats
 from maskgit.apps.cli.exporting import export
@@ -42,6 +41,7 @@ from maskgit.apps.cli.webui import page
 from maskgit.errors import ConfigError, MaskGITError, OutputError
 from maskgit.foundation.files import expand_argument
 from maskgit.foundation.notes import listening
+from maskgit.foundation.version import __version__
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from maskgit import __version__
 from maskgit.errors import ConfigError
+from maskgit.foundation.version import __version__
 
 if TYPE_CHECKING:
     from maskgit.apps.cli.signing import Signer

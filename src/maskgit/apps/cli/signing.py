@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from maskgit import __version__
 from maskgit.errors import ConfigError, OutputError
+from maskgit.foundation.version import __version__
 from maskgit.images.provenance import EDITED, GENERATED, Sign
 
 # How far the chain and the key may go, in bytes.

@@ -18,7 +18,6 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import httpx
 
-from maskgit import __version__
 from maskgit.apps.client import calls as client_calls
 from maskgit.apps.client.answers import EventReader, Picture, Pictures, Preview, RequestError, check
 from maskgit.apps.client.calls import Call, Making, Source
@@ -26,6 +25,7 @@ from maskgit.errors import ConfigError
 from maskgit.foundation.checks import check_count, check_range
 from maskgit.foundation.forks import resets
 from maskgit.foundation.proxies import missing_socks, proxy_for
+from maskgit.foundation.version import __version__
 
 __all__ = [
     "AsyncClient",

@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from torch import Tensor
 
-from maskgit import __version__
 from maskgit.apps.cli.flags import Network
 from maskgit.apps.serving import openapi_docs as describing
 from maskgit.apps.serving import outputs, schemas
@@ -26,6 +25,7 @@ from maskgit.apps.serving.outputs import Answer
 from maskgit.apps.serving.service import Accepted, Service
 from maskgit.errors import ConfigError, ImageError, MaskGITError, RegionError
 from maskgit.foundation.notes import listening
+from maskgit.foundation.version import __version__
 from maskgit.images import provenance
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Callback

@@ -16,13 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from maskgit import __version__
 from maskgit.apps.cli.flags import Marking
 from maskgit.apps.serving.errors import InvalidRequestError, OverloadedError, UnavailableError
 from maskgit.apps.serving.request_model import SharedModel
 from maskgit.apps.serving.worker import Stats, Ticket, Worker
 from maskgit.foundation.checks import Config, check_count, check_range
 from maskgit.foundation.forks import resets
+from maskgit.foundation.version import __version__
 from maskgit.pipeline import MaskGIT
 
 T = TypeVar("T")

@@ -2,19 +2,22 @@
 
 import base64
 import io
+import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 from PIL import Image
 
 from maskgit.evaluation.report.charts import Mark, colour, line_chart, number
-from maskgit.evaluation.report.report import Report, versions
+from maskgit.evaluation.report.report import JSON_NAME, PAGE_NAME, Report, versions
 from maskgit.evaluation.scores.classwise import ClassScore, best_and_worst
 from maskgit.evaluation.scores.memorisation import Memorisation, Row
 from maskgit.evaluation.scores.names import Score
+from maskgit.foundation.files import expand, write_bytes
 
 # Images of at most this many pixels a side are enlarged with sharp pixels, and are kept exactly.
 SMALL_SIDE = 96
@@ -291,3 +294,19 @@ def _table(rows: Iterable[tuple[str, Any]]) -> str:
         kind = ' class="hash"' if is_hash else ""
         cells.append(f"<dt>{escape(name)}</dt><dd{kind}>{escape(text)}</dd>")
     return f"<dl>{''.join(cells)}</dl>"
+
+
+def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
+    """Write a report as JSON and HTML, each whole or not at all, and return the two paths.
+
+    Raises:
+        OutputError: one cannot be written.
+    """
+    # Imported here because the page is written from a report.
+
+    values, page = expand(folder) / JSON_NAME, expand(folder) / PAGE_NAME
+    text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(page, render(report).encode(errors="backslashreplace"))
+    # A file name that is no text, in surrogates, becomes the escapes that JSON has for them.
+    write_bytes(values, text.encode(errors="backslashreplace") + b"\n")
+    return values, page

@@ -4,11 +4,9 @@ report.json    metrics, intervals, cautions, classes, neighbours, curves, settin
 report.html    the same with pictures, in one file that asks nothing of the network
 """
 
-import json
 import math
 import platform
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +14,10 @@ import PIL
 import torch
 from numpy.typing import NDArray
 
-from maskgit import __version__
 from maskgit.evaluation.scores.classwise import ClassScore
 from maskgit.evaluation.scores.memorisation import Memorisation
 from maskgit.evaluation.scores.names import Score
-from maskgit.foundation.files import expand, write_bytes
+from maskgit.foundation.version import __version__
 
 FORMAT = 1
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
@@ -152,20 +149,3 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "pillow": PIL.__version__,
     }
-
-
-def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
-    """Write a report as JSON and HTML, each whole or not at all, and return the two paths.
-
-    Raises:
-        OutputError: one cannot be written.
-    """
-    # Imported here because the page is written from a report.
-    from maskgit.evaluation.report.page import render
-
-    values, page = expand(folder) / JSON_NAME, expand(folder) / PAGE_NAME
-    text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    write_bytes(page, render(report).encode(errors="backslashreplace"))
-    # A file name that is no text, in surrogates, becomes the escapes that JSON has for them.
-    write_bytes(values, text.encode(errors="backslashreplace") + b"\n")
-    return values, page

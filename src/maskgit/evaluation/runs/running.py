@@ -16,7 +16,8 @@ import torch
 from maskgit.engine import DTYPES, Engine, alternatives, choose
 from maskgit.engine.linear import PATHS, ways
 from maskgit.errors import ConfigError
-from maskgit.evaluation.report.report import JSON_NAME, Report, write_report
+from maskgit.evaluation.report.report import JSON_NAME, Report
+from maskgit.evaluation.report.page import write_report
 from maskgit.foundation.units import PLAN, Units, Work, agree, claim
 from maskgit.foundation.files import check_writable
 

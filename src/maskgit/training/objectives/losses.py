@@ -5,15 +5,15 @@ Source: official libml/losses.py and nets/vqgan_tokenizer.py.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit.foundation.checks import check_choice
 from maskgit.networks.quantizer import Quantized
+from maskgit.training.distributed import mean_over_processes
 
 # Added inside logarithms of mean probabilities, as the official code does.
 _LOG_FLOOR = 1e-5
@@ -123,31 +123,6 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
         (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
         norms.append(mean_over_processes(gradient.detach().float()).norm())
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)
-
-
-class _Mean(torch.autograd.Function):
-    """The mean over all processes, forwards of values and backwards of gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _Mean.forward(ctx, gradients[0])
-
-
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes, through which gradients flow to each of them.
-
-    With gradients averaged over processes, as DDP and FSDP do, a loss of this mean has the same gradient as in one
-    process that holds the whole batch.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value
-    return _Mean.apply(value)
 
 
 def entropy_loss(affinity: Tensor, kind: str = "softmax", temperature: float = 0.01) -> Tensor:

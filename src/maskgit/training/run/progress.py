@@ -19,7 +19,7 @@ from maskgit.foundation.files import output_error, replacing
 from maskgit.training.run.trackers import Tracker, make_tracker
 
 if TYPE_CHECKING:
-    from maskgit.training.run.run import Distributed
+    from maskgit.training.distributed import Distributed
 
 # Dense bfloat16 (float16 where there is none) FLOP/s by the makers' data sheets, by a part of the device's name.
 PEAK_FLOPS = {
