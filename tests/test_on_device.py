@@ -1,4 +1,4 @@
-"""All that computes, on a device that is none, like CUDA and like MPS: the tests in `on_device`.
+"""All that computes, on a fake device, as CUDA and as MPS: the tests in `on_device`.
 
 Each file runs in a process of its own, for the device is there for all of torch and until the process ends: among
 others, `torch.accelerator` finds it, and with it parts of torch that other tests use on the CPU.

@@ -1,3 +1,45 @@
 """Images: untrusted files, arrays, sheets; the only owner of ranges, sizes and file formats."""
 
-from maskgit.images.arrays import *  # noqa: F403
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskgit.images.arrays import (
+        MAX_PIXELS,
+        contact_sheet,
+        fit,
+        overlay_mask,
+        read_image,
+        read_settings,
+        save_png,
+        shorten,
+        to_array,
+        to_pil,
+        to_tensor,
+        to_uint8,
+    )
+    from maskgit.images.encoding import encode
+
+__all__ = [
+    "MAX_PIXELS",
+    "contact_sheet",
+    "encode",
+    "fit",
+    "overlay_mask",
+    "read_image",
+    "read_settings",
+    "save_png",
+    "shorten",
+    "to_array",
+    "to_pil",
+    "to_tensor",
+    "to_uint8",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used, so that files are read without torch.
+    if name not in __all__:
+        raise AttributeError(f"module 'maskgit.images' has no attribute {name!r}")
+    from maskgit.images import arrays, encoding
+
+    return getattr(encoding if name == "encode" else arrays, name)

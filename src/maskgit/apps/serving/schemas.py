@@ -179,7 +179,10 @@ class Outpaint(Sampled):
     position: Pair | None = Field(None, description="Where the photo is in the canvas.")
     class_: Class = None
     feather: Annotated[
-        float | None, Field(ge=0, description="Pixels inside the photo over which it fades into what is new.")
+        float | None,
+        Field(
+            ge=0, le=MAX_PIXELS, description="Pixels inside the photo over which it fades into what is new."
+        ),
     ] = None
 
 
