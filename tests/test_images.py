@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from maskgit import images
 from maskgit.errors import ConfigError, ImageError, OutputError
+from maskgit.images import encoding
 from pictures import as_array, encoded, noise, over_white, picture
 
 # Arrays and tensors
@@ -214,7 +215,7 @@ def with_text(text, key="maskgit"):
         (with_text("[" * 500_000), "not JSON"),
         (with_text("[1]"), "JSON object"),
         (with_text("1"), "JSON object"),
-        (with_text('{"a": "' + "x" * images.MAX_SETTINGS_CHARS + '"}'), "characters of settings"),
+        (with_text('{"a": "' + "x" * encoding.MAX_SETTINGS_CHARS + '"}'), "characters of settings"),
         (b"no picture", "not a picture"),
     ],
 )
