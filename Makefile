@@ -47,7 +47,8 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 test: lint types $(VENV)/.packages
-	$(BIN)/python -m pytest
+	# Two at a time, a file in one process; tests compute in one thread each.
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Runs docs/demo.ipynb anew, with its pictures.
 notebook: $(VENV)/.test
