@@ -186,5 +186,5 @@ def test_what_makes_the_host_wait_is_counted(work, event):
 def test_waits_are_counted_by_the_line_of_the_package(on_device):
     with counting() as counts:
         on_device.encode_pixels(torch.zeros(1, 3, 32, 32))
-    assert all(line.split(", ")[-1].startswith("pipeline.py:") for line in counts.lines), counts
+    assert all(line.split(", ")[-1].startswith("model.py:") for line in counts.lines), counts
     assert fake_device.NAME in str(on_device.device)

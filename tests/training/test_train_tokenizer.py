@@ -186,7 +186,6 @@ def test_bad_settings_are_refused(config):
     for changes, name in (
         ({"perceptual": "vgg"}, "perceptual"),
         ({"image_size": 9}, "image_size"),
-        ({"image_size": 12}, "adversarial_weight"),
         ({"betas": (0.9,)}, "betas"),
         ({"tau_min": 2.0}, "tau_max"),
         ({"keep_best": 1, "test_data": None}, "keep_best"),

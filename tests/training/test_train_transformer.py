@@ -252,7 +252,8 @@ GATED = """
 import sys, torch
 from torch.distributed.tensor import DTensor
 from maskgit.networks.config import TransformerConfig
-from maskgit.training.run.run import Distributed, TrainingError, UpdateGate, parallelize
+from maskgit.training.distributed import Distributed, parallelize
+from maskgit.training.run.run import TrainingError, UpdateGate
 from maskgit.networks.transformer import Transformer
 distributed = Distributed.init("cpu", group=True)
 torch.manual_seed(0)
