@@ -28,6 +28,10 @@ def test_missing_packages_are_named_with_a_cure_that_works(command, module, extr
         name for name in sys.modules if name.startswith(("maskgit.apps.serving.", "maskgit.apps.webui."))
     ]:
         monkeypatch.delitem(sys.modules, name)
+        # `from package import module` takes what the package holds before it imports.
+        package, _, child = name.rpartition(".")
+        if hasattr(sys.modules[package], child):
+            monkeypatch.delattr(sys.modules[package], child)
     monkeypatch.setitem(sys.modules, module, None)
     assert cli.main(command.split()) == 2
     told = capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_a_network_that_tokenizes_or_predicts_is_whole(tiny, rounded, monkeypatc
         precision._PRODUCTS.__class__, "__enter__", lambda self: entered.append(1) or real(self)
     )
     # As if the tensors were of a GPU.
-    for module in ("maskgit.networks.tokenizer", "maskgit.pipeline"):
+    for module in ("maskgit.networks.tokenizer", "maskgit.model"):
         monkeypatch.setattr(
             f"{module}.whole_float32", lambda device, network=None: whole_float32(CUDA, network)
         )

@@ -18,6 +18,7 @@ from maskgit.data.writers import write_image_cache
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.foundation.checks import Config
 from maskgit.sampler.config import SamplerConfig
+from maskgit.training import distributed
 from maskgit.training.distributed import Distributed, compile_blocks, parallelize
 from maskgit.training.run import progress, run
 from maskgit.training.run.checkpoint import Checkpoints
@@ -153,13 +154,13 @@ class Joined(list):
 
 def test_a_group_on_gpus_is_told_its_device(monkeypatch):
     joined = Joined()
-    monkeypatch.setattr(run, "own_device", lambda name: torch.device("cuda:3"))
-    monkeypatch.setattr(run.dist, "init_process_group", joined)
+    monkeypatch.setattr(distributed, "own_device", lambda name: torch.device("cuda:3"))
+    monkeypatch.setattr(distributed.dist, "init_process_group", joined)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert Distributed.init("cuda").device == torch.device("cuda:3")
     assert joined == [{"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device("cuda:3")}]
-    monkeypatch.setattr(run, "own_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(distributed, "own_device", lambda name: torch.device("cpu"))
     Distributed.init("cpu")
     assert joined[1:] == [{"backend": "gloo"}]
 
@@ -169,7 +170,7 @@ def test_processes_agree_over_the_cpu(monkeypatch):
         assert flags.device == torch.device("cpu")
         flags.fill_(1)
 
-    monkeypatch.setattr(run.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
     assert Distributed(0, 2, torch.device("meta")).any(False)
 
 

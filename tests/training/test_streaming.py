@@ -393,7 +393,7 @@ def test_a_name_on_the_hub_is_read_at_its_revision(configs, folder, monkeypatch)
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     stream = StreamConfig(source="someone/pictures", config="small", revision="c0ffee")
     opened = inputs.open_images(replace(configs["tokenizer"], stream=stream))
-    assert asked == [("someone/pictures", "small", {"revision": "c0ffee"})]
+    assert asked == [("someone/pictures", "small", {"revision": "c0ffee", "cache_dir": None})]
     assert next(opened.train.from_step(0)).images.shape == (6, 3, SIDE, SIDE)
 
 

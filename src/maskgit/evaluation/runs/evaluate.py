@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskgit.foundation.checks import check_range
-from maskgit.foundation.checks import Config
 from maskgit.data.pictures import Pictures, check_share
 from maskgit.errors import ConfigError, DataError
+from maskgit.evaluation.networks.features import FeatureNet
+from maskgit.evaluation.report.report import Picture, Point, Report
+from maskgit.evaluation.runs.running import Progress, run_works
+from maskgit.evaluation.runs.sampling import RealImages, SampleConfig, Samples, gather
 from maskgit.evaluation.scores import memorisation
 from maskgit.evaluation.scores.classification import classification_accuracy, kept_images
 from maskgit.evaluation.scores.classwise import (
@@ -29,16 +31,13 @@ from maskgit.evaluation.scores.classwise import (
     matched_classes,
     wilson_interval,
 )
-from maskgit.evaluation.networks.features import FeatureNet
-from maskgit.evaluation.scores.references import Reference, evaluator_identity, reference_statistics
-from maskgit.evaluation.report.report import Picture, Point, Report
-from maskgit.evaluation.runs.running import Progress, run_works
-from maskgit.evaluation.runs.sampling import RealImages, SampleConfig, Samples, gather
 from maskgit.evaluation.scores.names import Names, Score
+from maskgit.evaluation.scores.references import Reference, evaluator_identity, reference_statistics
 from maskgit.evaluation.scores.scores import distances, manifolds
 from maskgit.evaluation.scores.statistics import ImageStatistics
-from maskgit.foundation.units import Arrays, Units, Work
+from maskgit.foundation.checks import Config, check_range
 from maskgit.foundation.files import expand
+from maskgit.foundation.units import Arrays, Units, Work
 from maskgit.pipeline import MaskGIT
 
 

@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskgit.foundation.checks import check_count
 from maskgit.data.pictures import Pictures, check_share
 from maskgit.errors import DataError
 from maskgit.evaluation.networks.features import FeatureNet
-from maskgit.evaluation.scores.references import Reference
 from maskgit.evaluation.runs.sampling import RealImages, joined
 from maskgit.evaluation.scores.names import Names, Score
+from maskgit.evaluation.scores.references import Reference
 from maskgit.evaluation.scores.scores import MAX_KEPT, distances, manifolds, summarise
 from maskgit.evaluation.scores.statistics import ImageStatistics
+from maskgit.foundation.checks import check_count
 from maskgit.foundation.units import Arrays
 
 # Called with what is measured and the images done and in all.

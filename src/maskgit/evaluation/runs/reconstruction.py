@@ -5,19 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit.foundation.checks import check_range
 from maskgit.data.pictures import Pictures, check_share
-from maskgit.evaluation.runs.evaluate import EvaluationConfig
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.networks.lpips import LPIPS
-from maskgit.evaluation.scores.references import evaluator_identity
 from maskgit.evaluation.report.report import Picture, Report
+from maskgit.evaluation.runs.evaluate import EvaluationConfig
 from maskgit.evaluation.runs.running import Progress, run_works
 from maskgit.evaluation.runs.sampling import Reconstructions, gather
 from maskgit.evaluation.scores.names import Names
+from maskgit.evaluation.scores.references import evaluator_identity
 from maskgit.evaluation.scores.scores import reconstruction_scores
-from maskgit.foundation.units import Units
+from maskgit.foundation.checks import check_range
 from maskgit.foundation.files import expand
+from maskgit.foundation.units import Units
 from maskgit.networks.tokenizer import Tokenizer
 
 

@@ -16,10 +16,10 @@ import torch
 from maskgit.engine import DTYPES, Engine, alternatives, choose
 from maskgit.engine.linear import PATHS, ways
 from maskgit.errors import ConfigError
-from maskgit.evaluation.report.report import JSON_NAME, Report
 from maskgit.evaluation.report.page import write_report
-from maskgit.foundation.units import PLAN, Units, Work, agree, claim
+from maskgit.evaluation.report.report import JSON_NAME, Report
 from maskgit.foundation.files import check_writable
+from maskgit.foundation.units import PLAN, Units, Work, agree, claim
 
 WORK, ENGINE = "work", "engine.json"
 # Called with a work's name and its units done and in all.

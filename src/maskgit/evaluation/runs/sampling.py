@@ -15,21 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskgit.sampler import noise
-from maskgit.foundation.checks import check_choice, check_range
-from maskgit.foundation.checks import Config
-from maskgit.sampler.config import SamplerConfig
 from maskgit.data.pictures import Pictures, as_floats
-from maskgit.foundation.devices import upload
 from maskgit.errors import ConfigError
+from maskgit.evaluation.metrics import SSIM_WINDOW, psnr, ssim
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.networks.lpips import LPIPS
-from maskgit.evaluation.metrics import SSIM_WINDOW, psnr, ssim
+from maskgit.foundation.checks import Config, check_choice, check_range
+from maskgit.foundation.devices import upload
+from maskgit.foundation.precision import whole_float32
 from maskgit.foundation.units import Arrays, Made, Units
 from maskgit.images import to_pil, to_uint8
-from maskgit.pipeline import MaskGIT
-from maskgit.foundation.precision import whole_float32
 from maskgit.networks.tokenizer import Tokenizer
+from maskgit.pipeline import MaskGIT
+from maskgit.sampler import noise
+from maskgit.sampler.config import SamplerConfig
 
 LABEL_RULES = ("balanced", "dataset")
 KEPT = ("none", "npz", "png")

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskgit.foundation.checks import check_choice, check_count, check_range, check_seed
-from maskgit.foundation.checks import Config
 from maskgit.errors import ConfigError, install_extra
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.scores.statistics import Collector, ImageStatistics, compare
+from maskgit.foundation.checks import Config, check_choice, check_count, check_range, check_seed
 from maskgit.pipeline import MaskGIT
 from maskgit.sampler.policies import POLICIES
 from maskgit.sampler.schedules import check_mask_schedule

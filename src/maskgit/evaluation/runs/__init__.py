@@ -1,0 +1,1 @@
+"""Evaluations as work that any number of processes share."""
