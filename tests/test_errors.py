@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[1]
         ("export cifar10 --out out", "onnx", "export"),
     ],
 )
-def test_missing_packages_are_named_with_a_cure_that_works(command, module, extra, monkeypatch, capsys):
+def test_missing_packages_are_named_with_a_cure_that_works(
+    command, module, extra, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
     for name in [
         name for name in sys.modules if name.startswith(("maskgit.apps.serving.", "maskgit.apps.webui."))
     ]:
