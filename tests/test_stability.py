@@ -66,7 +66,7 @@ def test_names_in_other_documents_are_there():
 def test_exit_codes_are_those_that_are_promised(capsys):
     assert cli.main(["info"]) == 0
     assert cli.main(["info", "nonsense"]) == cli.main(["nonsense"]) == 2
-    from maskgit.training.run.run import EXIT_INTERRUPTED
+    from maskgit.training.run.stopping import EXIT_INTERRUPTED
 
     assert (EXIT_INTERRUPTED, cli.EXIT_INTERRUPTED) == (75, 130)
 

@@ -420,7 +420,7 @@ def test_a_cpu_with_fewer_instructions_goes_every_way_that_is_left(limits):
 
 def test_whether_a_cpu_has_bfloat16_is_asked_in_one_place(monkeypatch):
     from maskgit.engine.host import has_bfloat16_units
-    from maskgit.training.run.run import choose_precision
+    from maskgit.training.numerics import choose_precision
 
     monkeypatch.setattr(host, "ways", lambda dtype: ("torch", "onednn"))
     # What the versions of torch tell, and what none tells.

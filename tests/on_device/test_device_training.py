@@ -17,9 +17,9 @@ from maskgit.training import optim, train_tokenizer, train_transformer
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.distributed import Distributed
 from maskgit.training.objectives.discriminator import Discriminator
-from maskgit.training.run import progress, run
+from maskgit.training.run import progress, stopping
 from maskgit.training.run.checkpoint import Checkpoints
-from maskgit.training.run.run import TrainingError, UpdateGate
+from maskgit.training.run.stopping import TrainingError, UpdateGate
 from maskgit.training.tokenizer_evaluation import comparison_device
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
@@ -286,7 +286,7 @@ def test_a_step_that_is_not_finite_is_neither_applied_nor_saved(stage, tmp_path,
 
 
 def test_the_host_looks_every_so_many_steps(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "FINITE_EVERY", 5)
+    monkeypatch.setattr(stopping, "FINITE_EVERY", 5)
     seen = spoil(monkeypatch, "transformer", 1)
     train("transformer", str(tmp_path / "run"), "steps=20", "log_every=100", code=2)
     assert "Stopped at step 1" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.sampler.config import SamplerConfig
 from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
-from maskgit.training.run.run import EXIT_INTERRUPTED
+from maskgit.training.run.stopping import EXIT_INTERRUPTED
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from runs import checkpointed, logged, run_two, start

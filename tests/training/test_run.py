@@ -20,19 +20,12 @@ from maskgit.foundation.checks import Config
 from maskgit.sampler.config import SamplerConfig
 from maskgit.training import distributed
 from maskgit.training.distributed import Distributed, compile_blocks, parallelize
-from maskgit.training.run import progress, run
+from maskgit.training.numerics import choose_precision, seed_step
+from maskgit.training.run import folder, progress
 from maskgit.training.run.checkpoint import Checkpoints
-from maskgit.training.run.run import (
-    Logger,
-    StopSignal,
-    Throughput,
-    TrainingError,
-    UpdateGate,
-    choose_precision,
-    held_run,
-    seed_step,
-    setup_run,
-)
+from maskgit.training.run.folder import held_run, setup_run
+from maskgit.training.run.progress import Logger, Throughput
+from maskgit.training.run.stopping import StopSignal, TrainingError, UpdateGate
 from runs import run_two
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -111,7 +104,7 @@ def test_bytes_that_changed_under_their_fingerprint_are_an_error(tmp_path, monke
     with pytest.raises(DataError, match=r"changed since the checkpoint in .*images is damaged"):
         go_on()
     # Of what is too large to be read again, sizes are compared.
-    monkeypatch.setattr(run, "MAX_VERIFIED_BYTES", cache.num_bytes - 1)
+    monkeypatch.setattr(folder, "MAX_VERIFIED_BYTES", cache.num_bytes - 1)
     go_on()
     with (cache.path / "images.npy").open("r+b") as file:
         file.truncate((cache.path / "images.npy").stat().st_size - 1)
@@ -304,7 +297,8 @@ def test_durations_as_people_read_them(seconds, text):
 
 HOLD = """
 import sys, torch
-from maskgit.training.run.run import Distributed, held_run
+from maskgit.training.distributed import Distributed
+from maskgit.training.run.folder import held_run
 with held_run(sys.argv[1], Distributed(0, 1, torch.device("cpu"))):
     print("holds", flush=True)
     sys.stdin.read()
@@ -346,7 +340,8 @@ def test_a_run_that_failed_can_be_started_again_in_the_same_process(tmp_path):
 TWO = """
 import os, sys
 from maskgit.errors import OutputError
-from maskgit.training.run.run import Distributed, held_run
+from maskgit.training.distributed import Distributed
+from maskgit.training.run.folder import held_run
 distributed = Distributed.init("cpu")
 try:
     with held_run(sys.argv[1], distributed):

@@ -29,7 +29,7 @@ from maskgit.networks.tokenizer import Tokenizer
 from maskgit.sampler.config import SamplerConfig
 from maskgit.training import inputs, train_tokenizer, train_transformer
 from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
-from maskgit.training.run.run import TrainingError
+from maskgit.training.run.stopping import TrainingError
 from maskgit.training.stream_config import StreamConfig, TokenStreamConfig
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run as tokenizer_dry_run

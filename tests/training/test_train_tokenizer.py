@@ -22,7 +22,8 @@ from maskgit.training import train_tokenizer as loop
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.distributed import Distributed
 from maskgit.training.optim import make_adam
-from maskgit.training.run.run import TrainingError, held_run
+from maskgit.training.run.folder import held_run
+from maskgit.training.run.stopping import TrainingError
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run
 from maskgit.training.tokenizer_parts import gumbel_noise, gumbel_tau, make_networks

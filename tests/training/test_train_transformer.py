@@ -27,7 +27,8 @@ from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.objectives.losses import sequence_cross_entropy
 from maskgit.training.objectives.masking import draw_masks
 from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
-from maskgit.training.run.run import EXIT_INTERRUPTED, TrainingError, held_run
+from maskgit.training.run.folder import held_run
+from maskgit.training.run.stopping import EXIT_INTERRUPTED, TrainingError
 from maskgit.training.train_transformer import flops_per_image, train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_dry_run import dry_run
@@ -253,7 +254,7 @@ import sys, torch
 from torch.distributed.tensor import DTensor
 from maskgit.networks.config import TransformerConfig
 from maskgit.training.distributed import Distributed, parallelize
-from maskgit.training.run.run import TrainingError, UpdateGate
+from maskgit.training.run.stopping import TrainingError, UpdateGate
 from maskgit.networks.transformer import Transformer
 distributed = Distributed.init("cpu", group=True)
 torch.manual_seed(0)

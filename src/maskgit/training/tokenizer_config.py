@@ -7,11 +7,11 @@ from maskgit.errors import ConfigError
 from maskgit.evaluation.networks.features import BUNDLED_NETS
 from maskgit.foundation.checks import Config, check_choice, check_range
 from maskgit.networks.config import TokenizerConfig
+from maskgit.training.numerics import PRECISIONS
 from maskgit.training.objectives.discriminator import check_discriminator_size
 from maskgit.training.objectives.losses import ADVERSARIAL_LOSSES, ENTROPY_KINDS
 from maskgit.training.objectives.perceptual import PERCEPTUAL
 from maskgit.training.optim import LR_SCHEDULES
-from maskgit.training.run.run import PRECISIONS
 from maskgit.training.run.trackers import TRACKERS
 from maskgit.training.stream_config import StreamConfig
 

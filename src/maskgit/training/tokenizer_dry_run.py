@@ -5,7 +5,8 @@ import torch
 from maskgit.foundation.devices import choose_device
 from maskgit.networks.config import TokenizerConfig
 from maskgit.training.inputs import open_images
-from maskgit.training.run.run import choose_precision, peak_flops
+from maskgit.training.numerics import choose_precision
+from maskgit.training.run.progress import peak_flops
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_parts import flops_per_image, make_networks
 

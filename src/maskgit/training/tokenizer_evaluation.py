@@ -24,7 +24,7 @@ from maskgit.foundation.devices import upload, widest_float
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.codebook import count_codes
 from maskgit.training.distributed import Distributed
-from maskgit.training.run.run import autocast
+from maskgit.training.numerics import autocast
 
 NUM_SHOWN = 32
 

@@ -13,10 +13,10 @@ from maskgit.networks.quantizer import GumbelQuantizer, Quantized
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.sampler.noise import gumbel, uniform
 from maskgit.training.codebook import GUMBEL
+from maskgit.training.numerics import autocast
 from maskgit.training.objectives.discriminator import Discriminator
 from maskgit.training.objectives.perceptual import PerceptualLoss, make_perceptual
 from maskgit.training.optim import LR_SCHEDULES, learning_rate
-from maskgit.training.run.run import autocast
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 
 

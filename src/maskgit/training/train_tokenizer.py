@@ -22,6 +22,7 @@ from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.distributed import Distributed, parallelize
 from maskgit.training.inputs import open_images
+from maskgit.training.numerics import autocast, choose_precision
 from maskgit.training.objectives.losses import (
     QUANTIZER_LOSSES,
     adaptive_weight,
@@ -34,19 +35,9 @@ from maskgit.training.objectives.losses import (
 from maskgit.training.objectives.perceptual import PerceptualLoss
 from maskgit.training.optim import EMA, clip_gradients, make_adam, set_learning_rate
 from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
-from maskgit.training.run.progress import host_numbers
-from maskgit.training.run.run import (
-    EXIT_INTERRUPTED,
-    Logger,
-    StopSignal,
-    Throughput,
-    UpdateGate,
-    autocast,
-    choose_precision,
-    held_run,
-    peak_flops,
-    setup_run,
-)
+from maskgit.training.run.folder import held_run, setup_run
+from maskgit.training.run.progress import Logger, Throughput, host_numbers, peak_flops
+from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate
 from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_evaluation import evaluate_tokenizer

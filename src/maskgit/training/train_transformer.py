@@ -29,23 +29,13 @@ from maskgit.pipeline import MaskGIT
 from maskgit.training.distributed import Distributed, compile_blocks, parallelize
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import TokenInputs, open_tokens
+from maskgit.training.numerics import autocast, choose_precision, seed_step
 from maskgit.training.objectives.masking import draw_masks, hide_labels
 from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
 from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
-from maskgit.training.run.progress import host_numbers
-from maskgit.training.run.run import (
-    EXIT_INTERRUPTED,
-    Logger,
-    StopSignal,
-    Throughput,
-    UpdateGate,
-    autocast,
-    choose_precision,
-    held_run,
-    peak_flops,
-    seed_step,
-    setup_run,
-)
+from maskgit.training.run.folder import held_run, setup_run
+from maskgit.training.run.progress import Logger, Throughput, host_numbers, peak_flops
+from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate
 from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_evaluation import (

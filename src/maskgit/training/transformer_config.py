@@ -8,8 +8,8 @@ from maskgit.networks.config import TransformerConfig
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.schedules import check_mask_schedule
 from maskgit.training.fine_tuning import INIT_CLASSES
+from maskgit.training.numerics import PRECISIONS
 from maskgit.training.optim import LR_SCHEDULES
-from maskgit.training.run.run import PRECISIONS
 from maskgit.training.run.trackers import TRACKERS
 from maskgit.training.stream_config import TokenStreamConfig
 

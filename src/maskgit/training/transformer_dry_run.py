@@ -6,7 +6,8 @@ from maskgit.foundation.devices import choose_device, shapes_only
 from maskgit.networks.config import TransformerConfig
 from maskgit.networks.transformer import Transformer
 from maskgit.training.inputs import open_tokens
-from maskgit.training.run.run import choose_precision, peak_flops
+from maskgit.training.numerics import choose_precision
+from maskgit.training.run.progress import peak_flops
 from maskgit.training.tokenizer_dry_run import counted, passes
 from maskgit.training.train_transformer import flops_per_image
 from maskgit.training.transformer_config import TransformerTrainingConfig

@@ -19,10 +19,10 @@ from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.loop import decode
 from maskgit.sampler.noise import ImageNoise
 from maskgit.training.distributed import Distributed
+from maskgit.training.numerics import autocast
 from maskgit.training.objectives.losses import sequence_cross_entropies
 from maskgit.training.objectives.masking import Masks, draw_masks
 from maskgit.training.run.progress import Logger
-from maskgit.training.run.run import autocast
 
 NUM_RATIO_BINS = 10
 

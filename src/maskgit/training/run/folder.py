@@ -1,6 +1,4 @@
-"""What both training loops share: processes, the run directory, stopping.
-
-A run directory belongs to one run; the same command goes on where it stopped.
+"""A run's folder: of one run, held by one process at a time; the same command goes on where it stopped.
 
     run.lock          while the run is at work; says by which process
     run.json          the config and the data's fingerprint: a run of another config or data is refused
@@ -15,54 +13,21 @@ SIGINT after writing a checkpoint, and the same command goes on.
 """
 
 import json
-import math
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any
 
 from maskgit.data.caches import ImageCache, TokenCache
-from maskgit.engine.host import has_bfloat16_units
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
-from maskgit.foundation.checks import Config, check_choice
-from maskgit.foundation.devices import copies_aside
+from maskgit.foundation.checks import Config
 from maskgit.foundation.files import expand, write_bytes
 from maskgit.foundation.locks import locked
 from maskgit.training.distributed import Distributed
 from maskgit.training.run.checkpoint import Checkpoints
-from maskgit.training.run.progress import Logger, Throughput, peak_flops
 
-__all__ = [
-    "EXIT_INTERRUPTED",
-    "Logger",
-    "StopSignal",
-    "Throughput",
-    "TrainingError",
-    "UpdateGate",
-    "autocast",
-    "choose_precision",
-    "held_run",
-    "peak_flops",
-    "seed_step",
-    "setup_run",
-]
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A processor hashes as much in a few seconds.
 MAX_VERIFIED_BYTES = 2 << 30
-# Steps after which the host asks whether all of them were finite, where asking makes it wait.
-FINITE_EVERY = 50
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-
-
-class TrainingError(MaskGITError, RuntimeError):
-    """A run cannot go on, for example because its loss is not a number."""
 
 
 @contextmanager
@@ -203,131 +168,3 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return {
         k: v for key, item in values.items() for k, v in _flat(item, f"{prefix}.{key}".strip(".")).items()
     }
-
-
-class StopSignal:
-    """SIGTERM or SIGINT as a request to stop after the step, agreed over all processes.
-
-    A second SIGINT stops at once.
-    """
-
-    def __init__(self, distributed: Distributed) -> None:
-        self.requested = False
-        self._distributed = distributed
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        # Python allows handlers in the main thread alone.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            # None stands for one that was not set from Python, and cannot be set again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def agreed(self) -> bool:
-        """Return whether any process was asked to stop; all must call it."""
-        return self._distributed.any(self.requested)
-
-
-class UpdateGate:
-    """Stops a run before a number that is none can spoil its weights.
-
-    On a CPU each step is looked at before its update. Elsewhere looking would make the host wait, so the optimizers are
-    told on the device to leave their weights and averages as they are, at such a step and at all after it, and the
-    host looks every `FINITE_EVERY` steps and whenever `read` is called, which is before anything is kept or shown.
-    """
-
-    def __init__(
-        self, device: torch.device, *optimizers: torch.optim.Optimizer, every: int | None = None
-    ) -> None:
-        """Watch some optimizers, which off the CPU must be fused.
-
-        Args:
-            device: where the quantities will be.
-            optimizers: what is not to be spoilt.
-            every: steps between two looks; None is 1 on a CPU (and on MPS, whose optimizers cannot be told), and
-                `FINITE_EVERY` elsewhere.
-        """
-        self._every = every or (FINITE_EVERY if copies_aside(device) else 1)
-        self._unread: list[tuple[int, tuple[str, ...], Tensor]] = []
-        self._closed: Tensor | None = None
-        if self._every > 1:
-            self._closed = torch.zeros((), device=device)
-            for optimizer in optimizers:
-                # As GradScaler tells them: 1 passes over a step.
-                optimizer.grad_scale = None  # type: ignore[attr-defined]
-                optimizer.found_inf = self._closed  # type: ignore[attr-defined]
-
-    def check(self, step: int, quantities: Mapping[str, Tensor]) -> None:
-        """Look at a step's scalars, before its update, or let the device do so.
-
-        Args:
-            step: the step at hand.
-            quantities: scalars by name. Give means over all processes, so that all stop.
-
-        Raises:
-            TrainingError: one is NaN or infinite, at this step or at one since the last look.
-        """
-        values = torch.stack([value.detach().float() for value in quantities.values()])
-        if self._closed is not None:
-            torch.maximum(self._closed, (~values.isfinite()).any().float(), out=self._closed)
-        self._unread.append((step, tuple(quantities), values))
-        if len(self._unread) == self._every:
-            self.read()
-
-    def read(self) -> None:
-        """Look at all steps since the last look.
-
-        Raises:
-            TrainingError: a quantity was NaN or infinite.
-        """
-        unread, self._unread = self._unread, []
-        numbers = torch.cat([values for _, _, values in unread]).tolist() if unread else []
-        for step, names, values in unread:
-            own, numbers = numbers[: len(values)], numbers[len(values) :]
-            bad = [
-                f"{name} is {value}"
-                for name, value in zip(names, own, strict=True)
-                if not math.isfinite(value)
-            ]
-            if bad:
-                raise TrainingError(
-                    f"Stopped at step {step} before its update: {', '.join(bad)}. The last checkpoint is whole; "
-                    "lower the learning rate or look at the data, and start the same command again."
-                )
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the type that networks compute in: "float32", "bfloat16", or "auto", bfloat16 where it is fast."""
-    if name != "auto":
-        check_choice("precision", name, PRECISIONS)
-        return PRECISIONS[name]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and has_bfloat16_units()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Return the context in which networks compute in `precision`; their weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
-
-
-def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Seed torch's global generators, which dropout reads, from (seed, step, rank).
-
-    So a resumed run draws what an uninterrupted one would. Differs: dropout depends on the rank, since torch's
-    dropout cannot count by sample; runs of 1 and 2 processes agree exactly where dropout is 0.
-    """
-    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(state) % 2**63)
