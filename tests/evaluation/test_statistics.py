@@ -11,6 +11,7 @@ from maskgit.errors import DataError, ImageError, OutputError
 from maskgit.evaluation.metrics.frechet import Gaussian
 from maskgit.evaluation.networks.features import FeatureNet, Features
 from maskgit.evaluation.scores import statistics as module
+from maskgit.evaluation.scores.references import open_reference
 from maskgit.evaluation.scores.statistics import (
     Collector,
     ImageStatistics,
@@ -173,7 +174,7 @@ def test_files_without_a_name_are_inceptions(tmp_path):
     check_comparable(theirs, collected(pictures()))
     check_comparable(collected(pictures()), theirs)
     for other in (net("EffNet-Lite0"), net(resize="half-pixel")):
-        with pytest.raises(DataError, match="use the feature net 'inception'"):
+        with pytest.raises(DataError, match="use the feature net inception"):
             check_comparable(theirs, collected(pictures(), other))
     # pytorch-fid's files have no spatial statistics, and either resize may have made them.
     plain = read_statistics(adm(tmp_path / "plain.npz", spatial=False))
@@ -183,6 +184,82 @@ def test_files_without_a_name_are_inceptions(tmp_path):
     sized = read_statistics(adm(tmp_path / "sized.npz", arr_0=np.zeros((1, 16, 16, 3), np.uint8)))
     with pytest.raises(DataError, match="16 × 16"):
         check_comparable(sized, collected(pictures()))
+
+
+def features_of(dim, count=30, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["pool_3", "reps", "feats"])
+def test_features_that_others_saved_are_read(tmp_path, name):
+    x = features_of(DIM)
+    np.savez(tmp_path / "theirs.npz", **{name: x[:, :, None, None] if name == "pool_3" else x})
+    read = read_statistics(tmp_path / "theirs.npz")
+    assert np.allclose(read.pooled.covariance, np.cov(x.astype(float), rowvar=False))
+    assert np.array_equal(read.features, x)
+    assert read.pooled.num_images == 30
+    np.savez(tmp_path / "theirs.npz", **{name: x[0]})
+    with pytest.raises(DataError, match=r"must be finite features, float \(N, D\)"):
+        read_statistics(tmp_path / "theirs.npz")
+
+
+def test_torch_fidelitys_cache_is_read_and_nothing_else_unpickled(tmp_path):
+    x = features_of(DIM)
+    mu, sigma = x.mean(0), np.cov(x, rowvar=False)
+    stem = "cifar10-train-inception-v3-compat"
+    torch.save(torch.from_numpy(x), tmp_path / f"{stem}-features-2048.pt")
+    torch.save({"mu": mu, "sigma": sigma}, tmp_path / f"{stem}-stat-fid-2048.pt")
+    for path in tmp_path.iterdir():
+        read = open_reference(path).statistics
+        assert np.allclose(read.pooled.mean, mu)
+        assert np.allclose(read.pooled.covariance, sigma, atol=1e-6)
+        check_comparable(read, collected(pictures()))
+        with pytest.raises(DataError, match=r"torch-fidelity's here.*use the feature net inception, or"):
+            check_comparable(read, collected(pictures(), net(resize="half-pixel")))
+    for number, held in enumerate(({"mu": mu}, [1], {"mu": mu, "sigma": np.array([None])}, print)):
+        torch.save(held, tmp_path / f"{number}.pt")
+        with pytest.raises(DataError, match=r"neither|more than numbers|cannot be read"):
+            read_statistics(tmp_path / f"{number}.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "fits", "refused", "advice"),
+    [
+        ("stats.npz", 2048, "Inception, half-pixel", "DINOv2, ", "inception-pytorch-fid"),
+        ("cifar10_clean_train_32.npz", 2048, None, "Inception, tf1 ", ""),
+        ("ffhq_legacy_pytorch_train_256.npz", 2048, "Inception, half-pixel ", "Inception, tf1 ", ""),
+        ("ffhq_legacy_tensorflow_train_256.npz", 2048, "Inception, tf1 ", "Inception, half-pixel ", ""),
+        ("img512-dinov2.npz", 1024, "DINOv2, ", "Inception, tf1 ", "dgm-eval"),
+        ("coco.npz", 768, "CLIP, ", "Inception, tf1 ", "336 pixels"),
+    ],
+)
+def test_what_others_statistics_must_have_been_made_with(tmp_path, name, dim, fits, refused, advice):
+    np.savez(tmp_path / name, mu=np.zeros(dim), sigma=np.eye(dim))
+    reference = open_reference(tmp_path / name)
+
+    def of(identity):
+        return ImageStatistics(Gaussian(np.zeros(dim), np.eye(dim)), identity=f"{identity}resize, weights 0")
+
+    if fits is not None:
+        check_comparable(reference.statistics, of(fits))
+    with pytest.raises(DataError, match="do not name their feature net"):
+        check_comparable(reference.statistics, of(refused))
+    assert [advice in text for text in reference.cautions] == [True] * bool(advice)
+
+
+def test_labels_beside_images_are_read(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "labelled.npz", images, np.array([2, 0, 1, 2, 2, 0]))
+    found = open_reference(tmp_path / "labelled.npz").images
+    assert found.read([1, 3]).labels.tolist() == [0, 2]
+    assert found.count_labels().tolist() == [2, 1, 3]
+    assert found.num_classes == 3
+    np.savez(tmp_path / "plain.npz", images)
+    assert open_reference(tmp_path / "plain.npz").images.read([5]).labels.tolist() == [-1]
+    for labels in (np.arange(5), np.zeros(6), np.full(6, -2), np.full(6, 10**7)):
+        np.savez(tmp_path / "wrong.npz", images, labels)
+        with pytest.raises(DataError, match="'arr_1'"):
+            open_reference(tmp_path / "wrong.npz")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from maskgit.errors import DataError, MaskGITError
 from maskgit.foundation.files import expand
 
 MAX_SIDE = 4096
+MAX_CLASSES = 1_000_000
 
 
 class Header(NamedTuple):
@@ -186,3 +187,26 @@ def open_samples(path: str | Path) -> SampleFile:
             "is it the right file?"
         )
     return SampleFile(expand(path), shape[0], (shape[1], shape[2]))
+
+
+def read_labels(path: str | Path, num_images: int) -> NDArray[np.int32]:
+    """Return the classes of an ADM sample batch, int32 (N,), from `arr_1`; −1 for each image where it has none.
+
+    Raises:
+        DataError: `arr_1` does not hold a class number for each image.
+    """
+    with open_npz(path) as archive:
+        if "arr_1" not in archive.names:
+            return np.full(num_images, -1, np.int32)
+        labels = archive.read("arr_1", 16 * num_images)
+    if labels.shape != (num_images,) or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: 'arr_1' must hold a class number for each of the {num_images:,} images, but is {labels.dtype} "
+            f"of {labels.shape}: leave it out, or save the labels there."
+        )
+    if labels.min() < -1 or labels.max() >= MAX_CLASSES:
+        raise DataError(
+            f"{path}: 'arr_1' holds class numbers from {labels.min()} to {labels.max()}; they count from 0 to at "
+            f"most {MAX_CLASSES - 1:,}."
+        )
+    return labels.astype(np.int32)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskgit.data.caches import META, ImageCache
-from maskgit.data.npz import open_npz, open_samples
+from maskgit.data.npz import open_npz, open_samples, read_labels
 from maskgit.data.pack import decode_square
 from maskgit.data.pictures import Batch, Pictures
 from maskgit.data.rows import ClassNumbers, Row, Source, Unlabelled
@@ -104,14 +104,15 @@ class PackedPictures:
 
 
 class NpzPictures:
-    """An `.npz` file of images, which is read from its beginning."""
+    """An `.npz` file of images in `arr_0`, and their classes in `arr_1` if it has them, read from its beginning."""
 
     def __init__(self, path: Path) -> None:
         self._file = open_samples(path)
         self.name = str(path)
         self.fingerprint = sha256(path)
         self.resolution = self._file.resolution
-        self.num_classes = 0
+        self._labels = read_labels(path, self._file.num_images)
+        self.num_classes = int(self._labels.max()) + 1
         self.class_names: tuple[str, ...] | None = None
         self.left_out: tuple[str, ...] = ()
         self.max_bad_share = 0.0
@@ -130,10 +131,9 @@ class NpzPictures:
                 image = next(self._rows)
                 self._next += 1
             images.append(image)
-        labels = np.full(len(images), -1, np.int32)
-        return Batch(
-            np.array(images, np.uint8).reshape(-1, *self.resolution, 3), labels, np.asarray(numbers), []
-        )
+        chosen = np.asarray(numbers, np.int64)
+        pixels = np.array(images, np.uint8).reshape(-1, *self.resolution, 3)
+        return Batch(pixels, self._labels[chosen], chosen, [])
 
     def _stream(self) -> Iterator[NDArray[np.uint8]]:
         with open_npz(self._file.path) as archive:
@@ -141,7 +141,7 @@ class NpzPictures:
                 yield from rows
 
     def count_labels(self) -> NDArray[np.int64]:
-        return np.zeros(0, np.int64)
+        return np.bincount(self._labels[self._labels >= 0], minlength=self.num_classes)
 
 
 @dataclass(frozen=True)

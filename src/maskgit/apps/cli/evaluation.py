@@ -39,7 +39,7 @@ def evaluate(
         model: A model's name, its folder, or a Hugging Face id; with --reconstruction a tokenizer's folder
             will do.
         reference: Real images to compare with, or statistics of them: what `maskgit stats` reads and writes,
-            or ADM's reference files.
+            ADM's reference files, or statistics of pytorch-fid, clean-fid or torch-fidelity.
         out: The folder of the report and of the work.
     """
     evaluation: ReconstructionEvaluation | SampleEvaluation

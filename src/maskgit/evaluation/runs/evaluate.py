@@ -191,6 +191,7 @@ class SampleEvaluation:
         if self.reference.images is not None:
             measured, skipped = reference_statistics(units["reference"], self.reference.images, self.net)
         reference, no_classes, notes = self._labelled(self.reference.joined(measured))
+        notes += self.reference.cautions
         for data in (self.reference.images, self.training, self.test):
             notes += [] if data is None else [f"{data.name}: {line}" for line in data.left_out]
         scores, cautions = self._scores(arrays, reference, names)

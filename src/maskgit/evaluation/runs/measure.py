@@ -139,4 +139,4 @@ def compare_pictures(
     against = reference.joined(measured)
     scores, cautions = distances(arrays, against, names, splits=splits)
     scores += manifolds(np.asarray(arrays["pooled"]), against, names, splits=splits, device=net.device)
-    return Compared(scores, cautions, skipped)
+    return Compared(scores, cautions + reference.cautions, skipped)

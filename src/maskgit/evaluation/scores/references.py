@@ -17,7 +17,12 @@ from maskgit.evaluation.metrics import Gaussian
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.scores.names import Names
 from maskgit.evaluation.scores.scores import MAX_KEPT, summarise
-from maskgit.evaluation.scores.statistics import ImageStatistics, check_comparable, read_statistics
+from maskgit.evaluation.scores.statistics import (
+    FEATURE_ARRAYS,
+    ImageStatistics,
+    check_comparable,
+    read_statistics,
+)
 from maskgit.foundation.download import sha256
 from maskgit.foundation.files import expand
 from maskgit.foundation.units import Arrays, Units
@@ -49,6 +54,17 @@ class Reference:
         if self.images is not None:
             check_comparable(replace(ours, resolution=self.images.resolution), ours)
 
+    @property
+    def cautions(self) -> list[str]:
+        """What a reader has to make sure of: which network made statistics that do not say so."""
+        origin = None if self.statistics is None else self.statistics.origin
+        if origin is None or not origin.advice:
+            return []
+        return [
+            f"{self.name} does not say which network made it; by its {len(self.statistics.pooled.mean):,} dimensions "  # type: ignore[union-attr]
+            f"it is taken as {origin.whose}. {origin.advice}"
+        ]
+
     def joined(self, measured: ImageStatistics | None) -> ImageStatistics:
         """Return the statistics with the features of the images, once these are measured."""
         if self.statistics is None:
@@ -79,7 +95,7 @@ class Reference:
 def open_reference(
     place: str | Path, *, size: int | None = None, max_bad_share: float = MAX_BAD_SHARE
 ) -> Reference:
-    """Open statistics in an `.npz` file, or a set of images that are yet to be measured.
+    """Open statistics in a file (see `read_statistics`), or a set of images that are yet to be measured.
 
     Args:
         place: such a file, or what `open_pictures` takes.
@@ -89,10 +105,12 @@ def open_reference(
         DataError: there is nothing, or nothing that can be read.
     """
     path = expand(place)
+    if path.suffix == ".pt":
+        return Reference(str(place), read_statistics(path), None, sha256(path))
     if path.suffix == ".npz":
         with open_npz(path) as archive:
             names = archive.names
-        statistics = read_statistics(path) if names & {"mu", "format"} else None
+        statistics = read_statistics(path) if names & {"mu", "format", *FEATURE_ARRAYS} else None
         images = NpzPictures(path) if "arr_0" in names else None
         if statistics is None and images is None:
             read_statistics(path)  # which says what is wrong

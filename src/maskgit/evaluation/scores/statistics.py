@@ -1,11 +1,13 @@
 """What is kept of a set of images so that others can be compared with it, and the files that hold it.
 
-Two kinds of `.npz` files are read:
+These files are read:
 
 - ADM's (Dhariwal and Nichol, NeurIPS 2021; evaluations/evaluator.py): `mu`, `sigma`, `mu_s` and `sigma_s`
-  over the whole data set, beside a sample of its images in `arr_0`; files with `mu` and `sigma` alone, such
-  as those of pytorch-fid, too. They do not say which network made them.
-- our own: `format`, `mean`, `covariance`, `count`, `identity` (of the feature net), `resolution`, and, where
+  over the whole data set, beside a sample of its images in `arr_0`.
+- `mu` and `sigma` alone: pytorch-fid's, clean-fid's, EDM's and TTUR's.
+- features, float (N, D), in `pool_3`, `reps` (dgm-eval's) or `feats`.
+- torch-fidelity's cache, `….pt`: features, or `mu` and `sigma`; nothing else is unpickled.
+- our own `.npz`: `format`, `mean`, `covariance`, `count`, `identity` (of the feature net), `resolution`, and, where
   the net has them or they were asked for, `spatial_mean`, `spatial_covariance`, `features`, `labels` and
   `class_names` (JSON).
 
@@ -13,6 +15,7 @@ Shapes: B batch, N images, D feature dimensions, S spatial dimensions, H × W pi
 """
 
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ from maskgit.data.npz import open_samples as open_samples
 from maskgit.errors import DataError, ImageError, OutputError
 from maskgit.evaluation.metrics.frechet import FeatureStatistics, FrechetReport, Gaussian, frechet_report
 from maskgit.evaluation.networks.features import FeatureNet
+from maskgit.evaluation.scores.origins import ADM, INCEPTION, Origin, origin_of
 from maskgit.foundation.checks import check_count
 from maskgit.foundation.files import expand, replacing
 
@@ -35,6 +39,10 @@ FORMAT = 1
 MAX_DIM = 8192
 MAX_FEATURE_BYTES = 2**32
 MAX_NAMES_BYTES = 2**28
+# What others call the features of images in their `.npz` files.
+FEATURE_ARRAYS = ("pool_3", "reps", "feats")
+# Of so many images others' features are kept, as of those that are measured here.
+KEPT_FEATURES = 10_000
 # Vectors that are gathered before they are added up, since each addition costs D² however few they are.
 _GATHERED = 512
 
@@ -46,13 +54,13 @@ class ImageStatistics:
     Attributes:
         pooled: mean and covariance of the pooled features, for FID.
         spatial: those of the spatial features, for sFID; None where there are none.
-        identity: `FeatureNet.identity` of the net that made them; None where the file does not say, which is
-            Inception then.
+        identity: `FeatureNet.identity` of the net that made them; None where the file does not say.
         resolution: (height, width) of the images in pixels; None where the file does not say.
         features: float32 (n, D), pooled features of the first n images, for kernel distances and neighbours;
             None where none were kept.
         labels: int32 (n,), the classes of those images; None where they are not known.
         class_names: a name for each class; None where classes are known by their numbers alone, or not at all.
+        origin: what they must have been made with, where `identity` is None.
     """
 
     pooled: Gaussian
@@ -62,6 +70,7 @@ class ImageStatistics:
     features: NDArray[np.float32] | None = None
     labels: NDArray[np.int32] | None = None
     class_names: tuple[str, ...] | None = None
+    origin: Origin | None = None
 
 
 class Collector:
@@ -215,12 +224,12 @@ def check_comparable(reference: ImageStatistics, samples: ImageStatistics) -> No
         )
     if len(known) == 1:
         unknown = reference if reference.identity is None else samples
-        # Files with spatial statistics are ADM's, whose images TensorFlow resizes.
-        needed = "Inception, " if unknown.spatial is None else "Inception, tf1 "
-        if not known[0].startswith(needed):
+        origin = unknown.origin or (INCEPTION if unknown.spatial is None else ADM)
+        if not known[0].startswith(origin.identities):
+            cure = f"use the feature net {' or '.join(origin.nets)}" if origin.nets else "no feature net fits"
             raise DataError(
-                f"Statistics that do not name their feature net are Inception's, but the others were made by "
-                f"{known[0]}: use the feature net 'inception' for both, or make your own reference."
+                f"Statistics that do not name their feature net are {origin.whose} here, but the others were made by "
+                f"{known[0]}: {cure}, or make your own reference with maskgit stats."
             )
     sizes = [side.resolution for side in (reference, samples) if side.resolution is not None]
     if len(sizes) == 2 and sizes[0] != sizes[1]:
@@ -236,28 +245,90 @@ def check_comparable(reference: ImageStatistics, samples: ImageStatistics) -> No
 
 
 def read_statistics(path: str | Path) -> ImageStatistics:
-    """Return the statistics in an `.npz` file, ADM's or our own.
+    """Return the statistics in a file, our own or others'; see the top of this file.
 
     Args:
-        path: the file; its images, if it holds any, are not read.
+        path: `.npz`, or `.pt` of torch-fidelity's cache; images, if it holds any, are not read.
 
     Raises:
         DataError: there is no such file, it is damaged, holds no statistics, or impossible ones.
     """
+    path = expand(path)
+    if path.suffix == ".pt":
+        return _torch_fidelity(path)
     with open_npz(path) as archive:
         if "mu" in archive.names:
             spatial = _gaussian(archive, "mu_s", "sigma_s", None) if "mu_s" in archive.names else None
             size = archive.header("arr_0").shape[1:3] if "arr_0" in archive.names else ()
             resolution = (size[0], size[1]) if len(size) == 2 else None
-            return ImageStatistics(_gaussian(archive, "mu", "sigma", None), spatial, None, resolution)
+            pooled = _gaussian(archive, "mu", "sigma", None)
+            origin = origin_of(path.name, len(pooled.mean), spatial=spatial is not None)
+            return ImageStatistics(pooled, spatial, None, resolution, origin=origin)
         if "format" in archive.names:
             return _own(archive)
+        for name in FEATURE_ARRAYS:
+            if name in archive.names:
+                return _of_features(archive.read(name, MAX_FEATURE_BYTES), path, name)
         hint = (
             "it holds images: measure them first"
             if "arr_0" in archive.names
             else f"it holds {', '.join(sorted(archive.names)[:8])}"
         )
         raise DataError(f"{path} holds no statistics ({hint}).")
+
+
+def _torch_fidelity(path: Path) -> ImageStatistics:
+    """Return what a file of torch-fidelity's cache holds: features, or a mean and a covariance."""
+    if not path.is_file():
+        raise DataError(f"{path} is not a file: check the path.")
+    if path.stat().st_size > MAX_FEATURE_BYTES:
+        raise DataError(f"{path} has more than {MAX_FEATURE_BYTES} bytes: is it the right file?")
+    try:
+        # Means and covariances are NumPy arrays there, whose parts alone are allowed beside tensors.
+        with torch.serialization.safe_globals(_array_types()):
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read as torch-fidelity's cache: is it the right file?") from error
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path} holds more than numbers, and is not read: is it torch-fidelity's cache?"
+        ) from error
+    if isinstance(held, Tensor):
+        return _of_features(held.numpy(), path, "features")
+    parts = [held.get(name) for name in ("mu", "sigma")] if isinstance(held, dict) else []
+    if len(parts) != 2 or not all(isinstance(part, np.ndarray | Tensor) for part in parts):
+        raise DataError(f"{path} holds neither features nor 'mu' and 'sigma': is it the right file?")
+    mu, sigma = (np.asarray(part) for part in parts)
+    pooled = _checked(mu, sigma, None, path, "'mu' or 'sigma'")
+    return ImageStatistics(pooled, origin=origin_of(path.name, len(pooled.mean), spatial=False))
+
+
+def _array_types() -> list[Any]:
+    """Return the types by which a NumPy array of plain numbers is stored."""
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")]
+    return [np.ndarray, np.dtype, np._core.multiarray._reconstruct, *kinds]  # type: ignore[attr-defined]
+
+
+def _of_features(features: NDArray[Any], path: Path, name: str) -> ImageStatistics:
+    """Return the statistics of features, float (N, D) or with sides of 1 behind."""
+    if features.ndim > 2:
+        features = features.reshape(len(features), -1)
+    fits = features.ndim == 2 and len(features) >= 2 and 1 <= features.shape[1] <= MAX_DIM
+    if not fits or features.dtype.kind != "f" or not np.isfinite(features).all():
+        raise DataError(
+            f"{path}: {name!r} must be finite features, float (N, D) of two images at least, but is {features.dtype} "
+            f"of {features.shape}: is it the right file?"
+        )
+    whole = FeatureStatistics(features.shape[1])
+    for start in range(0, len(features), _GATHERED):
+        whole.update(features[start : start + _GATHERED])
+    places = np.arange(len(features))
+    kept = features[(places * KEPT_FEATURES) % len(features) < KEPT_FEATURES]
+    return ImageStatistics(
+        whole.gaussian(),
+        features=kept.astype(np.float32),
+        origin=origin_of(path.name, features.shape[1], spatial=False),
+    )
 
 
 def _own(archive: Archive) -> ImageStatistics:
@@ -319,13 +390,19 @@ def _gaussian(archive: Archive, mean: str, covariance: str, count: int | None) -
             f"are not a mean and covariance of at most {MAX_DIM} dimensions: is it the right file?"
         )
     mu, sigma = archive.read(mean, 16 * dim), archive.read(covariance, 16 * dim * dim)
-    plain = all(x.dtype.kind == "f" and np.isfinite(x).all() for x in (mu, sigma))
+    return _checked(mu, sigma, count, archive.path, f"{covariance!r} or {mean!r}")
+
+
+def _checked(mu: NDArray[Any], sigma: NDArray[Any], count: int | None, path: Path, names: str) -> Gaussian:
+    """Return a mean and covariance, if they can be ones."""
+    fits = mu.ndim == 1 and 1 <= len(mu) <= MAX_DIM and sigma.shape == 2 * mu.shape
+    plain = fits and all(x.dtype.kind == "f" and np.isfinite(x).all() for x in (mu, sigma))
     if (
         not plain
         or not np.allclose(sigma, sigma.T, atol=1e-5 * np.abs(sigma).max())
         or (np.diag(sigma) < 0).any()
     ):
-        raise DataError(f"{archive.path}: {covariance!r} or {mean!r} holds impossible values: make it again.")
+        raise DataError(f"{path}: {names} holds impossible values: make it again.")
     return Gaussian(mu.astype(np.float64), sigma.astype(np.float64), count)
 
 
