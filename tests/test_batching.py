@@ -1,5 +1,7 @@
 """Continuous batching against the pipeline, and what it does when something fails."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -113,6 +115,20 @@ def test_steps_are_told_where_asked(pipe):
         (2, True),
     ]
     assert [news.step for news in every if news.job is quiet] == [2]
+
+
+def test_jobs_of_tokens_alone_are_not_decoded(pipe, monkeypatch):
+    batcher = Batcher(pipe, max_batch=2)
+    wanted, tokens_alone = job(pipe, steps=2), replace(job(pipe, steps=2), pixels=False)
+    decoded = []
+    decode = pipe.decode_tokens
+    monkeypatch.setattr(pipe, "decode_tokens", lambda tokens: decoded.append(len(tokens)) or decode(tokens))
+    for one in (wanted, tokens_alone):
+        batcher.add(one)
+    results, _ = finish(batcher)
+    assert torch.equal(results[tokens_alone].tokens, results[wanted].tokens)
+    assert results[tokens_alone].pixels is None
+    assert decoded == [1]
 
 
 def test_a_dropped_job_is_gone(pipe):

@@ -120,6 +120,20 @@ def test_the_model_judges_its_own_images(tiny):
     torch.testing.assert_close(made.scores, scores.sort(descending=True).values)
 
 
+def test_only_batches_of_the_best_are_decoded(tiny, monkeypatch):
+    plain = tiny.generate(1, num_images=9, steps=3, batch_size=2)
+    decoded = []
+    decode = type(tiny).decode_on_device
+    monkeypatch.setattr(
+        type(tiny),
+        "decode_on_device",
+        lambda self, tokens: decoded.append(len(tokens)) or decode(self, tokens),
+    )
+    made = tiny.generate_best(1, candidates=9, num_images=2, steps=3, batch_size=2)
+    assert torch.equal(made.images, plain.images[made.indices]), "to the bit"
+    assert sum(decoded) <= 4
+
+
 def test_equal_scores_keep_the_first(tiny):
     made = tiny.generate_best(
         1, candidates=7, num_images=3, steps=1, batch_size=2, scorer=lambda images, _: np.zeros(len(images))

@@ -171,6 +171,12 @@ def test_the_callback_counts_steps_through_all_windows(named):
     assert seen == [(step, [5, 6], (2, 8, 8)) for step in range(6)]
 
 
+def test_windows_are_not_decoded(named, monkeypatch):
+    monkeypatch.setattr(MaskGIT, "decode_on_device", None)
+    named.outpaint(noise(32, 32), right=16, steps=2)
+    named.panorama("3", 200, steps=2)
+
+
 def test_the_first_window_of_a_panorama_is_a_generated_image(tiny):
     made = panorama(tiny, 3, 32, seed=7, first_index=2, num_images=2, steps=4)
     generated = tiny.generate(3, seed=7, first_index=2, num_images=2, steps=4)

@@ -270,6 +270,7 @@ class Model:
         batch_size: int = 1,
         return_steps: bool = False,
         callback: Callback | None = None,
+        pixels: bool = True,
     ) -> Iterator[Output]:
         """Fill in masked sequences, batch by batch: the one method that decodes; see `maskgit.editing.fill`."""
         raise NotImplementedError

@@ -90,7 +90,7 @@ class Output:
 
     Attributes:
         images: float32 (B, 3, H, W) in [0, 1], RGB, on the CPU; of a photo, the part that the model saw, at
-            the model's size.
+            the model's size. Of size (B, 3, 0, 0) where only tokens were asked for.
         tokens: int64 (B, h, w), what the images were decoded from, on the CPU.
         trace: how they came to be, if asked for.
         token_mask: bool (h, w), or (B, h, w) where images differ, True where an edit made new tokens, or

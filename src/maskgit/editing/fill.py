@@ -35,6 +35,7 @@ def fill(
     batch_size: int = DEFAULT_BATCH_SIZE,
     return_steps: bool = False,
     callback: Callback | None = None,
+    pixels: bool = True,
 ) -> Output:
     """Fill in masked sequences, a batch at a time, and turn the result into images.
 
@@ -44,6 +45,7 @@ def fill(
         start_step: the step to begin decoding at.
         switch: (step, class tokens int64 (B,)) to go on with other classes from that step.
         seed, first_index, batch_size, return_steps, callback: as for `generate`.
+        pixels: whether the tokens are decoded to images.
 
     Returns:
         `Output` with B images.
@@ -62,6 +64,7 @@ def fill(
         batch_size=batch_size,
         return_steps=return_steps,
         callback=callback,
+        pixels=pixels,
     )
     return join_outputs(list(made))
 
@@ -78,6 +81,7 @@ def fill_batches(
     batch_size: int = DEFAULT_BATCH_SIZE,
     return_steps: bool = False,
     callback: Callback | None = None,
+    pixels: bool = True,
 ) -> Iterator[Output]:
     """Give the `Output` of each batch as soon as it is there; see `fill`.
 
@@ -107,7 +111,7 @@ def fill_batches(
                 history.append(_record(model, made))
             if callback is not None:
                 callback(made.step, indices, grid)
-        landing = Landing(model.decode_on_device(grid), grid)
+        landing = Landing(grid, model.decode_on_device(grid)) if pixels else Landing(grid)
         if waiting is not None:
             yield _output(*waiting)
         waiting = landing, history
@@ -163,8 +167,9 @@ def _record(model: Model, made: Decoded) -> Trace:
 
 def _output(landing: Landing, history: list[Trace]) -> Output:
     """Wait for a batch."""
-    pixels, tokens = landing.wait()
-    return Output(pixels, tokens, _stack(history) if history else None)
+    tokens, *pixels = landing.wait()
+    images = pixels[0] if pixels else torch.empty(len(tokens), 3, 0, 0)
+    return Output(images, tokens, _stack(history) if history else None)
 
 
 def _stack(history: list[Trace]) -> Trace:

@@ -169,9 +169,11 @@ def generate_best(
     kept = []
     for place, number in enumerate(numbers):
         best: list[Tensor] = []
-        for start in range(0, candidates, batch_size):
-            count = min(batch_size, candidates - start)
-            first = first_index + place * candidates + start
+        begin = first_index + place * candidates
+        # The tokens of the batches that the best are from, by the index of their first image.
+        batches: dict[int, Tensor] = {}
+        for first in range(begin, begin + candidates, batch_size):
+            count = min(batch_size, begin + candidates - first)
             made = fill(
                 model,
                 model.vocabulary.sequence(number.expand(count)),
@@ -180,6 +182,7 @@ def generate_best(
                 first_index=first,
                 batch_size=batch_size,
                 callback=told if callback else None,
+                pixels=scorer is not None,
             )
             scores = _judge(model, made, number.expand(count), scorer, batch_size)
             new = [scores, made.images, made.tokens, torch.arange(first, first + count)]
@@ -187,6 +190,16 @@ def generate_best(
             # A stable sort: of equal scores, the lower index is kept, whatever the batch.
             order = pool[0].sort(descending=True, stable=True).indices[:num_images]
             best = [part[order] for part in pool]
+            starts = best[3] - (best[3] - begin) % batch_size
+            batches = {
+                start: tokens for start, tokens in (batches | {first: made.tokens}).items() if start in starts
+            }
+        if scorer is None:
+            # With all of its batch, as `generate` decodes it: convolutions round differently at other sizes.
+            best[1] = torch.empty(len(starts), 3, *[model.config.image_size] * 2)
+            for start, batch in batches.items():
+                rows = starts == start
+                best[1][rows] = model.decode_tokens(batch)[best[3][rows] - start]
         kept.append(best)
     scores, pixels, tokens, indices = (torch.cat(parts) for parts in zip(*kept, strict=True))
     return Output(pixels, tokens, scores=scores, indices=indices)

@@ -236,6 +236,7 @@ def _fill(
                 batch_size=batch_size,
                 return_steps=False,
                 callback=told if callback else None,
+                pixels=False,
             )
             window.write(batch, made.tokens)
 

@@ -50,6 +50,7 @@ class Job:
         told: whether every step's tokens are told, not only the result.
         traced: whether what a `Trace` keeps of every step is told, too.
         switch: (step, class token) to go on with another class from that step, or None.
+        pixels: whether the tokens are decoded to an image.
 
     Raises:
         ConfigError: a number is out of range.
@@ -63,6 +64,7 @@ class Job:
     told: bool = False
     traced: bool = False
     switch: tuple[int, int] | None = None
+    pixels: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", check_seed(self.seed))
@@ -83,8 +85,9 @@ class News(NamedTuple):
         step: the number of the step.
         tokens: int64 (h, w), all filled in, on the CPU.
         unknown, confidence: bool and float32 (h, w), on the CPU, as in a `Trace`, of a job that is traced.
-        pixels: float32 (3, H, W) in [0, 1], on the CPU, once it is finished.
+        pixels: float32 (3, H, W) in [0, 1], on the CPU, of a finished job whose tokens are decoded.
         error: what ended it instead.
+        last: whether no more will come.
     """
 
     job: Job
@@ -94,11 +97,7 @@ class News(NamedTuple):
     confidence: Tensor | None = None
     pixels: Tensor | None = None
     error: Exception | None = None
-
-    @property
-    def last(self) -> bool:
-        """Whether no more will come."""
-        return self.pixels is not None or self.error is not None
+    last: bool = False
 
 
 @dataclass
@@ -275,7 +274,7 @@ class Batcher:
                 self._rows.append(self._begin(job))
             # Whatever it is, the other jobs go on.
             except Exception as error:
-                failed.append(News(job, job.start_step, error=error))
+                failed.append(News(job, job.start_step, error=error, last=True))
         return failed
 
     @torch.no_grad()
@@ -361,9 +360,13 @@ class Batcher:
         return dict(zip(rows, zip(*parts, strict=True), strict=True))
 
     def _show(self, finished: list[News]) -> list[News]:
-        tokens = torch.stack([item.tokens for item in finished if item.tokens is not None])
-        landed = zip(finished, self.decode(tokens), tokens.cpu(), strict=True)
-        return [item._replace(tokens=grid, pixels=pixels) for item, pixels, grid in landed]
+        grids = [item.tokens for item in finished if item.tokens is not None]
+        wanted = [grid for item, grid in zip(finished, grids, strict=True) if item.job.pixels]
+        decoded = iter(self.decode(torch.stack(wanted)) if wanted else ())
+        return [
+            item._replace(tokens=grid, pixels=next(decoded) if item.job.pixels else None, last=True)
+            for item, grid in zip(finished, torch.stack(grids).cpu(), strict=True)
+        ]
 
     def _survive(
         self,
@@ -390,7 +393,7 @@ class Batcher:
                     items = part + items
                     continue
             if len(part) == 1:
-                news.append(News(part[0].job, part[0].step, error=failure))
+                news.append(News(part[0].job, part[0].step, error=failure, last=True))
                 continue
             failure, half = None, len(part) // 2
             for some in (part[:half], part[half:]):

@@ -51,6 +51,7 @@ class SharedModel(MaskGIT):
         batch_size: int = DEFAULT_BATCH_SIZE,
         return_steps: bool = False,
         callback: Callback | None = None,
+        pixels: bool = True,
     ) -> Iterator[Output]:
         """Fill in masked sequences; see `MaskGIT.fill_batches`.
 
@@ -69,6 +70,7 @@ class SharedModel(MaskGIT):
                 told=callback is not None,
                 traced=return_steps,
                 switch=None if switch is None else (switch[0], int(switch[1][i])),
+                pixels=pixels,
             )
             for i, row in enumerate(sequences.cpu())
         ]
@@ -98,12 +100,11 @@ class SharedModel(MaskGIT):
 
 def _output(news: News, steps: list[News]) -> Output:
     """Return a finished image as a batch of one, with the trace of its steps if there are any."""
-    # What is finished has both.
-    assert news.pixels is not None
-    assert news.tokens is not None
+    assert news.tokens is not None, "it is finished"
     parts = [(step.tokens, step.unknown, step.confidence) for step in steps]
     trace = Trace(*(torch.stack(part)[None] for part in zip(*parts, strict=True))) if parts else None
-    return Output(news.pixels[None], news.tokens[None], trace)
+    pixels = torch.empty(3, 0, 0) if news.pixels is None else news.pixels
+    return Output(pixels[None], news.tokens[None], trace)
 
 
 class _SharedTokenizer:

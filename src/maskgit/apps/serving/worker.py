@@ -305,7 +305,7 @@ class Worker:
     def _step(self) -> None:
         all_news = self.batcher.step()
         stats = self.stats
-        finished = sum(news.pixels is not None for news in all_news)
+        finished = sum(news.last and news.error is None for news in all_news)
         stats.images, stats.steps = stats.images + finished, stats.steps + 1
         self._count_halvings()
         # Told last: whoever has an image finds it counted.
