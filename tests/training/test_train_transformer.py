@@ -24,15 +24,13 @@ from maskgit.sampler.config import SamplerConfig
 from maskgit.training import train_transformer as module
 from maskgit.training.distributed import Distributed
 from maskgit.training.fine_tuning import draw_transformer, start_from
-from maskgit.training.objectives.losses import sequence_cross_entropy
-from maskgit.training.objectives.masking import draw_masks
 from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
 from maskgit.training.run.folder import held_run
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, TrainingError
 from maskgit.training.train_transformer import flops_per_image, train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_dry_run import dry_run
-from maskgit.training.transformer_evaluation import RatioLosses, sequence_losses, warn_of_samples
+from maskgit.training.transformer_evaluation import RatioLosses, warn_of_samples
 from runs import checkpointed, logged, run_two, start
 
 CODES, CLASSES, GRID = 16, 3, 4
@@ -319,22 +317,6 @@ def test_the_learning_rate_warms_up_and_falls(config):
     rates = scalars(config.out, "learning_rate")
     expected = [0.005, 0.01, *(0.005 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
     assert rates == pytest.approx(expected)
-
-
-def test_the_loss_counts_masked_tokens_alone_and_each_sequence_alike():
-    torch.manual_seed(0)
-    logits = torch.randn(5, GRID**2 + 1, CODES)
-    tokens = torch.randint(0, CODES, (5, GRID, GRID))
-    masks = draw_masks(1, torch.arange(5), GRID)
-    losses = sequence_losses(logits, tokens, masks, 0.1)
-    official = sequence_cross_entropy(logits[:, 1:], tokens.flatten(1), masks.mask.flatten(1), 0.1)
-    assert float(losses.mean()) == pytest.approx(float(official), rel=1e-6)
-    by_hand = -logits[:, 1:].log_softmax(-1).gather(-1, tokens.flatten(1)[..., None])[..., 0]
-    for i in range(5):
-        expected = by_hand[i][masks.mask[i].flatten()].mean()
-        assert float(sequence_losses(logits, tokens, masks)[i]) == pytest.approx(float(expected), rel=1e-5)
-        everywhere = sequence_losses(logits, tokens, masks, for_all=True)[i]
-        assert float(everywhere) == pytest.approx(float(by_hand[i].mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from maskgit.training.distributed import Distributed, compile_blocks, paralleliz
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import TokenInputs, open_tokens
 from maskgit.training.numerics import autocast, choose_precision, seed_step
+from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.objectives.masking import draw_masks, hide_labels
 from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
 from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
@@ -42,7 +43,6 @@ from maskgit.training.transformer_evaluation import (
     RatioLosses,
     evaluate_loss,
     sample,
-    sequence_losses,
     warn_of_samples,
 )
 
@@ -164,8 +164,9 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                 with gradient_sync(network, i == len(parts) - 1):
                     with autocast(device, precision), attention(device):
                         logits = network(sequence, codes=vocabulary.num_codes)
+                    counted = torch.ones_like(masks.mask) if config.compute_loss_for_all else masks.mask
                     losses = sequence_losses(
-                        logits, tokens, masks, config.label_smoothing, config.compute_loss_for_all
+                        logits[:, 1:], tokens.flatten(1), counted.flatten(1), config.label_smoothing
                     )
                     part_loss = losses.sum() / len(batch.labels)
                     part_loss.backward()

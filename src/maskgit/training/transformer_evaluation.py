@@ -1,6 +1,6 @@
 """How well a transformer in training does: its loss on images it has not seen, and samples to look at.
 
-Shapes: B batch, N image tokens, K codes, h × w the token grid.
+Shapes: B batch, h × w the token grid.
 """
 
 import contextlib
@@ -20,39 +20,11 @@ from maskgit.sampler.loop import decode
 from maskgit.sampler.noise import ImageNoise
 from maskgit.training.distributed import Distributed
 from maskgit.training.numerics import autocast
-from maskgit.training.objectives.losses import sequence_cross_entropies
-from maskgit.training.objectives.masking import Masks, draw_masks
+from maskgit.training.objectives.losses import sequence_losses
+from maskgit.training.objectives.masking import draw_masks
 from maskgit.training.run.progress import Logger
 
 NUM_RATIO_BINS = 10
-
-
-def sequence_losses(
-    logits: Tensor, tokens: Tensor, masks: Masks, label_smoothing: float = 0.0, for_all: bool = False
-) -> Tensor:
-    """Return the loss of each sequence: the mean cross-entropy of its masked tokens, or of all.
-
-    The loss of a batch is the mean of these, so that a sample counts the same however much of it is masked.
-
-    Args:
-        logits: float (B, N + 1, K).
-        tokens: int64 (B, h, w).
-        masks: what was hidden.
-        label_smoothing: the share of the target that is spread over the codes.
-        for_all: whether tokens that were not masked count too.
-
-    Returns:
-        float32 (B,).
-
-    Source: paper eq. 2; official `weighted_sequence_cross_entropy_loss`, whose mean over sequences this has.
-    Differs: the softmax is over the codes alone, for decoding samples from the codes alone; a class or the mask
-    is never a target, and over the whole vocabulary smoothing would spread the target onto them.
-    """
-    losses = sequence_cross_entropies(logits[:, 1:], tokens.flatten(1), label_smoothing)
-    weights = masks.mask.flatten(1).to(losses.dtype)
-    if for_all:
-        weights = torch.ones_like(weights)
-    return (losses * weights).sum(-1) / weights.sum(-1)
 
 
 class RatioLosses:
@@ -127,7 +99,7 @@ def evaluate_loss(
                 logits = transformer(
                     vocabulary.sequence(labels, tokens, masks.mask), codes=vocabulary.num_codes
                 )
-            total += sequence_losses(logits, tokens, masks).mean()
+            total += sequence_losses(logits[:, 1:], tokens.flatten(1), masks.mask.flatten(1)).mean()
     return float(distributed.mean(total)) / count
 
 

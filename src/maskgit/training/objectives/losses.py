@@ -214,29 +214,26 @@ def no_quantizer_loss(features: Tensor, quantized: Quantized, **weights: object)
 QUANTIZER_LOSSES = {"vq": quantizer_loss, "gumbel": no_quantizer_loss}
 
 
-def sequence_cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
-    """Return the cross-entropy of predicted sequences: the weighted mean of each, then the mean of these.
+def sequence_losses(logits: Tensor, labels: Tensor, weights: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the loss of each sequence: the weighted mean of its tokens' cross-entropies.
+
+    The loss of a batch is the mean of these, so that a sample counts the same however much of it is masked.
 
     Args:
-        logits: float (B, N, V).
-        labels: int64 (B, N), each in [0, V).
-        weights: (B, N), such as 1 where a token was masked and 0 elsewhere; no row may be all 0.
-        label_smoothing: the share of the target that is spread evenly over all V.
+        logits: float (B, N, K).
+        labels: int64 (B, N), each in [0, K).
+        weights: (B, N), such as True where a token was masked; no row may be all 0.
+        label_smoothing: the share of the target that is spread evenly over all K.
 
     Returns:
-        float32 ().
+        float32 (B,).
 
-    Source: official `weighted_sequence_cross_entropy_loss`.
+    Source: paper eq. 2; official `weighted_sequence_cross_entropy_loss`, whose mean over sequences this has.
+    Differs: the transformer's loss passes logits of the codes alone, for decoding samples from the codes alone;
+    over the whole vocabulary smoothing would spread the target onto classes and the mask, never a target.
     """
-    per_token = sequence_cross_entropies(logits, labels, label_smoothing)
-    weights = weights.to(per_token.dtype)
-    return ((per_token * weights).sum(-1) / weights.sum(-1)).mean()
-
-
-def sequence_cross_entropies(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy of each token, float32 (B, N); the arguments are `sequence_cross_entropy`'s."""
-    return F.cross_entropy(
+    losses = F.cross_entropy(
         logits.float().movedim(-1, 1), labels, reduction="none", label_smoothing=label_smoothing
     )
+    weights = weights.to(losses.dtype)
+    return (losses * weights).sum(-1) / weights.sum(-1)
