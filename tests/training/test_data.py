@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from maskgit.data.augment import AUGMENTATIONS, NUM_DRAWS, VIEWS, crop_boxes, resize_and_centre_crop
-from maskgit.data.batches import ImageBatches, Shuffler, sample_numbers
+from maskgit.data.batches import ImageBatches, Shuffler, sample_numbers, spread
 from maskgit.data.caches import ImageCache
 from maskgit.data.writers import write_image_cache
 from maskgit.errors import ConfigError
@@ -196,3 +196,13 @@ def test_ten_crops_are_corners_and_centre_and_their_mirrors():
     for (top, left), crop, mirrored in zip(corners, views[:5], views[5:], strict=True):
         assert np.array_equal(crop, images[:, top : top + 4, left : left + 4])
         assert np.array_equal(mirrored, crop[:, :, ::-1])
+
+
+def test_every_beginning_of_a_spread_order_has_its_share_of_every_class():
+    labels = np.repeat([2, 0, 5], [60, 30, 10])
+    order = spread(labels, 3)
+    assert sorted(order) == list(range(100))
+    for count in range(100):
+        found = np.bincount(labels[order[:count]], minlength=6)
+        assert np.abs(found - np.array([0.3, 0, 0.6, 0, 0, 0.1]) * count).max() < 1.01
+    assert order.tolist() == spread(labels, 3).tolist() != spread(labels, 4).tolist()

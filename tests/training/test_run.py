@@ -26,6 +26,7 @@ from maskgit.training.run.checkpoint import Checkpoints
 from maskgit.training.run.folder import held_run, setup_run
 from maskgit.training.run.progress import Logger, Throughput
 from maskgit.training.run.stopping import StopSignal, TrainingError, UpdateGate
+from maskgit.training.sheets import Sheet
 from runs import run_two
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -235,21 +236,28 @@ def test_without_tensorboard_there_is_a_sentence(tmp_path, monkeypatch, capsys):
     assert "pip install tensorboard" in capsys.readouterr().err
 
 
-def test_images_are_laid_out_as_a_grid(tmp_path):
-    images = torch.arange(5).view(5, 1, 1, 1).expand(5, 3, 2, 4) / 10
+def test_sheets_are_enlarged_and_say_what_they_show(tmp_path):
+    images = torch.arange(5).view(5, 1, 1, 1).expand(5, 3, 8, 8) / 10
+    images[4] = torch.nan
     logger = Logger(tmp_path, ALONE)
-    logger.images(7, "samples", images)
+    for captions in (("cat",) * 5, ("dog",) * 5):
+        logger.sheet(7, captions[0], Sheet(images, captions, 3))
     logger.close()
-    picture = np.asarray(Image.open(tmp_path / "samples" / "samples-00000007.png"))
-    assert picture.shape == (2 * 2, 3 * 4, 3)
-    grey = np.round(np.array([[0, 0.1, 0.2], [0.3, 0.4, 0]]) * 255)
-    assert np.abs(picture[::2, ::4, 0] - grey).max() <= 1
+    cat, dog = (np.asarray(Image.open(tmp_path / "samples" / f"{n}-00000007.png")) for n in ("cat", "dog"))
+    # Pixels become 16 × 16 each, below each image is its caption, and what is no number is black.
+    step = (len(cat) - 2) // 2
+    grey = np.round(np.array([[0, 0.1, 0.2], [0.3, 0, 1]]) * 255)
+    assert np.abs(cat[2 + 64 :: step, 2 + 64 :: 130, 0] - grey).max() <= 1
+    assert step > 130
+    differ = (cat != dog).any((1, 2))
+    assert not differ[:130].any()
+    assert differ[130 : step + 2].any()
 
 
 def test_only_the_main_process_writes(tmp_path, capsys):
     logger = Logger(tmp_path, Distributed(1, 2, torch.device("cpu")))
     logger.scalars(1, {"loss": 1})
-    logger.images(1, "samples", torch.zeros(1, 3, 2, 2))
+    logger.sheet(1, "samples", Sheet(torch.zeros(1, 3, 2, 2), ("cat",), 1))
     logger.warn("name", 1, "Something.")
     logger.progress(1, 2, Throughput(1), 0.5)
     logger.close()

@@ -105,6 +105,26 @@ class Shuffler:
         return indices
 
 
+def spread(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return images in an order of which every beginning has its share of every class.
+
+    Args:
+        labels: int (N,).
+        seed: decides which images of a class come first, in [0, 2⁶⁴).
+
+    Returns:
+        int64 (N,), each image once.
+    """
+    order = Shuffler(len(labels), seed).order(0)
+    _, classes, counts = np.unique(labels[order], return_inverse=True, return_counts=True)
+    by_class = np.argsort(classes, kind="stable")
+    place = np.empty(len(labels))
+    # How far through its class an image lies, in (0, 1).
+    starts = np.cumsum(counts) - counts
+    place[by_class] = (np.arange(len(labels)) - starts[classes[by_class]] + 0.5) / counts[classes[by_class]]
+    return order[np.lexsort((classes, place))]
+
+
 def sample_numbers(step: int, global_batch: int, rank: int = 0, world: int = 1) -> np.ndarray:
     """Return the numbers of the samples that one process reads at a step.
 

@@ -58,7 +58,7 @@ class TokenizerTrainingConfig(Config):
         device: "auto", "cpu", "cuda" or the like.
         precision: what networks compute in: "auto", "float32" or "bfloat16".
         log_every, evaluate_every, checkpoint_every: in steps.
-        num_test_images: how many are evaluated; None takes all.
+        num_test_images: how many are evaluated, spread over the classes; None takes all.
         feature_net: a name in `features.BUNDLED_NETS` for the Fréchet distance of reconstructions, or None.
         tracker: where scalars and pictures are shown: "tensorboard", "wandb" or "none".
         keep_last, keep_best: checkpoints that stay; the best are those of the highest PSNR.

@@ -40,7 +40,7 @@ from maskgit.training.run.progress import Logger, Throughput, host_numbers, peak
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate
 from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.tokenizer_evaluation import evaluate_tokenizer
+from maskgit.training.tokenizer_evaluation import evaluate_tokenizer, reconstruction_sheet
 from maskgit.training.tokenizer_parts import (
     Reconstructed,
     Reconstructor,
@@ -214,19 +214,24 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
                 warn_of_images(logger, done, made.images)
             if evaluating and test_cache is not None:
                 with throughput.paused(), ema.applied(tokenizer):
-                    scores, shown = evaluate_tokenizer(
+                    scores = evaluate_tokenizer(
                         tokenizer,
                         test_cache,
                         size=size,
+                        seed=config.seed,
                         precision=precision,
                         num_images=config.num_test_images,
                         feature_net=config.feature_net,
                         batch_size=config.batch_size // distributed.world,
                         distributed=distributed,
                     )
+                    if distributed.is_main:
+                        sheet = reconstruction_sheet(
+                            tokenizer, test_cache, size=size, seed=config.seed, precision=precision
+                        )
+                        logger.sheet(done, "reconstructions", sheet)
                 score = scores["test_psnr"]
                 logger.scalars(done, scores)
-                logger.images(done, "reconstructions", shown)
                 logger.say(
                     f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
                 )

@@ -220,12 +220,13 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                         network,
                         tokenizer,
                         vocabulary,
+                        class_names=inputs.train.class_names,
                         num_images=config.num_samples,
                         seed=config.seed,
                         sampler=config.sampler,
                         precision=precision,
                     )
-                logger.images(done, "samples", samples.images)
+                logger.sheet(done, "samples", samples.sheet)
                 warn_of_samples(logger, done, samples.tokens)
             if saving:
                 with throughput.paused():

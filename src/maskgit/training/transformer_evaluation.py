@@ -4,13 +4,13 @@ Shapes: B batch, h × w the token grid.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskgit.data.batches import TokenBatches
 from maskgit.data.caches import TokenCache
 from maskgit.foundation.devices import upload
 from maskgit.networks.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ from maskgit.training.numerics import autocast
 from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.objectives.masking import draw_masks
 from maskgit.training.run.progress import Logger
+from maskgit.training.sheets import Sheet, class_columns
 
 NUM_RATIO_BINS = 10
 
@@ -75,38 +76,56 @@ def evaluate_loss(
 ) -> float:
     """Return the mean loss over a token cache, each image masked once and always alike; all must call it.
 
-    `classes` says which of the model's classes each of the cache's is, int64 (classes,). The labels are given and the targets are not smoothed. What does not fill a batch is left out, unless there
-    is less than one, whose images then count repeatedly.
+    Every image counts once, whatever the batch size and the number of processes. The labels are given and the targets
+    are not smoothed.
+
+    Args:
+        transformer: the network, as it was wrapped for several processes.
+        cache: the images' tokens, of which the first view is taken.
+        vocabulary: the network's.
+        classes: int64 (classes,), which of the model's classes each of the cache's is.
+        seed: of the masks.
+        batch_size: images at once over all processes.
+        mask_schedule: a name in `schedules`.
+        precision: what the network computes in.
+        distributed: the processes.
     """
-    batches = TokenBatches(
-        cache,
-        seed=seed,
-        global_batch=batch_size,
-        rank=distributed.rank,
-        world=distributed.world,
-        random_view=False,
-        shuffle=False,
-    )
     total = torch.zeros((), device=distributed.device)
-    count = max(1, len(cache) // batch_size)
     with evaluating(transformer):
-        for step in range(count):
-            batch = batches.batch(step)
-            batch = batch._replace(labels=classes[batch.labels])
-            tokens, labels, numbers = (upload(t, distributed.device) for t in batch)
+        for start in range(0, len(cache), batch_size):
+            indices, weights = _share(start, min(start + batch_size, len(cache)), distributed)
+            batch = (
+                torch.from_numpy(cache.take(indices, np.zeros_like(indices)).astype(np.int64)),
+                classes[torch.from_numpy(cache.labels[indices].astype(np.int64))],
+                torch.from_numpy(indices),
+                torch.from_numpy(weights),
+            )
+            tokens, labels, numbers, counted = (upload(tensor, distributed.device) for tensor in batch)
             masks = draw_masks(seed, numbers, vocabulary.grid_size, mask_schedule=mask_schedule)
             with autocast(distributed.device, precision):
                 logits = transformer(
                     vocabulary.sequence(labels, tokens, masks.mask), codes=vocabulary.num_codes
                 )
-            total += sequence_losses(logits[:, 1:], tokens.flatten(1), masks.mask.flatten(1)).mean()
-    return float(distributed.mean(total)) / count
+            losses = sequence_losses(logits[:, 1:], tokens.flatten(1), masks.mask.flatten(1))
+            total += (losses * counted).sum()
+    return float(distributed.mean(total)) * distributed.world / len(cache)
+
+
+def _share(start: int, stop: int, distributed: Distributed) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images from `start` to `stop` that are this process's, int64 (n,), and whether each counts.
+
+    All processes have equally many, for sharded networks meet at every forward pass: those at the end may have images
+    of others, which count 0 with them, float32 (n,).
+    """
+    share = -(-(stop - start) // distributed.world)
+    own = start + distributed.rank * share + np.arange(share, dtype=np.int64)
+    return np.minimum(own, stop - 1), (own < stop).astype(np.float32)
 
 
 class Samples(NamedTuple):
-    """Images made for people to look at, float (B, 3, H, W) nominally in [0, 1], and their tokens (B, h, w)."""
+    """Images made for people to look at, and their tokens, int64 (B, h, w)."""
 
-    images: Tensor
+    sheet: Sheet
     tokens: Tensor
 
 
@@ -115,15 +134,18 @@ def sample(
     tokenizer: Tokenizer,
     vocabulary: Vocabulary,
     *,
+    class_names: Sequence[str],
     num_images: int,
     seed: int,
     sampler: SamplerConfig,
     precision: torch.dtype,
 ) -> Samples:
-    """Return the same images, the first classes in turn, from the same noise as at every other step."""
+    """Return the same images as at every other step, from the same noise: a class a column, chosen by the seed."""
     device = next(tokenizer.parameters()).device
+    columns = class_columns(np.arange(vocabulary.num_classes), seed, num_images)
+    classes = np.resize(columns, num_images)
     indices = torch.arange(num_images, device=device)
-    sequence = vocabulary.sequence(indices % vocabulary.num_classes)
+    sequence = vocabulary.sequence(upload(torch.from_numpy(classes), device))
 
     def predict_logits(sequence: Tensor) -> Tensor:
         with autocast(device, precision):
@@ -138,7 +160,8 @@ def sample(
             noise=ImageNoise(seed, indices, vocabulary.num_tokens + 1, vocabulary.num_codes),
         )
         tokens = vocabulary.grid(history[:, -1])
-        return Samples(tokenizer.decode(tokens), tokens)
+        captions = tuple(class_names[label] for label in classes)
+        return Samples(Sheet(tokenizer.decode(tokens), captions, len(columns)), tokens)
 
 
 def warn_of_samples(logger: Logger, step: int, tokens: Tensor) -> None:

@@ -9,14 +9,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from maskgit.errors import ConfigError
-from maskgit.foundation.files import output_error, replacing
+from maskgit.foundation.files import output_error, write_bytes
+from maskgit.images import contact_sheet, save_png
 from maskgit.training.run.trackers import Tracker, make_tracker
+from maskgit.training.sheets import Sheet
 
 if TYPE_CHECKING:
     from maskgit.training.distributed import Distributed
@@ -106,19 +108,6 @@ class Throughput:
         return steps * self.images_per_step / self.images_per_second if self.images_per_second else math.nan
 
 
-def grid(images: Tensor) -> Tensor:
-    """Lay images out as a nearly square grid: float (B, 3, H, W) in [0, 1] → uint8 (3, rows · H, columns · W)."""
-    count, _, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    cells = images.new_zeros(rows * columns, 3, height, width)
-    cells[:count] = images
-    table = (
-        cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)
-    )
-    return (table.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-
 class Logger:
     """Writes what the main process is told; in the others it does nothing."""
 
@@ -154,8 +143,7 @@ class Logger:
             return
         path = self.run_dir / "scalars.jsonl"
         kept = _lines_until(path, start_step)
-        with replacing(path) as temporary:
-            temporary.write_text("".join(kept), "utf-8")
+        write_bytes(path, "".join(kept).encode())
         try:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
@@ -181,15 +169,17 @@ class Logger:
             for name, number in numbers.items():
                 self._board.add_scalar(name, number, step)
 
-    def images(self, step: int, name: str, images: Tensor) -> None:
-        """Log a grid of images, float (B, 3, H, W) in [0, 1], also as samples/{name}-{step}.png."""
+    def sheet(self, step: int, name: str, sheet: Sheet) -> None:
+        """Log a sheet of images, also as samples/{name}-{step}.png."""
         if not self._is_main:
             return
-        table = grid(images.detach().float())
-        with replacing(self.run_dir / "samples" / f"{name}-{step:08d}.png") as temporary:
-            Image.fromarray(table.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+        picture = contact_sheet(
+            sheet.images.float().nan_to_num(), columns=sheet.columns, captions=sheet.captions
+        )
+        save_png(self.run_dir / "samples" / f"{name}-{step:08d}.png", picture)
         if self._board is not None:
-            self._board.add_image(name, table, step)
+            pixels = torch.from_numpy(np.array(picture))
+            self._board.add_image(name, pixels.movedim(-1, 0), step)
 
     def progress(
         self, step: int, steps: int, throughput: Throughput, loss: float | Tensor, note: str = ""
