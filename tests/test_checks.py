@@ -237,7 +237,6 @@ REAL_ENTRIES = {
         temperature=x, tables=StepTables(temperature=(x,) * 8)
     ).to_dict(),
     "ModelConfig": lambda m, x: dataclasses.replace(m.config, label_dropout=x).to_dict(),
-    "EvaluationConfig": lambda _, x: EvaluationConfig(stale_seconds=x).to_dict(),
     "TransformerTrainingConfig": lambda _, x: TransformerTrainingConfig(
         out="run", data="data", tokenizer="t", learning_rate=x, betas=(x, 0.5)
     ).to_dict(),

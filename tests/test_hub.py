@@ -79,7 +79,7 @@ def edit_json(path, change):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "model_index.json").unlink(), "is this a model folder"),
+        (lambda f: (f / "model_index.json").unlink(), "this is a model folder"),
         (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
         (lambda f: (f / "model_index.json").write_text("[]"), "not a JSON object"),
         (lambda f: (f / "model_index.json").write_text("[" * 100_000), "is not JSON"),

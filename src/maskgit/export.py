@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from maskgit.errors import CheckpointError, ConfigError, OutputError, install_extra, unknown_name
 from maskgit.foundation.bars import bar
-from maskgit.foundation.files import expand
-from maskgit.foundation.folders import write_folder, write_json
+from maskgit.foundation.files import expand, write_folder, write_json
 from maskgit.foundation.version import __version__
 from maskgit.model import plain_model
 from maskgit.pipeline import MaskGIT

@@ -1,16 +1,15 @@
-"""Work that processes share: claimed, committed whole, found damaged, made again."""
+"""Work that processes share: locked, committed whole, found damaged, made again."""
 
 import json
 import os
-import socket
-import time
+import threading
 
 import numpy as np
 import pytest
 
 from maskgit.errors import ConfigError, DataError, OutputError
-from maskgit.foundation import units as module
-from maskgit.foundation.units import Made, Units, claim
+from maskgit.foundation.locks import give_up, locked
+from maskgit.foundation.units import Made, Units
 
 
 class Squares:
@@ -124,45 +123,8 @@ def test_another_plan_is_refused_and_told(tmp_path):
     with pytest.raises(ConfigError, match=r"other settings \(power 2, not 3\).*choose another folder"):
         Units(tmp_path, Squares(3))
     (tmp_path / "plan.json").write_text("[")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"is not JSON\. Remove"):
         Units(tmp_path, Squares())
-
-
-def test_a_living_process_keeps_its_lock(tmp_path):
-    lock = tmp_path / "x.lock"
-    lock.write_text(json.dumps({"host": socket.gethostname(), "process": os.getppid()}))
-    with claim(lock) as own:
-        assert not own
-    assert lock.exists()
-    lock.write_text(json.dumps({"host": "elsewhere", "process": 1}))
-    with claim(lock) as own:
-        assert not own
-
-
-@pytest.mark.parametrize("left", ["dead", "own number", "old", "old and torn"])
-def test_a_lock_that_was_left_behind_is_taken_over(tmp_path, left):
-    lock = tmp_path / "x.lock"
-    holder = {"host": socket.gethostname(), "process": os.getpid() if left == "own number" else 2**22 + 1}
-    if left.startswith("old"):
-        holder["host"] = "elsewhere"
-    lock.write_text("{" if left == "old and torn" else json.dumps(holder))
-    if left.startswith("old"):
-        os.utime(lock, (time.time() - 1000, time.time() - 1000))
-    with claim(lock, 300) as own:
-        assert own
-        assert json.loads(lock.read_text())["process"] == os.getpid()
-    assert not lock.exists()
-
-
-def test_a_held_lock_is_kept_young(tmp_path):
-    lock = tmp_path / "x.lock"
-    with claim(lock, 0.25) as own:
-        assert own
-        os.utime(lock, (0, 0))
-        deadline = time.time() + 5
-        while lock.stat().st_mtime < 1 and time.time() < deadline:
-            time.sleep(0.02)
-        assert lock.stat().st_mtime > 1
 
 
 def test_work_done_twice_does_no_harm(tmp_path):
@@ -180,21 +142,44 @@ def test_work_done_twice_does_no_harm(tmp_path):
     assert units.mend() == 0
 
 
-def test_it_waits_for_units_that_others_make(tmp_path, monkeypatch):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_unit_that_another_process_makes_is_waited_for(tmp_path, finished):
     work = Squares()
     units = Units(tmp_path, work)
-    lock = tmp_path / "unit-00002.lock"
-    lock.write_text(json.dumps({"host": socket.gethostname(), "process": os.getppid()}))
+    held, waits = threading.Event(), threading.Event()
 
-    def other_finishes(seconds):
-        lock.unlink()
+    def other():
+        """Hold a unit until the rest is done, and then finish it or be killed."""
+        with locked(tmp_path / "unit-00002.lock", give_up):
+            held.set()
+            assert waits.wait(60)
+            if finished:
+                units._commit(2, Squares().make(6, 9), 0.0)
 
-    monkeypatch.setattr(module.time, "sleep", other_finishes)
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert held.wait(60)
+    seen = []
+    units.run(lambda done, total: (seen.append(done), waits.set() if done == 3 else None))
+    thread.join()
+    assert work.asked == [(0, 3), (3, 6), (9, 10)] + [(6, 9)] * (not finished)
+    assert seen == sorted(seen)
+    assert values(units) == [i**2 for i in range(10)]
+
+
+def test_each_process_begins_with_its_own_share(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    work = Squares()
+    Units(tmp_path, work).run()
+    assert work.asked == [(3, 6), (9, 10), (0, 3), (6, 9)]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    units = Units(tmp_path, Squares())
     units.run()
-    assert work.asked == [(0, 3), (3, 6), (9, 10), (6, 9)]
-    units.tidy()
     (tmp_path / ".unit-00001.abc").mkdir()
-    lock.write_text("{}")
+    (tmp_path / "unit-00002.lock").write_text("{}")
     units.tidy()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "plan.json",

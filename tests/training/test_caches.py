@@ -83,8 +83,8 @@ def test_changed_bytes_are_noticed(images):
     ("break_it", "message"),
     [
         (lambda path: (path / "meta.json").unlink(), "not a finished image cache"),
-        (lambda path: (path / "meta.json").write_text("{"), "cannot be read"),
-        (lambda path: (path / "meta.json").write_text("[]"), "holds no image cache"),
+        (lambda path: (path / "meta.json").write_text("{"), "is not JSON"),
+        (lambda path: (path / "meta.json").write_text("[]"), "is not a JSON object"),
         (lambda path: edit(path, format=99), "format 99"),
         (lambda path: edit(path, num_images=11), "damaged"),
         (lambda path: edit(path, num_images="ten"), "damaged"),

@@ -35,8 +35,7 @@ from maskgit.errors import (
 from maskgit.foundation import download
 from maskgit.foundation.checks import Config
 from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype, shapes_only
-from maskgit.foundation.files import expand, read_json
-from maskgit.foundation.folders import write_folder, write_json
+from maskgit.foundation.files import expand, read_json, write_folder, write_json
 from maskgit.foundation.locks import locked, waits_for
 from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.tokenizer import Tokenizer
@@ -46,6 +45,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 FORMAT_VERSION = 1
 INDEX, WEIGHTS = "model_index.json", "model.safetensors"
+_REMEDY = "Check that this is a model folder."
 
 
 class Official(NamedTuple):
@@ -198,15 +198,15 @@ def load_parts(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None 
         CheckpointError: a file is missing or broken, or weights do not fit their config.
     """
     path = expand(path)
-    index = read_json(path / INDEX)
+    index = read_json(path / INDEX, remedy=_REMEDY)
     version = index.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path / INDEX} has format_version {version}; this package reads {FORMAT_VERSION}."
         )
     index = {key: value for key, value in index.items() if not key.startswith("_")}
-    stages = {"tokenizer": read_json(path / "tokenizer" / "config.json")}
-    stages["transformer"] = read_json(path / "transformer" / "config.json")
+    stages = {"tokenizer": read_json(path / "tokenizer" / "config.json", remedy=_REMEDY)}
+    stages["transformer"] = read_json(path / "transformer" / "config.json", remedy=_REMEDY)
     for key in stages:
         if index.pop(key, None) is None:
             raise CheckpointError(f"{path / INDEX} lacks the entry {key!r}.")
@@ -236,7 +236,7 @@ def load_tokenizer(
     path = expand(path) if expand(path).is_dir() else locate(path)
     folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     try:
-        config = TokenizerConfig.from_dict(read_json(folder / "config.json"))
+        config = TokenizerConfig.from_dict(read_json(folder / "config.json", remedy=_REMEDY))
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return _load_stage(Tokenizer, config, folder / WEIGHTS, device, dtype)
@@ -336,7 +336,10 @@ def _stored(
 def _write_stage(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", config)
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
     # safetensors makes it private.
     (folder / WEIGHTS).chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from maskgit.errors import DataError
-from maskgit.foundation.files import expand
+from maskgit.foundation.files import expand, read_json
 from maskgit.networks.config import MAX_CODES, MAX_GRID
 
 FORMAT = 1
@@ -331,14 +331,8 @@ def read_meta(path: Path, kind: str, remedy: str) -> dict[str, Any]:
     file = path / META
     if not file.is_file():
         raise DataError(f"{path} is not a finished {kind}: it has no {META}. {remedy}")
-    try:
-        if file.stat().st_size > MAX_META_BYTES:
-            raise DataError(f"{file} is too large to describe a cache.")
-        meta = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {error}. {remedy}") from error
-    if not isinstance(meta, dict) or meta.get("kind") != kind:
-        found = meta.get("kind") if isinstance(meta, dict) else None
+    meta = read_json(file, DataError, limit=MAX_META_BYTES, remedy=remedy)
+    if (found := meta.get("kind")) != kind:
         raise DataError(
             f"{path} holds no {kind}, but {found if isinstance(found, str) else 'something else'}."
         )

@@ -4,11 +4,9 @@ Shapes: N images, S pixels a side, n images of a shard or batch, V views of each
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +20,7 @@ from maskgit.data.caches import (
     FORMAT,
     IMAGES,
     LABELS,
+    MAX_META_BYTES,
     META,
     PLAN,
     ImageCache,
@@ -37,7 +36,7 @@ from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.foundation.bars import bar
 from maskgit.foundation.checks import check_choice, check_count, check_seed
 from maskgit.foundation.devices import upload
-from maskgit.foundation.files import destination, expand, output_error, replacing
+from maskgit.foundation.files import destination, expand, new_folder, output_error, read_json, replacing
 from maskgit.networks.config import MAX_CODES, MAX_GRID
 from maskgit.sampler.noise import uniform
 
@@ -107,24 +106,8 @@ def new_image_cache(out: str | Path, size: int) -> Iterator[ImageCacheWriter]:
     out = destination(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} already exists. Remove it, or choose another folder.")
-    temporary: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        # One inside it, for mkdtemp makes folders private.
-        new = temporary / "new"
-        new.mkdir()
-        writer = ImageCacheWriter(new, size)
-        try:
-            yield writer
-        finally:
-            writer.close()
-        os.replace(new, out)
-    except OSError as error:
-        raise output_error(out, error) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out) as new, closing(ImageCacheWriter(new, size)) as writer:
+        yield writer
 
 
 def write_image_cache(
@@ -277,13 +260,9 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
     """Make the folder and say in it what it will hold, or check that what it holds is that."""
     file = out / PLAN
     if file.is_file():
-        try:
-            former = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{file} cannot be read: {error}. Remove {out}, or choose another folder."
-            ) from error
-        changed = [key for key in plan if not isinstance(former, dict) or former.get(key) != plan[key]]
+        remedy = f"Remove {out}, or choose another folder."
+        former = read_json(file, DataError, limit=MAX_META_BYTES, remedy=remedy)
+        changed = [key for key in plan if former.get(key) != plan[key]]
         if changed:
             raise DataError(
                 f"{out} holds tokens that were made with another {changed[0].replace('_', ' ')}. "

@@ -90,10 +90,15 @@ def choose_device(name: Device = "auto") -> torch.device:
     return device
 
 
-def own_device(name: str = "auto") -> torch.device:
-    """Return the device of this process, and make it the one that torch means by "cuda".
+def rank_and_world() -> tuple[int, int]:
+    """Return which of torchrun's processes this is, and how many there are; (0, 1) where it runs alone."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-    Under torchrun "auto" and "cuda" are one GPU a process.
+
+def own_device(name: Device = "auto") -> torch.device:
+    """Return this process's device, and make it the one that torch means by "cuda".
+
+    Under torchrun "auto" and "cuda" mean one GPU for each process.
 
     Args:
         name: as for `choose_device`.
@@ -104,8 +109,9 @@ def own_device(name: str = "auto") -> torch.device:
     chosen = choose_device(name)
     if chosen.type != "cuda":
         return chosen
-    if chosen.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', os.environ.get('RANK', '0'))}")
+    rank, world = rank_and_world()
+    if chosen.index is None and world > 1:
+        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
     # What is made without a device named, such as streams, events and communicators, then belongs to this one.
     torch.cuda.set_device(torch.cuda.current_device() if chosen.index is None else chosen.index)
     return torch.device("cuda", torch.cuda.current_device())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from maskgit.errors import ConfigError, DownloadError, OutputError
 from maskgit.foundation.bars import bar
-from maskgit.foundation.files import expand, output_error, write_bytes
+from maskgit.foundation.files import expand, output_error, read_json, write_bytes
 from maskgit.foundation.locks import locked, waits_for
 from maskgit.foundation.proxies import is_loopback, proxy_for
 
@@ -132,12 +132,10 @@ def sha256(path: Path) -> str:
 
 
 def _recorded(record: Path) -> str:
-    try:
-        return str(json.loads(record.read_text("utf-8"))["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DownloadError(
-            f"{record}, which holds a checksum, is damaged. Delete it and try again."
-        ) from error
+    known = read_json(record, DownloadError, remedy="Delete it and try again.").get("sha256")
+    if not isinstance(known, str):
+        raise DownloadError(f"{record} holds no checksum. Delete it and try again.")
+    return known
 
 
 def _check_url(url: str) -> None:

@@ -1,18 +1,21 @@
-"""Files: paths as people write them, JSON as it is read, and writing so that nothing half-written is ever seen."""
+"""Files and folders: paths as people write them, JSON of limited size, and writing whole or not at all."""
 
 import errno
 import json
 import os
 import secrets
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from maskgit.errors import CheckpointError, OutputError
+from maskgit.errors import CheckpointError, MaskGITError, OutputError
 
 MAX_JSON_BYTES = 4 * 2**20
+# A folder's description for people, which stays when the folder is written again.
+CARD = "README.md"
 
 
 def write_bytes(path: str | Path, data: bytes, *, overwrite: bool = True) -> None:
@@ -95,25 +98,141 @@ def destination(path: str | Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that is part of a model.
+def read_json(
+    path: Path,
+    error: type[MaskGITError] = CheckpointError,
+    *,
+    limit: int = MAX_JSON_BYTES,
+    remedy: str = "",
+) -> dict[str, Any]:
+    """Return the JSON object in a file, which may be anybody's.
+
+    Args:
+        path: the file.
+        error: what is raised.
+        limit: bytes; a larger file is refused before it is read.
+        remedy: what to do about a file that cannot be used, a sentence.
 
     Raises:
-        CheckpointError: it cannot be read, or is none.
+        MaskGITError: of the class `error`: the file cannot be read, is too large, or holds no JSON object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than any config.")
-        values = json.loads(path.read_bytes())  # a byte-order mark may stand in front
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror or error}); is this a model folder?"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON.") from error
+        if path.stat().st_size > limit:
+            raise error(f"{path} is larger than the {limit:,} bytes that are read. {remedy}".rstrip())
+        data = path.read_bytes()
+    except OSError as reason:
+        if isinstance(reason, MaskGITError):
+            raise
+        raise error(f"{path} cannot be read: {reason.strerror or reason}. {remedy}".rstrip()) from reason
+    return parse_json(data, str(path), error, remedy=remedy)
+
+
+def parse_json(
+    text: str | bytes, name: str, error: type[MaskGITError], *, limit: int = 2**30, remedy: str = ""
+) -> dict[str, Any]:
+    """Return the JSON object in a text; see `read_json`. `name` is what the text is called in messages."""
+    if len(text) > limit:
+        raise error(f"{name} is longer than the {limit:,} characters that are read. {remedy}".rstrip())
+    try:
+        values = json.loads(text)  # of bytes, a byte-order mark is passed over
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{name} is not JSON. {remedy}".rstrip()) from reason
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object.")
+        raise error(f"{name} is not a JSON object. {remedy}".rstrip())
     return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write plain values as JSON that people can read."""
+    # A class named after a folder whose name is not valid text keeps it in JSON's escapes.
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
+
+
+@contextmanager
+def new_folder(path: Path, admit: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """Give an empty folder, and move it to `path` once the block has ended well: it appears whole or not at all.
+
+    Several processes may do so at once: with `admit` the last one's folder stays, without it the first one's.
+
+    Args:
+        path: where the folder goes; its parent is made if needed.
+        admit: called with the new folder before it takes the place of what stands at `path`; raises if that must stay.
+
+    Raises:
+        OutputError: the folder cannot be made or written, or may not take the place of what is there. Nothing
+            half-written is left behind, and what stood there still does.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        # Inside it, because mkdtemp makes its folder private.
+        new = temporary / "new"
+        new.mkdir()
+        yield new
+        if admit is None:
+            os.replace(new, path)
+        else:
+            _swap(new, path, temporary, admit)
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path, temporary: Path, admit: Callable[[Path], None]) -> None:
+    while True:
+        admit(new)
+        old = temporary / secrets.token_hex(4)
+        with suppress(FileNotFoundError):
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+            return
+        except BaseException as error:
+            with suppress(OSError):
+                os.replace(old, path)
+            # Another process has put its folder there in between.
+            if getattr(error, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def write_folder(
+    path: str | Path, names: tuple[str, ...], write: Callable[[Path], None], *, overwrite: bool = True
+) -> Path:
+    """Fill a new folder and put it in the place of `path`.
+
+    A folder that is there is replaced if it holds what `write` makes, `names`, and nothing else but a `CARD`, which
+    is kept. Where `path` is a symbolic link, its target is replaced.
+
+    Raises:
+        OutputError: as `new_folder`, or something else is there, or a folder that is not to be overwritten.
+    """
+    given, path = expand(path), destination(path)
+    _check_replaceable(path, names, overwrite)
+
+    def admit(new: Path) -> None:
+        if CARD in _check_replaceable(path, names, overwrite):
+            shutil.copyfile(path / CARD, new / CARD)
+
+    with new_folder(path, admit) as new:
+        write(new)
+    return given
+
+
+def _check_replaceable(path: Path, names: tuple[str, ...], overwrite: bool) -> set[str]:
+    """Return the names in a folder, all of which may go."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; choose another folder.")
+    held = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    foreign = sorted(held - {*names, CARD})
+    if foreign or (held and names[0] not in held):
+        named = foreign[0] if foreign else sorted(held)[0]
+        raise OutputError(f"{path} holds {named}, which is not part of a model; choose another folder.")
+    if held and not overwrite:
+        raise OutputError(f"{path} is there already; choose another folder, or say --overwrite.")
+    return held
 
 
 def check_writable(folder: str | Path) -> None:

@@ -22,8 +22,21 @@ log = logging.getLogger(__name__)
 Busy = Callable[[str], None]
 
 
+class HeldError(Exception):
+    """A lock is held, and is not waited for."""
+
+
+def wait(holder: str) -> None:
+    """A `busy` for `locked` that waits without a word."""
+
+
+def give_up(holder: str) -> None:
+    """A `busy` for `locked` that raises a `HeldError` rather than wait."""
+    raise HeldError(holder)
+
+
 def waits_for(what: str) -> Busy:
-    """Return a `busy` for `locked` that says who is waited for; `what` is what is being done."""
+    """Return a `busy` for `locked` that logs who is waited for; `what` is what they are doing."""
     return lambda holder: log.warning("Waiting for %s, by %s.", what, holder)
 
 

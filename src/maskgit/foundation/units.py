@@ -2,42 +2,37 @@
 
     FOLDER/plan.json            all that decides the work's numbers
     FOLDER/unit-00000/          arrays.npz, more files if the work makes any, and manifest.json: their SHA-256
-    FOLDER/unit-00001.lock      who makes the unit now; its time is renewed while that process lives
+    FOLDER/unit-00001.lock      held by the process that makes the unit now; free as soon as that process is gone
 
 A unit is a pure function of the plan and its range of indices. It appears whole, by the renaming of its
-folder, so that a process may be killed at any moment; two that make the same unit harm nobody, since the
-second finds the first's in place and throws its own away. What has changed on the disk since is found by its
+folder, so that a process may be killed at any moment. On a file system without locks, processes may make the
+same unit twice, which does no harm: the first one's stays. Whatever has changed on the disk since is found by its
 hash and made again.
 """
 
 import hashlib
 import io
 import json
-import os
+import secrets
 import shutil
-import socket
-import tempfile
-import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maskgit.errors import ConfigError, DataError
-from maskgit.foundation.checks import check_range
-from maskgit.foundation.files import expand, output_error, write_bytes
+from maskgit.errors import ConfigError, DataError, OutputError
+from maskgit.foundation.devices import rank_and_world
+from maskgit.foundation.files import expand, new_folder, output_error, read_json, write_bytes
+from maskgit.foundation.locks import Busy, HeldError, give_up, locked, wait
 
 FORMAT = 1
 PLAN, MANIFEST, ARRAYS = "plan.json", "manifest.json", "arrays.npz"
 MAX_PLAN_BYTES = 2**26
-# A lock whose time has not been renewed for so long was left by a process that is gone.
-STALE_SECONDS = 300.0
-POLL_SECONDS = 2.0
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -77,22 +72,19 @@ class Work(Protocol):
 class Units:
     """The units of one work in one folder."""
 
-    def __init__(self, folder: str | Path, work: Work, *, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(self, folder: str | Path, work: Work) -> None:
         """Begin the folder, or go on with it.
 
         Args:
             folder: made if needed; each work needs its own.
             work: what is made.
-            stale_seconds: the age at which another host's lock counts as left behind; above 0.
 
         Raises:
             ConfigError: the folder was begun with another plan.
             OutputError: it cannot be written.
         """
-        check_range("stale_seconds", stale_seconds, 0.01, 1e6)
         self.folder = expand(folder)
         self.work = work
-        self.stale_seconds = stale_seconds
         plan = {"format": FORMAT, "count": work.count, "unit_size": work.unit_size, **work.plan}
         # Through JSON, so that it compares equal with what is read back.
         self.plan: dict[str, Any] = json.loads(json.dumps(plan))
@@ -120,28 +112,28 @@ class Units:
         Raises:
             OutputError: a unit cannot be written; whatever `Work.make` raises.
         """
-        missing = list(range(len(self)))
-        while True:
-            missing = [number for number in missing if not self.done(number)]
-            if report is not None:
-                report(len(self) - len(missing), len(self))
-            if not missing:
-                return
-            made, done = False, len(self) - len(missing)
-            for number in missing:
-                own = self._try(number)
-                made = made or own
-                done += own or self.done(number)
-                if report is not None and made:
-                    report(done, len(self))
-            if not made:
-                time.sleep(POLL_SECONDS)
+        rank, world = rank_and_world()
+        total = len(self)
+        tell = report or (lambda done, total: None)
+        # Its own share first, so that processes seldom meet even where there are no locks.
+        missing = sorted((n for n in range(total) if not self.done(n)), key=lambda n: n % world != rank)
+        tell(total - len(missing), total)
+        # What others are making is waited for at last, and made here if they were killed.
+        for busy in (give_up, wait):
+            left = [number for number in missing if not self.done(number)]
+            done = total - len(left)
+            for number in left:
+                with suppress(HeldError):
+                    self._make(number, busy)
+                    done += 1
+                    tell(done, total)
+        tell(total, total)
 
     def mend(self, report: Callable[[int, int], None] | None = None) -> int:
         """Read all units, make those again that are not what was written, and return how many they were."""
         damaged = [number for number in range(len(self)) if not self._intact(number)]
         for number in damaged:
-            self._discard(self.path(number))
+            self._discard(number)
         self.run(report)
         return len(damaged)
 
@@ -171,7 +163,7 @@ class Units:
         return sum(float(manifest.get("seconds", 0)) for manifest in manifests if manifest is not None)
 
     def tidy(self) -> None:
-        """Remove the locks and half-written folders that killed processes left, once all units are there."""
+        """Remove the locks and half-written folders left by processes that were killed, once all units are there."""
         for path in self.folder.iterdir():
             if path.name.startswith(".unit-"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -179,7 +171,7 @@ class Units:
                 path.unlink(missing_ok=True)
 
     def _join(self) -> None:
-        found = agree(self.folder / PLAN, self.plan)
+        found = agree(self.folder / PLAN, lambda: self.plan)
         if found != self.plan:
             raise ConfigError(
                 f"{self.folder} was begun with other settings ({_difference(found, self.plan)}): give those "
@@ -190,51 +182,41 @@ class Units:
         """Return the folder of a unit."""
         return self.folder / f"unit-{number:05}"
 
-    def _try(self, number: int) -> bool:
-        """Make a unit unless another process does; return whether it was made."""
-        with claim(self.folder / f"unit-{number:05}.lock", self.stale_seconds) as own:
+    def _make(self, number: int, busy: Busy) -> None:
+        """Make a unit unless it is there; `busy` says whether to wait while another process makes it."""
+        with locked(self.folder / f"unit-{number:05}.lock", busy):
             # It may have been finished between the look at the folder and the lock.
-            if not own or self.done(number):
-                return False
+            if self.done(number):
+                return
             if self.path(number).exists():
                 # Only a unit that somebody took apart lacks its manifest.
-                self._discard(self.path(number))
+                self._discard(number)
             began = time.perf_counter()
             made = self.work.make(*self.bounds(number))
             self._commit(number, made, round(time.perf_counter() - began, 3))
-        return True
 
     def _commit(self, number: int, made: Made, seconds: float) -> None:
-        path = self.path(number)
-        temporary: Path | None = None
+        data = io.BytesIO()
+        np.savez(data, **made.arrays)  # type: ignore[arg-type]
+        contents = {ARRAYS: data.getvalue(), **made.files}
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        manifest = {"plan": self.digest, "files": hashes, "notes": made.notes, "seconds": seconds}
+        contents[MANIFEST] = json.dumps(manifest, indent=1).encode() + b"\n"
         try:
-            temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{path.name}."))
-            # One inside it, for mkdtemp makes folders private.
-            new = temporary / "new"
-            new.mkdir()
-            data = io.BytesIO()
-            np.savez(data, **made.arrays)  # type: ignore[arg-type]
-            contents = {ARRAYS: data.getvalue(), **made.files}
-            for name, content in contents.items():
-                (new / name).write_bytes(content)
-            hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-            manifest = {"plan": self.digest, "files": hashes, "notes": made.notes, "seconds": seconds}
-            (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-            new.rename(path)
-        except OSError as error:
-            # Another process has made the same unit meanwhile.
+            with new_folder(self.path(number)) as new:
+                for name, content in contents.items():
+                    (new / name).write_bytes(content)
+        except OutputError:
+            # Another process may have made the same unit meanwhile.
             if not self.done(number):
-                raise output_error(path, error) from error
-        finally:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
+                raise
 
     def _manifest(self, number: int) -> dict[str, Any] | None:
         try:
-            manifest = json.loads((self.path(number) / MANIFEST).read_text("utf-8"))
+            manifest = read_json(self.path(number) / MANIFEST, DataError)
             whole = manifest["plan"] == self.digest and ARRAYS in manifest["files"]
             return manifest if whole and isinstance(manifest["notes"], dict) else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (DataError, KeyError, TypeError):
             return None
 
     def _intact(self, number: int) -> bool:
@@ -249,118 +231,38 @@ class Units:
         except OSError:
             return False
 
-    def _discard(self, path: Path) -> None:
+    def _discard(self, number: int) -> None:
         """Take a unit's folder away in one step, so that no process sees half of it."""
-        grave = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{path.name}."))
+        path = self.path(number)
+        away = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            if path.exists():
-                path.rename(grave / "old")
+            with suppress(FileNotFoundError):
+                path.rename(away)
         except OSError as error:
             raise output_error(path, error) from error
-        finally:
-            shutil.rmtree(grave, ignore_errors=True)
+        shutil.rmtree(away, ignore_errors=True)
 
 
-def agree(path: Path, value: Any) -> Any:
-    """Store a JSON value, unless another process was first, and return the one that is stored.
+def agree(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Store the JSON object that `make` returns unless one is there, and return the one that is stored.
 
     Raises:
         ConfigError: what is stored cannot be read.
         OutputError: the file cannot be written.
     """
     if not path.exists():
-        # Written whole and then linked, which fails where another process was first.
-        draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-        write_bytes(draft, json.dumps(value, indent=1).encode() + b"\n")
         try:
-            with suppress(FileExistsError):
-                os.link(draft, path)
-        except OSError as error:
-            raise output_error(path, error) from error
-        finally:
-            draft.unlink(missing_ok=True)
-    try:
-        return json.loads(path.read_text("utf-8")) if path.stat().st_size < MAX_PLAN_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: remove {path.parent} to begin anew.") from error
+            write_bytes(path, json.dumps(make(), indent=1).encode() + b"\n", overwrite=False)
+        except OutputError:
+            # Another process was first.
+            if not path.exists():
+                raise
+    remedy = f"Remove {path.parent} to begin anew."
+    return read_json(path, ConfigError, limit=MAX_PLAN_BYTES, remedy=remedy)
 
 
-@contextmanager
-def claim(lock: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[bool]:
-    """Hold a lock file during the block, if no living process holds it; yield whether it is held.
-
-    A lock is left behind when its process on this host is gone, or when its time has not been renewed for
-    `stale_seconds`. Two processes that find one at the same moment may both hold it: what is done under a
-    lock must be harmless when it is done twice.
-    """
-    own = _create(lock)
-    if not own and _left_behind(lock, stale_seconds):
-        lock.unlink(missing_ok=True)
-        own = _create(lock)
-    if not own:
-        yield False
-        return
-    over = threading.Event()
-
-    def renew() -> None:
-        while not over.wait(stale_seconds / 5):
-            try:
-                os.utime(lock)
-            except OSError:
-                return
-
-    beating = threading.Thread(target=renew, daemon=True)
-    beating.start()
-    try:
-        yield True
-    finally:
-        over.set()
-        beating.join()
-        lock.unlink(missing_ok=True)
-
-
-def _create(lock: Path) -> bool:
-    try:
-        handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise output_error(lock, error) from error
-    with os.fdopen(handle, "w") as file:
-        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
-    return True
-
-
-def _left_behind(lock: Path, stale_seconds: float) -> bool:
-    try:
-        if time.time() - lock.stat().st_mtime > stale_seconds:
-            return True
-        holder = json.loads(lock.read_text("utf-8"))
-        if holder["host"] != socket.gethostname():
-            return False
-        # A lock of this very process's number was left by an earlier one, as where containers restart.
-        return holder["process"] == os.getpid() or not _alive(int(holder["process"]))
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError, KeyError, TypeError):
-        # It is being written, or was when its process died: its age decides.
-        return False
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _difference(found: Any, wanted: dict[str, Any]) -> str:
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Say where two plans differ, the first three places."""
-    if not isinstance(found, dict):
-        return "its plan is damaged"
     places = []
     for key in sorted(found.keys() | wanted.keys()):
         old, new = found.get(key), wanted.get(key)

@@ -4,7 +4,6 @@ Shapes: B batch, H × W pixels, C channels; rows from the top, columns from the 
 Tensors are sRGB: a picture in other colours is converted (see `profiles`).
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -226,17 +225,7 @@ def read_settings(source: Source) -> dict[str, Any]:
         text = image.info.get(SETTINGS_KEY)
         if not isinstance(image, PngImageFile) or not isinstance(text, str):
             raise ImageError(f"{name} holds no settings; only PNG files that maskgit wrote do.")
-        if len(text) > MAX_SETTINGS_CHARS:
-            raise ImageError(
-                f"{name} holds {len(text):,} characters of settings, above {MAX_SETTINGS_CHARS:,}."
-            )
-        try:
-            settings = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ImageError(f"{name} holds settings that are not JSON: {error}.") from error
-        if not isinstance(settings, dict):
-            raise ImageError(f"{name} holds settings that are not a JSON object.")
-        return settings
+        return files.parse_json(text, f"The text of settings in {name}", ImageError, limit=MAX_SETTINGS_CHARS)
 
 
 def overlay_mask(image: Tensor, token_mask: Tensor) -> Image.Image:

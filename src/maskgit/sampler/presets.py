@@ -19,7 +19,7 @@ def read_preset(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or a setting is unknown or out of range.
     """
-    values = _read(path)
+    values = files.read_json(files.expand(path), ConfigError, limit=MAX_BYTES)
     settings = values.get("sampler", values)
     try:
         # A table's length can only be checked beside the steps that it is used with.
@@ -63,28 +63,10 @@ def read_tables(path: str | Path) -> StepTables:
     Raises:
         ConfigError: the file cannot be read, a name is unknown, or the lists are of different lengths.
     """
-    values = _read(path)
+    values = files.read_json(files.expand(path), ConfigError, limit=MAX_BYTES)
     try:
         tables = StepTables.from_dict(values)
         tables.check_length(tables.num_steps)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return tables
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    path = files.expand(path)
-    try:
-        size = path.stat().st_size
-        text = path.read_bytes() if size <= MAX_BYTES else b""
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    if size > MAX_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes, which no sampler settings are.")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a JSON object, but holds a {type(values).__name__}.")
-    return values

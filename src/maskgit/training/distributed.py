@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from maskgit.errors import ConfigError
-from maskgit.foundation.devices import own_device
+from maskgit.foundation.devices import own_device, rank_and_world
 
 
 class _Mean(torch.autograd.Function):
@@ -65,7 +65,7 @@ class Distributed:
         Raises:
             ConfigError: the device is not there, or the processes do not find each other.
         """
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world = rank_and_world()
         chosen = own_device(device)
         if (world > 1 or group) and not dist.is_initialized():
             # The CPU's backend carries checkpoints and messages beside the GPUs' own.

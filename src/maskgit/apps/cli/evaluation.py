@@ -87,7 +87,6 @@ def _of_samples(
         samples.curve_images,
         samples.epochs,
         show_training=samples.show_training,
-        stale_seconds=work.stale_seconds,
     )
     axes, device = samples.axes(), own_device(work.device)
     found = open_reference(reference, max_bad_share=work.max_bad_share)
@@ -145,7 +144,7 @@ def _of_reconstructions(
         net=net.load(device),
         features=net.features,
         data=data,
-        config=EvaluationConfig(work.splits, stale_seconds=work.stale_seconds),
+        config=EvaluationConfig(work.splits),
         num_images=work.num_images,
         batch_size=work.batch_size,
         unit_size=work.unit_size,

@@ -131,8 +131,6 @@ class WorkFlags:
     """Images decoded together; part of what decides their last bit."""
     unit_size: int = 512
     """Images of a unit of work, which is lost when a process is killed."""
-    stale_seconds: float = 300.0
-    """How old the lock of another host's process must be to count as left behind."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first that is there."""
     dtype: Dtype = None

@@ -3,7 +3,6 @@
 torch and the training code are imported inside the commands, so that `--help` answers at once.
 """
 
-import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -89,13 +88,12 @@ def tokenize(
     from maskgit import hub
     from maskgit.data.caches import ImageCache
     from maskgit.data.writers import write_token_cache
-    from maskgit.foundation.devices import own_device
+    from maskgit.foundation.devices import own_device, rank_and_world
     from maskgit.training.run.checkpoint import weights_fingerprint
 
     network = hub.load_tokenizer(tokenizer)
     fingerprint = weights_fingerprint(network)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    chosen = own_device(device)
+    chosen, (rank, world) = own_device(device), rank_and_world()
     cache = write_token_cache(
         ImageCache.open(images),
         network.to(chosen),
@@ -108,7 +106,7 @@ def tokenize(
         seed=seed,
         batch_size=batch_size,
         device=chosen,
-        rank=int(os.environ.get("RANK", 0)),
+        rank=rank,
         world=world,
         progress=True,
     )
@@ -139,7 +137,9 @@ def train(
         dry_run: Print parameters, memory, steps and time instead of training.
     """
     values = read_recipe(recipe, tuple(change for given in changes for change in given))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    from maskgit.foundation.devices import rank_and_world
+
+    _, world = rank_and_world()
     if stage == "tokenizer":
         from maskgit.training import tokenizer_dry_run
         from maskgit.training.tokenizer_config import TokenizerTrainingConfig

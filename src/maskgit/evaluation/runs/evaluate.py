@@ -53,7 +53,6 @@ class EvaluationConfig(Config):
         num_examples: pictures of each class that is shown.
         show_training: whether the page shows training images beside the samples that they are nearest to; a page
             that is published may not be free to.
-        stale_seconds: the age at which another host's lock counts as left behind.
     """
 
     splits: int = 10
@@ -62,7 +61,6 @@ class EvaluationConfig(Config):
     epochs: int = 14
     num_examples: int = 4
     show_training: bool = True
-    stale_seconds: float = 300.0
 
     def validate(self) -> None:
         check_range("splits", self.splits, 2, 1000)
@@ -70,7 +68,6 @@ class EvaluationConfig(Config):
         check_range("curve_images", self.curve_images, 2, 10_000_000)
         check_range("epochs", self.epochs, 1, 1000)
         check_range("num_examples", self.num_examples, 1, 32)
-        check_range("stale_seconds", self.stale_seconds, 0.01, 1e6)
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,7 @@ class SampleEvaluation:
             ConfigError: a setting is not allowed, or the folder was begun with others.
             DataError: the reference does not belong to the net or the model, or data cannot be read.
         """
-        works, seconds = self.works(), self.config.stale_seconds
-        return run_works(expand(out), works, self._write, stale_seconds=seconds, progress=progress)
+        return run_works(expand(out), self.works(), self._write, progress=progress)
 
     def works(self) -> dict[str, Work]:
         """Return what is to be done, by name; nothing is done or written yet.

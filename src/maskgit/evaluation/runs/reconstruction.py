@@ -71,10 +71,7 @@ class ReconstructionEvaluation:
             batch_size=self.batch_size,
             unit_size=self.unit_size,
         )
-        seconds = self.config.stale_seconds
-        return run_works(
-            expand(out), {"reconstructions": work}, self._write, stale_seconds=seconds, progress=progress
-        )
+        return run_works(expand(out), {"reconstructions": work}, self._write, progress=progress)
 
     def _write(self, units: dict[str, Units]) -> Report:
         """Turn finished units into a report."""

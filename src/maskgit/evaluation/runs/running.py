@@ -8,6 +8,7 @@ OUT/report.json, .html      written by the first process that finds all units do
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from maskgit.engine.linear import PATHS, ways
 from maskgit.errors import ConfigError
 from maskgit.evaluation.report.page import write_report
 from maskgit.evaluation.report.report import JSON_NAME, Report
-from maskgit.foundation.files import check_writable
-from maskgit.foundation.units import PLAN, Units, Work, agree, claim
+from maskgit.foundation.files import check_writable, read_json
+from maskgit.foundation.locks import HeldError, give_up, locked
+from maskgit.foundation.units import MAX_PLAN_BYTES, PLAN, Units, Work, agree
 
 WORK, ENGINE = "work", "engine.json"
 # Called with a work's name and its units done and in all.
@@ -42,15 +44,14 @@ def agreed_engine(out: Path, mode: str, **choices: Any) -> Engine:
     found = {json.dumps(engine.numbers()): engine for engine in alternatives(mode, **choices)}
     path = out / WORK / ENGINE
     before = out / WORK / "samples" / PLAN
-    if path.exists():
-        stored = agree(path, None)
-    elif before.exists():
-        # Evaluations of before had their engine in this plan alone.
-        plan = agree(before, None)
-        stored = plan.get("engine") if isinstance(plan, dict) else None
+    stored: Any = None
+    if not path.exists() and before.exists():
+        # Earlier versions kept the engine in this plan alone.
+        with suppress(ConfigError):
+            stored = read_json(before, ConfigError, limit=MAX_PLAN_BYTES).get("engine")
     else:
         check_writable(out)
-        stored = agree(path, choose(mode, **choices).numbers())
+        stored = agree(path, lambda: choose(mode, **choices).numbers())
     if json.dumps(stored) in found:
         return found[json.dumps(stored)]
     engine = choose(mode, **choices)
@@ -70,7 +71,6 @@ def run_works(
     works: dict[str, Work],
     write: Callable[[dict[str, Units]], Report],
     *,
-    stale_seconds: float,
     progress: Progress | None = None,
 ) -> Path | None:
     """Do works together with other processes, and write the report unless another does.
@@ -79,7 +79,6 @@ def run_works(
         out: the folder of the evaluation.
         works: by their folders' names.
         write: makes the report once all units are there and intact.
-        stale_seconds: see `EvaluationConfig`.
         progress: called as units are done.
 
     Returns:
@@ -90,9 +89,7 @@ def run_works(
     """
     began = time.time()
     check_writable(out)
-    units = {
-        name: Units(out / WORK / name, work, stale_seconds=stale_seconds) for name, work in works.items()
-    }
+    units = {name: Units(out / WORK / name, work) for name, work in works.items()}
 
     def reporter(name: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(name, done, total)
@@ -100,13 +97,16 @@ def run_works(
     for name, one in units.items():
         one.run(reporter(name))
     path = out / JSON_NAME
-    with claim(out / "report.lock", stale_seconds) as own:
-        if not own or (path.is_file() and path.stat().st_mtime > began):
-            return None
-        for name, one in units.items():
-            one.mend(reporter(name))
-            one.tidy()
-        if progress is not None:
-            progress("report", 0, 1)
-        write_report(write(units), out)
+    try:
+        with locked(out / "report.lock", give_up):
+            if path.is_file() and path.stat().st_mtime > began:
+                return None
+            for name, one in units.items():
+                one.mend(reporter(name))
+                one.tidy()
+            if progress is not None:
+                progress("report", 0, 1)
+            write_report(write(units), out)
+    except HeldError:
+        return None
     return path
