@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from classifier import classify, train_classifier
 from maskgit import MaskGIT, images
 from maskgit.data.caches import ImageCache
 from maskgit.evaluation.metrics import FeatureStatistics, codebook_usage, frechet_distance, psnr, ssim
 from maskgit.evaluation.metrics.neighbours import nearest_neighbours
-from maskgit.evaluation.networks.classifier import classify, train_classifier
 from maskgit.evaluation.networks.features import FeatureNet, load_feature_net
 
 MIN_ACCURACY = 0.85
@@ -134,7 +134,7 @@ def main() -> None:
 
 def trained(options: argparse.Namespace, train: ImageCache) -> torch.nn.Module:
     """Return the classifier, read from its file if there is one."""
-    from maskgit.evaluation.networks.classifier import SmallResNet
+    from classifier import SmallResNet
 
     if options.classifier and options.classifier.exists():
         net = SmallResNet(train.num_classes).eval()

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from classifier import SmallResNet, classify
 from maskgit import MaskGIT, images
-from maskgit.evaluation.networks.classifier import SmallResNet, classify
 from maskgit.evaluation.networks.features import load_feature_net
 from maskgit.evaluation.scores.statistics import Collector, compare, read_statistics
 from maskgit.explain import step_map

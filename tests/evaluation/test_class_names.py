@@ -8,8 +8,6 @@ import pytest
 
 from maskgit.errors import ConfigError, DataError
 from maskgit.evaluation.runs.measure import measure
-from maskgit.evaluation.scores.classification import classification_accuracy
-from maskgit.evaluation.scores.names import Names
 from maskgit.evaluation.scores.references import Reference
 from maskgit.evaluation.scores.statistics import merge_statistics, read_statistics, write_statistics
 from maskgit.pipeline import MaskGIT
@@ -106,36 +104,6 @@ def test_labels_drawn_as_in_the_data_are_those_of_the_same_names(named, tmp_path
     other = renamed(tuple(map(str, range(1, 11))))
     with pytest.raises(ConfigError, match="one with the model's classes"):
         report_of(named, tmp_path / "other", other, labels="dataset")
-
-
-def test_the_classifier_is_tested_on_classes_of_the_same_names(named, tmp_path):
-    names = tuple(sorted(WORDS))
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), np.arange(40, dtype=np.int32) % 10
-    values = []
-    for order in (WORDS, names):
-        test, training = real_images(side=8), real_images(side=8, seed=1)
-        for data in (test, training):
-            data.class_names = order
-            data.labels = np.array([order.index(word) for word in WORDS], np.int32)[data.labels]
-        scores = classification_accuracy(
-            images,
-            labels,
-            test,
-            Names("toy", toy_net()),
-            num_classes=10,
-            class_names=OWN,
-            training=training,
-            epochs=2,
-        )
-        values.append([score.value for score in scores])
-    assert values[0] == values[1]
-    assert len(values[0]) == 2
-    other = renamed(tuple(map(str, range(1, 11))))
-    with pytest.raises(DataError, match="differently from the model"):
-        evaluation(named, training=False, test=other).run(tmp_path)
-    # Before any image was made.
-    assert not list(tmp_path.iterdir())
 
 
 def test_statistics_keep_the_names(tmp_path):

@@ -11,7 +11,6 @@ from fake_device import FROM, READ, TO, TO_FREE, counting
 from maskgit.apps.cli import commands as cli
 from maskgit.evaluation.metrics.manifolds import density_coverage, precision_recall
 from maskgit.evaluation.networks import dinov2, inception
-from maskgit.evaluation.networks.classifier import classify, train_classifier
 from maskgit.evaluation.networks.features import load_feature_net
 from maskgit.evaluation.networks.lpips import LPIPS
 from maskgit.evaluation.runs.sampling import Reconstructions, SampleConfig, Samples, measured
@@ -94,22 +93,6 @@ def test_manifolds_are_those_of_the_cpu(kind):
         return
     for score in (precision_recall, density_coverage):
         assert score(real, generated, k=3, device="gpu") == pytest.approx(score(real, generated, k=3))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_classifier_trains_and_classifies(autocast):
-    images = real_images(32).images
-    labels = np.arange(32) % 2
-    nets = [
-        train_classifier(
-            images, labels, num_classes=2, epochs=1, batch_size=8, device=device, autocast=autocast
-        )
-        for device in ("cpu", "gpu")
-    ]
-    floats = torch.from_numpy(images).movedim(-1, 1).float() / 255
-    here, there = (classify(net, floats, batch_size=20) for net in nets)
-    assert there.device.type == "cpu"
-    torch.testing.assert_close(here, there, rtol=0, atol=0.5 if autocast else 1e-2)
 
 
 def test_the_commands_score_on_the_device(tiny, tmp_path, capsys, monkeypatch):

@@ -85,15 +85,13 @@ def _of_samples(
         work.splits,
         samples.num_training,
         samples.curve_images,
-        samples.epochs,
         show_training=samples.show_training,
     )
     axes, device = samples.axes(), own_device(work.device)
     found = open_reference(reference, max_bad_share=work.max_bad_share)
-    training, test = (
-        None if place is None else open_pictures(place, max_bad_share=work.max_bad_share)
-        for place in (samples.training_data, samples.classification_accuracy)
-    )
+    training = None
+    if samples.training_data is not None:
+        training = open_pictures(samples.training_data, max_bad_share=work.max_bad_share)
     plain = Model(model, str(device)).plain()
     stages = {"tokenizer": plain.tokenizer, "transformer": plain.transformer}
     asked = {"device": plain.device, "dtype": work.dtype, "reuse": work.speed.reuse}
@@ -108,7 +106,6 @@ def _of_samples(
         sampler=sampler.given(),
         config=config,
         training=training,
-        test=test,
         curve=axes,
     )
     # What is wrong is told before anything is written.

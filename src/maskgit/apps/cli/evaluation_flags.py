@@ -54,10 +54,6 @@ class SampleFlags:
     combinations."""
     curve_images: int = 1000
     """Images of each of these runs."""
-    classification_accuracy: Place = None
-    """Labelled real test images: train a small classifier on the samples and test it on them."""
-    epochs: int = 14
-    """Passes over the samples when that classifier is trained."""
     keep_images: Literal["none", "npz", "png"] = "none"
     """Keep the samples in OUT/work/samples, as arrays or as PNG."""
 
@@ -74,7 +70,6 @@ class SampleFlags:
         asked = {
             "training-data": self.training_data,
             "curve": self.curve,
-            "classification-accuracy": self.classification_accuracy,
         }
         for name, value in asked.items():
             if value:

@@ -106,6 +106,14 @@ class Report:
             "intervals": {
                 score.name: [plain(end) for end in score.interval] for score in self.scores if score.interval
             },
+            "baselines": {
+                score.name: {
+                    name: {part: plain(value) for part, value in baseline._asdict().items()}
+                    for name, baseline in score.baselines.items()
+                }
+                for score in self.scores
+                if score.baselines
+            },
             "cautions": self.cautions,
             "skipped": {"count": len(self.skipped), "first": self.skipped[:100]},
             "classes": [

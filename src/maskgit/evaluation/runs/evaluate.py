@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskgit.data.pictures import Pictures, check_share
-from maskgit.errors import ConfigError, DataError
+from maskgit.errors import DataError
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.report.report import Picture, Point, Report
 from maskgit.evaluation.runs.running import Progress, run_works
 from maskgit.evaluation.runs.sampling import RealImages, SampleConfig, Samples, gather
 from maskgit.evaluation.scores import memorisation
-from maskgit.evaluation.scores.classification import classification_accuracy, kept_images
 from maskgit.evaluation.scores.classwise import (
     ClassScore,
     Matched,
@@ -49,7 +48,6 @@ class EvaluationConfig(Config):
         splits: parts of the images that intervals are taken over.
         num_training: training images that are searched for copies, spread evenly over them.
         curve_images: images of each run of a curve.
-        epochs: passes over the samples when a classifier is trained on them.
         num_examples: pictures of each class that is shown.
         show_training: whether the page shows training images beside the samples that they are nearest to; a page
             that is published may not be free to.
@@ -58,7 +56,6 @@ class EvaluationConfig(Config):
     splits: int = 10
     num_training: int = 50_000
     curve_images: int = 1000
-    epochs: int = 14
     num_examples: int = 4
     show_training: bool = True
 
@@ -66,7 +63,6 @@ class EvaluationConfig(Config):
         check_range("splits", self.splits, 2, 1000)
         check_range("num_training", self.num_training, 2, 10_000_000)
         check_range("curve_images", self.curve_images, 2, 10_000_000)
-        check_range("epochs", self.epochs, 1, 1000)
         check_range("num_examples", self.num_examples, 1, 32)
 
 
@@ -84,7 +80,6 @@ class SampleEvaluation:
         sampler: the sampler's settings that are not the model's own.
         config: how thoroughly they are scored.
         training: the images that the model was trained on, searched for copies.
-        test: labelled real images for the classification accuracy score.
         curve: sampler settings of smaller runs: all combinations of these values.
     """
 
@@ -98,7 +93,6 @@ class SampleEvaluation:
     sampler: dict[str, Any]
     config: EvaluationConfig
     training: Pictures | None = None
-    test: Pictures | None = None
     curve: Mapping[str, Sequence[Any]] | None = None
 
     def run(self, out: str | Path, progress: Progress | None = None) -> Path | None:
@@ -119,14 +113,6 @@ class SampleEvaluation:
         """
         side = self.model.config.image_size
         self.reference.check(self.net, (side, side))
-        if self.test is not None:
-            numbers, reason = self._matched(
-                self.test.class_names, self.test.num_classes, "The set of test images"
-            )
-            if numbers is None:
-                raise DataError(
-                    f"{reason} The classification accuracy score needs images of the model's classes."
-                )
         works: dict[str, Work] = {"samples": self._samples(self.images, {}, show=True)}
         for name, data in (("reference", self.reference.images), ("training", self.training)):
             if data is not None:
@@ -147,10 +133,6 @@ class SampleEvaluation:
         given = dict(self.sampler)
         if "policy" in settings:
             given.pop("policy_options", None)
-        if show and self.test is not None:
-            if images.keep_images == "png":
-                raise ConfigError("The classification accuracy score reads samples kept as npz, not as png.")
-            images = replace(images, keep_images="npz")
         counts = None
         sources = [data for data in (self.training, self.reference.images) if data is not None]
         if images.labels == "dataset":
@@ -188,7 +170,7 @@ class SampleEvaluation:
             measured, skipped = reference_statistics(units["reference"], self.reference.images, self.net)
         reference, no_classes, notes = self._labelled(self.reference.joined(measured))
         notes += self.reference.cautions
-        for data in (self.reference.images, self.training, self.test):
+        for data in (self.reference.images, self.training):
             notes += [] if data is None else [f"{data.name}: {line}" for line in data.left_out]
         scores, cautions = self._scores(arrays, reference, names)
         agreement, classes = self._agreement(arrays, reference, names)
@@ -197,7 +179,7 @@ class SampleEvaluation:
             title=self.name,
             kind="samples",
             num_images=len(arrays["pooled"]),
-            scores=scores + agreement + authenticity + self._accuracy(done, arrays, names),
+            scores=scores + agreement + authenticity,
             cautions=cautions + notes,
             sheet=[],
             settings=done.plan,
@@ -250,7 +232,7 @@ class SampleEvaluation:
             return [], []
         agreed, classes = found
         share = wilson_interval(int(agreed.sum()), len(agreed))
-        return [names.score("class_agreement", float(agreed.mean()), share)], classes
+        return [names.score("class_agreement", float(agreed.mean()), share, num_images=len(agreed))], classes
 
     def _copies(
         self, units: dict[str, Units], arrays: Arrays, reference: ImageStatistics, names: Names
@@ -274,22 +256,6 @@ class SampleEvaluation:
             names,
         )
         return found, [score]
-
-    def _accuracy(self, samples: Units, arrays: Arrays, names: Names) -> list[Score]:
-        """Return the classification accuracy score, if test images were given."""
-        if self.test is None:
-            return []
-        return classification_accuracy(
-            kept_images(samples),
-            arrays["labels"],
-            self.test,
-            names,
-            num_classes=self.model.config.transformer.num_classes,
-            class_names=self.model.class_names,
-            training=self.training,
-            epochs=self.config.epochs,
-            device=self.net.device,
-        )
 
     def _scores(
         self, arrays: Arrays, reference: ImageStatistics, names: Names
@@ -327,9 +293,9 @@ class SampleEvaluation:
             "evaluator": evaluator_identity(names),
             "reference": self.reference.identity(reference),
         }
-        for name, data in (("training", self.training), ("test", self.test)):
-            if data is not None:
-                found[name] = {"name": data.name, "sha256": data.fingerprint, "num_images": len(data)}
+        if self.training is not None:
+            data = self.training
+            found["training"] = {"name": data.name, "sha256": data.fingerprint, "num_images": len(data)}
         return found
 
 

@@ -127,7 +127,7 @@ def search(
         real_distance,
         real_share,
     )
-    return found, names.score("authenticity", share, interval)
+    return found, names.score("authenticity", share, interval, num_images=len(pooled))
 
 
 def authentic_share(nearest: Neighbours, gallery: NDArray[np.float32]) -> float:

@@ -1,21 +1,46 @@
 """What scores are called, and how they are read: FID only where it is one."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from maskgit.evaluation.metrics.intervals import Interval
 from maskgit.evaluation.networks.features import FeatureNet
 
 
-class Score(NamedTuple):
+class Baseline(NamedTuple):
+    """The same score of other images, which says what a score can be at best, or what loses it.
+
+    Attributes:
+        value: of them, in the same features and against the same reference.
+        interval: 95 %; None where there is none.
+        num_images: how many they are.
+    """
+
+    value: float
+    interval: Interval | None
+    num_images: int
+
+
+# Real images that the model did not make, and such images through its tokenizer.
+BASELINES = {"real": "real images", "reconstructions": "reconstructions"}
+
+
+@dataclass(frozen=True)
+class Score:
     """One number of a report.
 
     Attributes:
         name: what it is called, such as "fid" or "fd_effnet-lite0".
         value: of all images.
-        interval: where the value would lie for other samples, 95 %; None where there were too few images.
+        interval: where the value would lie for other samples, 95 %; None where there were too few images or
+            no method is known to hold that.
         title: what people call it.
         better: "lower", "higher", or "" where neither is.
         about: what it says, in a sentence.
+        num_images: how many images it is of; 0 where a file of before does not say.
+        features: the feature net by its name in `FEATURE_NETS`; "" where none is used.
+        baselines: the same score of other images, by names of `BASELINES`; empty where it has none.
     """
 
     name: str
@@ -24,6 +49,32 @@ class Score(NamedTuple):
     title: str
     better: str
     about: str
+    num_images: int = 0
+    features: str = ""
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+
+
+def with_baselines(scores: Sequence[Score], baselines: Mapping[str, Sequence[Score]]) -> list[Score]:
+    """Return scores, each with those of the same name of other images beside it.
+
+    Args:
+        scores: of what is judged.
+        baselines: scores of other images by names of `BASELINES`.
+    """
+    by_name = {name: {score.name: score for score in theirs} for name, theirs in baselines.items()}
+    return [
+        replace(
+            score,
+            baselines={
+                name: Baseline(
+                    theirs[score.name].value, theirs[score.name].interval, theirs[score.name].num_images
+                )
+                for name, theirs in by_name.items()
+                if score.name in theirs
+            },
+        )
+        for score in scores
+    ]
 
 
 class Kind(NamedTuple):
@@ -132,21 +183,9 @@ KINDS = {
         "higher",
         "How many codes used equally often would be as varied.",
     ),
-    "cas": Kind(
-        "Classification accuracy",
-        "Classification accuracy",
-        "higher",
-        "Share of real test images that a classifier trained on samples alone gets right.",
-    ),
-    "cas_real": Kind(
-        "… of real images",
-        "… of real images",
-        "",
-        "The same classifier, trained on as many real images: the ceiling.",
-    ),
 }
 # These do not depend on a feature net, and keep their names.
-PLAIN = frozenset(("psnr", "ssim", "codebook_usage", "perplexity", "cas", "cas_real", "lpips"))
+PLAIN = frozenset(("psnr", "ssim", "codebook_usage", "perplexity", "lpips"))
 _INCEPTION = {"fd": "fid", "sfd": "sfid", "kd": "kid", "rfd": "rfid"}
 
 
@@ -181,7 +220,16 @@ class Names:
             return f"{known.title}-DINOv2"
         return f"{self.net.name.removesuffix('-Lite0')}-{known.title}"
 
-    def score(self, kind: str, value: float, interval: Interval | None = None) -> Score:
-        """Return a score of a kind."""
-        about = KINDS[kind]
-        return Score(self.name(kind), value, interval, self.title(kind), about.better, about.about)
+    def score(self, kind: str, value: float, interval: Interval | None = None, *, num_images: int) -> Score:
+        """Return a score of a kind, of so many images."""
+        about, features = KINDS[kind], "" if kind in PLAIN else self.features
+        return Score(
+            self.name(kind),
+            value,
+            interval,
+            self.title(kind),
+            about.better,
+            about.about,
+            num_images,
+            features,
+        )

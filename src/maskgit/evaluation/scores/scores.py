@@ -162,7 +162,9 @@ def distances(
     report = frechet_report(reference.pooled, statistics.gaussian(), ("reference", "sample"))
 
     def over_splits(kind: str, value: float, of: Value, low: float = 0.0) -> Score:
-        return names.score(kind, value, interval_around(value, [of(part) for part in parts], low=low))
+        return names.score(
+            kind, value, interval_around(value, [of(part) for part in parts], low=low), num_images=len(pooled)
+        )
 
     scores = [over_splits("fd", report.distance, lambda rows: split_distance(pooled[rows], reference.pooled))]
     if reference.spatial is not None and "spatial" in samples:
@@ -211,7 +213,12 @@ def manifolds(
     parts = [values(rows) for rows in split_rows(len(pooled), splits)]
     highest = {"precision": 1.0, "recall": 1.0, "density": np.inf, "coverage": 1.0}
     return [
-        names.score(kind, whole[i], interval_around(whole[i], [part[i] for part in parts], high=high))
+        names.score(
+            kind,
+            whole[i],
+            interval_around(whole[i], [part[i] for part in parts], high=high),
+            num_images=len(pooled),
+        )
         for i, (kind, high) in enumerate(highest.items())
     ]
 
@@ -223,13 +230,14 @@ def mean_scores(arrays: Arrays, names: Names, kinds: Iterable[str]) -> list[Scor
             kind,
             float(arrays[kind].mean(dtype=np.float64)),
             bootstrap_interval(arrays[kind]) if len(arrays[kind]) > 1 else None,
+            num_images=len(arrays[kind]),
         )
         for kind in kinds
         if kind in arrays
     ]
 
 
-def code_scores(counts: NDArray[np.int64], names: Names) -> list[Score]:
+def code_scores(counts: NDArray[np.int64], names: Names, *, num_images: int) -> list[Score]:
     """Return how well the codebook is used, from counts int64 (units, codes); intervals are over units."""
     made = []
     for kind, of, high in (
@@ -237,7 +245,7 @@ def code_scores(counts: NDArray[np.int64], names: Names) -> list[Score]:
         ("perplexity", perplexity, counts.shape[1]),
     ):
         value, parts = of(counts.sum(0)), [of(unit) for unit in counts if unit.any()]
-        made.append(names.score(kind, value, interval_around(value, parts, high=high)))
+        made.append(names.score(kind, value, interval_around(value, parts, high=high), num_images=num_images))
     return made
 
 
@@ -254,6 +262,8 @@ def reconstruction_scores(arrays: Arrays, names: Names, *, splits: int = 10) -> 
         reference = FeatureStatistics(originals.shape[1])
         reference.update(originals[rows])
         parts.append(split_distance(rebuilt[rows], reference.gaussian()))
-    scores = [names.score("rfd", report.distance, interval_around(report.distance, parts))]
+    scores = [
+        names.score("rfd", report.distance, interval_around(report.distance, parts), num_images=len(rebuilt))
+    ]
     scores += mean_scores(arrays, names, ("psnr", "ssim", "lpips"))
-    return scores + code_scores(arrays["codes"], names), list(report.cautions)
+    return scores + code_scores(arrays["codes"], names, num_images=len(rebuilt)), list(report.cautions)
