@@ -259,7 +259,7 @@ def test_only_the_main_process_writes(tmp_path, capsys):
     logger.scalars(1, {"loss": 1})
     logger.sheet(1, "samples", Sheet(torch.zeros(1, 3, 2, 2), ("cat",), 1))
     logger.warn("name", 1, "Something.")
-    logger.progress(1, 2, Throughput(1), 0.5)
+    logger.progress(1, 2, loss=0.5, learning_rate=0.1, throughput=Throughput(1), left=1.0)
     logger.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err == ""
@@ -273,7 +273,7 @@ def test_a_warning_is_said_once(tmp_path, capsys):
     assert capsys.readouterr().err.count("Warning at step 4: The codebook has collapsed.") == 1
 
 
-def test_throughput_counts_images_and_leaves_out_pauses(tmp_path, monkeypatch, capsys):
+def test_throughput_counts_images_and_leaves_out_pauses(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     throughput = Throughput(32, flops_per_image=1e9, peak=1e11)
@@ -283,16 +283,70 @@ def test_throughput_counts_images_and_leaves_out_pauses(tmp_path, monkeypatch, c
     with throughput.paused():
         now[0] += 1000
     assert throughput.read() == (pytest.approx(64.0), pytest.approx(0.64))
-    assert throughput.time_left(20) == pytest.approx(10.0)
-    logger = Logger(tmp_path, ALONE)
-    logger.progress(10, 30, throughput, torch.tensor(2.5))
-    logger.close()
-    assert "step 10/30: 64 images/s, MFU 64.0%, 10 s left, loss 2.5000" in capsys.readouterr().err
+    # Pauses come again: one of 1,000 s in ten steps is two in twenty.
+    assert throughput.time_left({1e9: 20}) == pytest.approx(2010.0)
     # Steps may cost different numbers of FLOPs.
     for flops in (0.5e9, 1.5e9, 1.5e9):
         now[0] += 0.5
         throughput.step(flops)
     assert throughput.read() == (pytest.approx(64.0), pytest.approx(0.64 * 3.5 / 3))
+
+
+def test_the_time_left_foresees_steps_that_cost_more(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    throughput = Throughput(4)
+    assert np.isnan(throughput.time_left({1e9: 10}))
+    for step in range(25):
+        # The first steps take longer, and say nothing of the others.
+        now[0] += 9.0 if step < 5 else 1.0
+        throughput.step(1e9)
+    throughput.read()
+    assert throughput.images_per_second == pytest.approx(4.0)
+    assert throughput.time_left({1e9: 10, 3e9: 100}) == pytest.approx(10 + 300)
+    # Once they come, they are measured.
+    for _ in range(10):
+        now[0] += 2.5
+        throughput.step(3e9)
+    throughput.read()
+    assert throughput.time_left({1e9: 0, 3e9: 90}) == pytest.approx(225)
+
+
+def test_a_line_tells_loss_test_rate_speed_time_and_memory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "peak_memory", lambda device: 3 * 2**29)
+    throughput = Throughput(64)
+    throughput.images_per_second = 1234.0
+    logger = Logger(tmp_path, ALONE)
+    told = {"loss": 2.5, "learning_rate": 1e-4, "throughput": throughput, "left": 725.0}
+    logger.progress(10, 30, **told)
+    logger.scalars(15, {"test_loss": 2.75, "test_psnr": 20.0})
+    logger.progress(20, 30, **told)
+    logger.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2:] == [
+        "step 10/30: loss 2.5000, lr 0.0001, 1,234 images/s, 12 min 05 s left, 1.50 GiB",
+        "step 20/30: loss 2.5000, test loss 2.7500 (step 15), lr 0.0001, 1,234 images/s, 12 min 05 s left, 1.50 GiB",
+    ]
+
+
+def test_the_mean_loss_is_of_all_steps_since_the_last_line():
+    mean = progress.RunningMean()
+    for value in (1.0, 2.0, 6.0):
+        mean.update(torch.tensor(value))
+    assert float(mean.read()) == 3.0
+    mean.update(torch.tensor(5.0))
+    assert float(mean.read()) == 5.0
+
+
+def test_hours_count_those_before_a_run_was_stopped(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    for start, expected in ((0, 2.0), (5, 4.0)):
+        logger = Logger(tmp_path, ALONE, start_step=start, tracker="none")
+        now[0] += 7200
+        assert logger.hours == pytest.approx(expected)
+        logger.scalars(start + 5, {"hours": logger.hours})
+        logger.close()
 
 
 @pytest.mark.parametrize(

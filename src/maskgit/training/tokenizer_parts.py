@@ -3,6 +3,8 @@
 Shapes: b images of one process, K codes, D embedding_dim, h × w the token grid, S pixels a side.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +105,23 @@ def step_rates(config: TokenizerTrainingConfig, step: int) -> dict[str, float]:
         "learning_rate": rate(config.learning_rate, 0),
         "discriminator_learning_rate": rate(config.discriminator_learning_rate, config.adversarial_start),
     }
+
+
+def steps_by_flops(
+    config: TokenizerTrainingConfig, done: int, flops: Mapping[bool, float]
+) -> dict[float, int]:
+    """Return how many steps are left by the FLOPs that each spends on an image.
+
+    Args:
+        config: the run.
+        done: steps that were made.
+        flops: of an image without (False) and with (True) the discriminator.
+    """
+    start = config.adversarial_start if config.adversarial_weight > 0 else config.steps
+    before = max(0, min(start, config.steps) - done)
+    counts = Counter({flops[False]: before})
+    counts[flops[True]] += config.steps - done - before
+    return counts
 
 
 def gumbel_noise(

@@ -36,7 +36,14 @@ from maskgit.training.objectives.perceptual import PerceptualLoss
 from maskgit.training.optim import EMA, clip_gradients, make_adam, set_learning_rate
 from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.run.folder import held_run, setup_run
-from maskgit.training.run.progress import Logger, Throughput, host_numbers, peak_flops
+from maskgit.training.run.progress import (
+    FORETELLING_STEPS,
+    Logger,
+    RunningMean,
+    Throughput,
+    host_numbers,
+    peak_flops,
+)
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate
 from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
@@ -48,6 +55,7 @@ from maskgit.training.tokenizer_parts import (
     gumbel_noise,
     make_networks,
     step_rates,
+    steps_by_flops,
 )
 
 # What may differ when a run goes on, for it does not change what is computed.
@@ -127,6 +135,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
     networks = (tokenizer, discriminator, perceptual)
     flops = {on: flops_per_image(config, *networks, size, adversarial=on) for on in (False, True)}
     throughput = Throughput(config.batch_size, peak=peak_flops(device, precision) * distributed.world)
+    mean_loss = RunningMean()
     gate = UpdateGate(device, optimizer, discriminator_optimizer)
     pin = copies_aside(device)
     with StopSignal(distributed) as stop, closing(inputs.train.from_step(start, pin=pin)) as batches:
@@ -168,6 +177,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
                 logs["discriminator_gradient_norm"] = clip_gradients(discriminator.parameters(), max_norm)
             logs = average(logs, distributed)
             gate.check(step, logs)
+            mean_loss.update(logs["loss"])
             optimizer.step()
             if adversarial:
                 discriminator_optimizer.step()
@@ -199,18 +209,31 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
             stopping = stop.agreed()
             last = done == config.steps
             logging = done % config.log_every == 0 or last
+            foretelling = done - start == FORETELLING_STEPS < config.log_every
             evaluating = test_cache is not None and (done % config.evaluate_every == 0 or last)
             saving = done % config.checkpoint_every == 0 or stopping or last
-            if codes or logging or evaluating or saving:
+            if codes or logging or foretelling or evaluating or saving:
                 gate.read()
             if codes:
                 logger.scalars(done, codes)
-            if logging:
+            if logging or foretelling:
                 throughput.read()
-                numbers = host_numbers(logs)
+                left = throughput.time_left(steps_by_flops(config, done, flops))
+            if foretelling:
+                logger.foretell(left)
+            if logging:
+                numbers = host_numbers({**logs, "mean_loss": mean_loss.read()})
                 speed = {"images_per_second": throughput.images_per_second, "mfu": throughput.mfu}
+                speed["hours"] = logger.hours
                 logger.scalars(done, {**numbers, **rates, **speed})
-                logger.progress(done, config.steps, throughput, numbers["loss"])
+                logger.progress(
+                    done,
+                    config.steps,
+                    loss=numbers["mean_loss"],
+                    learning_rate=rates["learning_rate"],
+                    throughput=throughput,
+                    left=left,
+                )
                 warn_of_images(logger, done, made.images)
             if evaluating and test_cache is not None:
                 with throughput.paused(), ema.applied(tokenizer):

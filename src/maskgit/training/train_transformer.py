@@ -35,7 +35,14 @@ from maskgit.training.objectives.masking import draw_masks, hide_labels
 from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
 from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.run.folder import held_run, setup_run
-from maskgit.training.run.progress import Logger, Throughput, host_numbers, peak_flops
+from maskgit.training.run.progress import (
+    FORETELLING_STEPS,
+    Logger,
+    RunningMean,
+    Throughput,
+    host_numbers,
+    peak_flops,
+)
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate
 from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.transformer_config import TransformerTrainingConfig
@@ -127,7 +134,9 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
     for sentence in inputs.notes:
         logger.say(sentence)
     peak = peak_flops(device, precision) * distributed.world
-    throughput = Throughput(config.batch_size, flops_per_image(config.model), peak)
+    flops = flops_per_image(config.model)
+    throughput = Throughput(config.batch_size, flops, peak)
+    mean_loss = RunningMean()
     ratio_losses = RatioLosses(device)
     gate = UpdateGate(device, optimizer)
     transformer.train()
@@ -177,6 +186,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
             norm = clip_gradients(transformer.parameters(), max_norm)
             logs = {"loss": distributed.mean(loss), "gradient_norm": norm}
             gate.check(step, logs)
+            mean_loss.update(logs["loss"])
             optimizer.step()
             ema.update(transformer)
             throughput.step()
@@ -186,18 +196,31 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
             stopping = stop.agreed()
             last = done == config.steps
             logging = done % config.log_every == 0 or last
+            foretelling = done - start == FORETELLING_STEPS < config.log_every
             evaluating = test_cache is not None and (done % config.evaluate_every == 0 or last)
             sampling = done % config.sample_every == 0 or last
             saving = done % config.checkpoint_every == 0 or stopping or last
-            if logging or evaluating or sampling or saving:
+            if logging or foretelling or evaluating or sampling or saving:
                 gate.read()
-            if logging:
+            if logging or foretelling:
                 throughput.read()
-                numbers_read = host_numbers(logs)
+                left = throughput.time_left({flops: config.steps - done})
+            if foretelling:
+                logger.foretell(left)
+            if logging:
+                numbers_read = host_numbers({**logs, "mean_loss": mean_loss.read()})
                 by_ratio = ratio_losses.read(distributed)
                 speed = {"images_per_second": throughput.images_per_second, "mfu": throughput.mfu}
+                speed["hours"] = logger.hours
                 logger.scalars(done, {**numbers_read, **by_ratio, "learning_rate": rate, **speed})
-                logger.progress(done, config.steps, throughput, numbers_read["loss"])
+                logger.progress(
+                    done,
+                    config.steps,
+                    loss=numbers_read["mean_loss"],
+                    learning_rate=rate,
+                    throughput=throughput,
+                    left=left,
+                )
                 warn_if_stuck(logger, config, done, numbers_read["loss"])
             if evaluating and test_cache is not None:
                 with throughput.paused(), ema.applied(transformer):

@@ -20,6 +20,11 @@ from maskgit.images import contact_sheet, save_png
 from maskgit.training.run.trackers import Tracker, make_tracker
 from maskgit.training.sheets import Sheet
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from maskgit.training.distributed import Distributed
 
@@ -36,6 +41,13 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+
+# Steps at the beginning whose time says nothing of the others'.
+WARM_UP_STEPS = 5
+# Steps after which a run says how long it will take, if no line has said so before.
+FORETELLING_STEPS = 20
+# What a line tells of the test data: the first of these that was measured.
+TESTED = {"test_loss": "test loss {:.4f}", "test_psnr": "test PSNR {:.1f} dB"}
 
 
 def host_numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
@@ -65,6 +77,25 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return known[0] if known and dtype != torch.float32 else measured_peak(device, dtype)
 
 
+class RunningMean:
+    """The mean of a scalar since it was last read, taken where the scalar lies, so that nothing waits for it."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+
+    def update(self, value: Tensor) -> None:
+        """Count a scalar in."""
+        self._sum = self._sum + value.detach()
+        self._count += 1
+
+    def read(self) -> Tensor | float:
+        """Return the mean, and begin anew."""
+        mean = self._sum / max(1, self._count)
+        self._sum, self._count = 0.0, 0
+        return mean
+
+
 class Throughput:
     """Images a second, the share of peak FLOP/s that they use (MFU), and the time left."""
 
@@ -81,18 +112,31 @@ class Throughput:
         self.peak = peak
         self.images_per_second = self.mfu = 0.0
         self._steps, self._flops, self._start = 0, 0.0, time.perf_counter()
+        # Steps since the beginning, and seconds of pauses among them.
+        self._all_steps, self._pauses = 0, 0.0
+        # FLOPs of an image → seconds of a step that spends as many, when last measured.
+        self._seconds: dict[float, float] = {}
+        self._kinds: set[float] = set()
 
     def step(self, flops_per_image: float | None = None) -> None:
         """Count a step, and the FLOPs that it spent on each image."""
+        flops = self.flops_per_image if flops_per_image is None else flops_per_image
         self._steps += 1
-        self._flops += self.flops_per_image if flops_per_image is None else flops_per_image
+        self._all_steps += 1
+        self._flops += flops
+        self._kinds.add(flops)
+        if self._all_steps == self._steps == WARM_UP_STEPS:
+            # The first steps allocate, compile and fill caches; nothing is to be foretold from them.
+            self._restart(time.perf_counter())
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out the time of something that is not training, such as a checkpoint."""
         start = time.perf_counter()
         yield
-        self._start += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._start += seconds
+        self._pauses += seconds
 
     def read(self) -> tuple[float, float]:
         """Return images a second and MFU since the last reading."""
@@ -100,12 +144,39 @@ class Throughput:
         seconds = max(now - self._start, 1e-9)
         self.images_per_second = self._steps * self.images_per_step / seconds
         self.mfu = self._flops * self.images_per_step / seconds / self.peak
-        self._steps, self._flops, self._start = 0, 0.0, now
+        if len(self._kinds) == 1:
+            self._seconds[self._kinds.pop()] = seconds / self._steps
+        self._restart(now)
         return self.images_per_second, self.mfu
 
-    def time_left(self, steps: int) -> float:
-        """Return the seconds that further steps take at the last speed read."""
-        return steps * self.images_per_step / self.images_per_second if self.images_per_second else math.nan
+    def _restart(self, now: float) -> None:
+        self._steps, self._flops, self._start = 0, 0.0, now
+        self._kinds.clear()
+
+    def time_left(self, steps: Mapping[float, int]) -> float:
+        """Return the seconds that further steps will take, with pauses as many and as long as so far.
+
+        Args:
+            steps: how many will spend how many FLOPs on each image, such as {2e9: 500, 5e9: 1500}. Kinds of steps that
+                were not measured yet are taken to last as long as their FLOPs say.
+        """
+        if not self._seconds:
+            return math.nan
+        known = max(self._seconds)
+        rate = self._seconds[known] / known if known else math.nan
+        training = sum(n * self._seconds.get(flops, flops * rate) for flops, n in steps.items() if n)
+        return training + sum(steps.values()) * self._pauses / self._all_steps
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Return the most bytes that training took so far: of the GPU's memory, or of the process's on a CPU, if known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if resource is None or device.type != "cpu":
+        return None
+    # In KiB, but on macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Logger:
@@ -135,6 +206,10 @@ class Logger:
         """
         self.run_dir = Path(run_dir)
         self._is_main = distributed.is_main
+        self._device = distributed.device
+        # What was last measured on test data, as the line tells it.
+        self._tested = ""
+        self._opened, self._hours_before = time.perf_counter(), 0.0
         self._said: set[str] = set()
         self._bar: tqdm | None = None
         self._file: Any = None
@@ -143,6 +218,7 @@ class Logger:
             return
         path = self.run_dir / "scalars.jsonl"
         kept = _lines_until(path, start_step)
+        self._hours_before = max((json.loads(line).get("hours", 0.0) for line in kept), default=0.0)
         write_bytes(path, "".join(kept).encode())
         try:
             self._file = path.open("a", encoding="utf-8")
@@ -165,6 +241,10 @@ class Logger:
             self._file.flush()
         except OSError as error:
             raise output_error(self.run_dir / "scalars.jsonl", error) from error
+        for name, words in TESTED.items():
+            if name in numbers:
+                self._tested = f", {words.format(numbers[name])} (step {step})"
+                break
         if self._board is not None:
             for name, number in numbers.items():
                 self._board.add_scalar(name, number, step)
@@ -181,19 +261,32 @@ class Logger:
             pixels = torch.from_numpy(np.array(picture))
             self._board.add_image(name, pixels.movedim(-1, 0), step)
 
+    @property
+    def hours(self) -> float:
+        """Hours that the run has taken, those before it was stopped counted."""
+        return self._hours_before + (time.perf_counter() - self._opened) / 3600
+
     def progress(
-        self, step: int, steps: int, throughput: Throughput, loss: float | Tensor, note: str = ""
+        self, step: int, steps: int, *, loss: float, learning_rate: float, throughput: Throughput, left: float
     ) -> None:
-        """Renew the one line that tells how the run goes; where nobody watches a terminal, print it."""
-        if not self._is_main:
+        """Renew the one line that tells how the run goes; where nobody watches a terminal, print it.
+
+        Args:
+            step, steps: how many are done, and how many there will be.
+            loss: the mean since the last line.
+            learning_rate: the present one.
+            throughput: as last read.
+            left: seconds to the end.
+        """
+        if not self._is_main or sys.stderr is None:
             return
+        speed = throughput.images_per_second
+        memory = peak_memory(self._device)
         text = (
-            f"{throughput.images_per_second:,.0f} images/s, MFU {throughput.mfu:.1%}, "
-            f"{duration(throughput.time_left(steps - step))} left, loss {float(loss):.4f}"
+            f"loss {loss:.4f}{self._tested}, lr {learning_rate:.2g}, {speed:{',.0f' if speed >= 10 else '.2g'}} "
+            f"images/s, {duration(left)} left"
         )
-        text += f", {note}" if note else ""
-        if sys.stderr is None:
-            return
+        text += "" if memory is None else f", {memory / 2**30:.2f} GiB"
         if not sys.stderr.isatty():
             print(f"step {step}/{steps}: {text}", file=sys.stderr, flush=True)
             return
@@ -202,6 +295,10 @@ class Logger:
             self._bar = tqdm(total=steps, initial=step, bar_format=form, dynamic_ncols=True)
         self._bar.n = step
         self._bar.set_description_str(text)
+
+    def foretell(self, left: float) -> None:
+        """Say early how many seconds a run will take."""
+        self.say(f"About {duration(left)} to go, as the first {FORETELLING_STEPS} steps went.")
 
     def warn(self, name: str, step: int, sentence: str) -> None:
         """Say once, in words, that something looks wrong; `name` tells one warning from another."""
