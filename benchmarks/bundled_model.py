@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from classifier import classify, train_classifier
 from maskgit import MaskGIT, images
-from maskgit.data.caches import ImageCache
+from maskgit.data.image_cache import ImageCache
 from maskgit.evaluation.metrics import FeatureStatistics, codebook_usage, frechet_distance, psnr, ssim
 from maskgit.evaluation.metrics.neighbours import nearest_neighbours
 from maskgit.evaluation.networks.features import FeatureNet, load_feature_net

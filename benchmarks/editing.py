@@ -19,7 +19,7 @@ from skimage import data
 from torch import Tensor
 
 from maskgit import MaskGIT, images
-from maskgit.data.caches import ImageCache
+from maskgit.data.image_cache import ImageCache
 from maskgit.evaluation.metrics import boundary_gradient_ratio
 
 SEED = 3

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from maskgit import MaskGIT
-from maskgit.data.pictures import as_floats
+from maskgit.data.picture_sets import as_floats
 from maskgit.evaluation.metrics import FeatureStatistics, frechet_report, kernel_distance, precision_recall
 from maskgit.evaluation.metrics.neighbours import nearest_neighbours
 from maskgit.evaluation.networks.features import BUNDLED_NETS, load_feature_net

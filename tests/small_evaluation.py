@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from maskgit.convert import load_official
-from maskgit.data.pictures import Batch
+from maskgit.data.picture_sets import Batch
 from maskgit.evaluation.networks.features import FeatureNet, Features
 from maskgit.evaluation.runs.evaluate import EvaluationConfig, SampleEvaluation
 from maskgit.evaluation.runs.sampling import SampleConfig

@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskgit import MaskGIT, images
 from maskgit.apps.cli import commands as cli
-from maskgit.images import arrays
+from maskgit.images import reading
 from maskgit.sampler.config import SamplerConfig
 
 
@@ -305,7 +305,7 @@ def test_decoding_is_explained(model, tmp_path, capsys):
 def test_pictures_are_written_before_they_are_explained(model, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     # Too few for an animation of all steps.
-    monkeypatch.setattr(arrays, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 100_000)
     assert run("generate", "--class", 1, "--model", model, "--explain", "--out", out) == 2
     assert "pixels" in sentence(capsys)
     assert (out / "1-0-00000.png").exists()
@@ -313,7 +313,7 @@ def test_pictures_are_written_before_they_are_explained(model, tmp_path, capsys,
 
 def test_as_many_are_explained_as_an_animation_holds(model, tmp_path, monkeypatch):
     # Eight images of 30 steps take more, two take less.
-    monkeypatch.setattr(arrays, "MAX_PIXELS", 2_500_000)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 2_500_000)
     out = tmp_path / "out"
     command = ("generate", "--class", 1, "-n", 8, "--policy", "mdlm", "--steps", 30, "--explain")
     assert run(*command, "--model", model, "--out", out) == 0

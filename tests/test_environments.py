@@ -216,7 +216,7 @@ def test_the_command_line_knows_the_tilde_everywhere(tmp_path, monkeypatch, phot
 
 def test_python_and_recipes_know_the_tilde(tmp_path, monkeypatch, photos):
     from maskgit import convert, hub, images
-    from maskgit.data.caches import ImageCache
+    from maskgit.data.image_cache import ImageCache
     from maskgit.data.npz import open_npz
     from maskgit.data.pack import pack_images
     from maskgit.evaluation.networks.weights import local_file

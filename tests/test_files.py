@@ -102,7 +102,7 @@ from pathlib import Path
 import numpy as np
 from maskgit import hub
 from maskgit.foundation.files import write_bytes
-from maskgit.data.writers import write_image_cache
+from maskgit.data.image_cache import write_image_cache
 
 # The umask belongs to the process: whoever sets it, if only for a moment, sets it for all threads.
 def refuse(mask):

@@ -215,7 +215,7 @@ def with_text(text, key="maskgit"):
         (with_text("[" * 500_000), "not JSON"),
         (with_text("[1]"), "JSON object"),
         (with_text("1"), "JSON object"),
-        (with_text('{"a": "' + "x" * encoding.MAX_SETTINGS_CHARS + '"}'), "characters of settings"),
+        (with_text('{"a": "' + "x" * encoding.MAX_SETTINGS_CHARS + '"}'), "settings is longer than"),
         (b"no picture", "not a picture"),
     ],
 )

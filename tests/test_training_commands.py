@@ -10,7 +10,7 @@ from PIL import Image
 from maskgit import MaskGIT
 from maskgit.apps.cli import commands as cli
 from maskgit.apps.cli.training import read_recipe
-from maskgit.data.caches import ImageCache
+from maskgit.data.image_cache import ImageCache
 from maskgit.errors import ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"

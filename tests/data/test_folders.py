@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, features
 
 from maskgit.apps.cli import commands as cli
-from maskgit.data.caches import META, ImageCache
+from maskgit.data.image_cache import META, ImageCache
 from maskgit.data.pack import pack_images
 from maskgit.data.picture_sets import open_pictures
 from maskgit.data.rows import ClassNumbers, Row

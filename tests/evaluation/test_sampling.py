@@ -195,7 +195,7 @@ def test_a_reference_that_cannot_be_compared_is_told_before_anything_is_made(tin
         evaluation(tiny, training=small, **{}).run(tmp_path)
     torn = real_images()
     torn.bad = set(range(20))
-    with pytest.raises(DataError, match="20 of the 40 images of arrays cannot be read"):
+    with pytest.raises(DataError, match="20 of the 40 images of arrays cannot be used"):
         evaluation(tiny, training=False, reference=Reference("x", None, torn, torn.fingerprint)).run(tmp_path)
     assert not (tmp_path / "report.json").exists()
 

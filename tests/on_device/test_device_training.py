@@ -11,8 +11,7 @@ from fake_device import FROM, FROM_FREE, READ, TO, TO_FREE, counting
 from maskgit import hub
 from maskgit.apps.cli import commands as cli
 from maskgit.data.batches import ImageBatches
-from maskgit.data.caches import ImageCache
-from maskgit.data.writers import write_image_cache
+from maskgit.data.image_cache import ImageCache, write_image_cache
 from maskgit.training import optim, train_tokenizer, train_transformer
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.distributed import Distributed

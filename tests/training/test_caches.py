@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from maskgit.data.batches import TokenBatches
-from maskgit.data.caches import ImageCache, TokenCache
-from maskgit.data.writers import new_image_cache, write_image_cache, write_token_cache
+from maskgit.data.image_cache import ImageCache, new_image_cache, write_image_cache
+from maskgit.data.token_cache import TokenCache, write_token_cache
 from maskgit.errors import ConfigError, DataError, OutputError
 
 NUM_CODES = 256
@@ -285,6 +285,6 @@ def test_token_batches_are_those_of_the_cache_whatever_the_processes(tmp_path, i
 
 
 def test_reading_caches_needs_no_datasets_package():
-    code = "import sys, maskgit.data.batches, maskgit.data.writers; print('datasets' in sys.modules)"
+    code = "import sys, maskgit.data.batches, maskgit.data.token_cache; print('datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -12,8 +12,7 @@ from PIL import Image
 
 from maskgit.data.augment import AUGMENTATIONS, NUM_DRAWS, VIEWS, crop_boxes, resize_and_centre_crop
 from maskgit.data.batches import ImageBatches, Shuffler, sample_numbers, spread
-from maskgit.data.caches import ImageCache
-from maskgit.data.writers import write_image_cache
+from maskgit.data.image_cache import ImageCache, write_image_cache
 from maskgit.errors import ConfigError
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from maskgit import hub
-from maskgit.data.writers import write_image_cache, write_token_cache
+from maskgit.data.image_cache import write_image_cache
+from maskgit.data.token_cache import write_token_cache
 from maskgit.training.distributed import Distributed
 from maskgit.training.inputs import open_tokens
 from maskgit.training.run.checkpoint import weights_fingerprint

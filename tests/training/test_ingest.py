@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit.data import writers
+from maskgit.data import image_cache
 from maskgit.data.pack import pack_images
 from maskgit.data.streaming import StreamedImages
 from maskgit.errors import ConfigError, DataError, OutputError
@@ -321,7 +321,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
     source = make_folder(tmp_path / "data")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(writers.ImageCacheWriter, "add", full)
+    monkeypatch.setattr(image_cache.ImageCacheWriter, "add", full)
     with pytest.raises(OutputError, match="disk is full"):
         pack_images(source, tmp_path / "out", size=SIDE)
     assert sorted(tmp_path.rglob("*")) == before

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from maskgit import hub
-from maskgit.data.caches import ImageCache
-from maskgit.data.writers import write_image_cache, write_token_cache
+from maskgit.data.image_cache import ImageCache, write_image_cache
+from maskgit.data.token_cache import write_token_cache
 from maskgit.foundation.checks import Config
 from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer

@@ -13,8 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit.data.caches import ImageCache
-from maskgit.data.writers import write_image_cache
+from maskgit.data.image_cache import ImageCache, write_image_cache
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.foundation.checks import Config
 from maskgit.sampler.config import SamplerConfig

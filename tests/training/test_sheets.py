@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit.data.caches import ImageCache, TokenCache
-from maskgit.data.writers import write_image_cache, write_token_cache
+from maskgit.data.image_cache import ImageCache, write_image_cache
+from maskgit.data.token_cache import TokenCache, write_token_cache
 from maskgit.evaluation.metrics import psnr
 from maskgit.training.distributed import Distributed
 from maskgit.training.sheets import class_columns, class_members

@@ -19,10 +19,10 @@ from PIL import Image
 
 from maskgit import hub
 from maskgit.data import huggingface
-from maskgit.data.caches import ImageCache
+from maskgit.data.image_cache import ImageCache
 from maskgit.data.pack import pack_images
 from maskgit.data.streaming import StreamedImages, files_fingerprint
-from maskgit.data.writers import write_token_cache
+from maskgit.data.token_cache import write_token_cache
 from maskgit.errors import ConfigError, DataError
 from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer

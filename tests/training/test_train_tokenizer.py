@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit import hub
-from maskgit.data.writers import new_image_cache
+from maskgit.data.image_cache import new_image_cache
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.tokenizer import Tokenizer

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from maskgit import hub
-from maskgit.data.caches import TokenCache
-from maskgit.data.writers import write_image_cache, write_token_cache
+from maskgit.data.image_cache import write_image_cache
+from maskgit.data.token_cache import TokenCache, write_token_cache
 from maskgit.errors import CheckpointError, ConfigError, DataError, OutputError
 from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer

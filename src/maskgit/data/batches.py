@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from maskgit.data.augment import AUGMENTATIONS, NUM_DRAWS
-from maskgit.data.caches import ImageCache, TokenCache
+from maskgit.data.image_cache import ImageCache
+from maskgit.data.token_cache import TokenCache
 from maskgit.errors import ConfigError, DataError
 from maskgit.foundation.checks import check_choice, check_count, check_seed
 from maskgit.sampler.noise import uniform

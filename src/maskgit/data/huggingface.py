@@ -5,22 +5,20 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from maskgit.data.folders import describe, pick_split
-from maskgit.data.rows import UNLABELLED, Row, Source
+from maskgit.data.rows import LABEL_COLUMNS, UNLABELLED, Row, Source, Wanted, pick_column
 from maskgit.errors import DataError, MaskGITError, install_extra
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-AUTO = "auto"
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
-LABEL_COLUMNS = ("label", "labels", "cls", "class")
 # What `datasets` calls the readers of each kind of file.
 READERS = {".parquet": "parquet", ".tar": "webdataset"}
 # A Parquet file is otherwise read a row group at a time, which may be all of it.
@@ -62,15 +60,6 @@ class Columns:
         label = pick_column("labels", label, LABEL_COLUMNS, list(features), name, "--label-column")
         kind = features[label]
         return cls(image, label, tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None)
-
-
-class Wanted(NamedTuple):
-    """Which part of a source is read; see `sources.open_source`."""
-
-    split: str | None
-    config: str | None
-    image_column: str
-    label_column: str | None
 
 
 def open_stream(
@@ -175,21 +164,6 @@ def pattern_reader(source: str) -> tuple[str, dict[str, Any]] | None:
 def is_hub_name(source: str) -> bool:
     """Return whether a data set on the hub may be called so."""
     return _HUB_NAME.fullmatch(source) is not None and source.count("/") <= 1
-
-
-def pick_column(
-    what: str, wanted: str, usual: Iterable[str], columns: list[str], name: str, flag: str
-) -> str:
-    """Return the column that holds images or labels; see `Columns.find`."""
-    found = next((column for column in usual if column in columns), None) if wanted == AUTO else wanted
-    if found not in columns:
-        lacking = f"no column of {what}" if found is None else f"no column {wanted!r}"
-        hint = "" if what == "images" else ", or none to give all images one class"
-        raise DataError(
-            f"{name} has {lacking}. Its columns are: {', '.join(columns)}. Name one with {flag}{hint}."
-        )
-    assert found is not None
-    return found
 
 
 def read_rows(dataset: "IterableDataset", columns: Columns, name: str, local: bool) -> Iterator[Row]:

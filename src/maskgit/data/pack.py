@@ -12,19 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from maskgit.data.augment import resize_and_centre_crop
-from maskgit.data.caches import MAX_SIDE, ImageCache
-from maskgit.data.huggingface import AUTO
-from maskgit.data.rows import MAX_CLASSES, ClassNumbers, Picture, Row, Source
+from maskgit.data.image_cache import MAX_SIDE, ImageCache, new_image_cache
+from maskgit.data.rows import AUTO, MAX_CLASSES, ClassNumbers, Row, check_share, decode_square
 from maskgit.data.sources import open_source
-from maskgit.data.writers import new_image_cache
 from maskgit.errors import DataError, ImageError
 from maskgit.foundation.bars import bar
 from maskgit.foundation.checks import check_count, check_range
 from maskgit.foundation.files import expand
-from maskgit.images import read_image
 from maskgit.networks.classes import sort_names
 
 _CHUNK = 256
@@ -97,7 +92,10 @@ def pack_images(
             num_skipped += len(bad)
             skipped += bad[: _LISTED - len(skipped)]
             shown.update(len(chunk))
-        _check_share(opened, writer.count, num_skipped, skipped, max_bad_share)
+        total = writer.count + num_skipped
+        if not total:
+            raise DataError(f"{opened.name} is empty: it has no images.")
+        check_share(opened.name, total, skipped, max_bad_share, num_skipped=num_skipped)
         writer.finish(
             *labels.finish(),
             source=opened.name,
@@ -107,19 +105,6 @@ def pack_images(
             left_out=list(opened.left_out),
         )
     return ImageCache.open(out)
-
-
-def decode_square(picture: Picture, size: int) -> tuple[np.ndarray, bool]:
-    """Return a picture's middle square, uint8 (S, S, 3), and whether it had to be enlarged.
-
-    Raises:
-        ImageError: it cannot be read.
-    """
-    if isinstance(picture, np.ndarray):
-        image = Image.fromarray(picture).convert("RGB")
-    else:
-        image = read_image(picture)
-    return np.asarray(resize_and_centre_crop(image, size)), min(image.size) < size
 
 
 @dataclass(frozen=True)
@@ -175,17 +160,3 @@ class _Labels:
             new[[self._texts[name] for name in names]] = np.arange(len(names))
             return new[labels], names
         return labels, self._names or tuple(str(i) for i in range(labels.max() + 1))
-
-
-def _check_share(
-    source: Source, count: int, num_skipped: int, skipped: list[str], max_bad_share: float
-) -> None:
-    total = count + num_skipped
-    if total == 0:
-        raise DataError(f"{source.name} is empty: it has no images.")
-    if num_skipped > max_bad_share * total or count == 0:
-        listed = "; ".join(skipped[:5]) + ("; …" if num_skipped > 5 else "")
-        raise DataError(
-            f"{num_skipped:,} of the {total:,} images of {source.name} cannot be used, more than the allowed "
-            f"share of {max_bad_share:g}: {listed}. Mend or remove them, or allow a larger share."
-        )

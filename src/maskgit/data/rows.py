@@ -1,17 +1,22 @@
-"""The images of a source, not yet decoded, and what a source says of itself."""
+"""The images of a source, encoded, and how they are decoded; what a source says of itself."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from maskgit.errors import ImageError
+from maskgit.data.augment import resize_and_centre_crop
+from maskgit.errors import DataError, ImageError
+from maskgit.images.reading import read_image
 
 MAX_CLASSES = 1_000_000
 # The class of images without labels.
 UNLABELLED = ("image",)
+AUTO = "auto"
+LABEL_COLUMNS = ("label", "labels", "cls", "class")
 REMOTE = frozenset(("hf", "zip", "tar", "gzip"))
 
 # Bytes of an image file, a path to one, or pixels, uint8 (H, W) or (H, W, 3).
@@ -97,6 +102,15 @@ class Source:
         return self.read(shard)
 
 
+class Wanted(NamedTuple):
+    """Which part of a source is read; see `sources.open_source`."""
+
+    split: str | None
+    config: str | None
+    image_column: str
+    label_column: str | None
+
+
 class ClassNumbers:
     """Tells the classes of rows."""
 
@@ -128,6 +142,64 @@ class ClassNumbers:
                 f"its label is {label!r}, which is no class name and no class number below {self._limit:,}"
             )
         return label
+
+
+def decode(picture: Picture) -> Image.Image:
+    """Return a picture in RGB.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    return Image.fromarray(picture).convert("RGB") if isinstance(picture, np.ndarray) else read_image(picture)
+
+
+def decode_square(picture: Picture, size: int) -> tuple[np.ndarray, bool]:
+    """Return a picture's middle square, uint8 (S, S, 3), and whether it had to be enlarged.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    image = decode(picture)
+    return np.asarray(resize_and_centre_crop(image, size)), min(image.size) < size
+
+
+def check_share(
+    name: str, total: int, skipped: Sequence[str], max_bad_share: float, *, num_skipped: int | None = None
+) -> None:
+    """Refuse a source of which too many images are bad.
+
+    Args:
+        name: the source's.
+        total: how many images it has.
+        skipped: a sentence for each bad one, or for the first of them.
+        max_bad_share: the largest share that is allowed.
+        num_skipped: how many are bad, where not all are listed.
+
+    Raises:
+        DataError: more than the allowed share are bad, or all.
+    """
+    num_skipped = len(skipped) if num_skipped is None else num_skipped
+    if num_skipped == total or num_skipped > max_bad_share * total:
+        listed = "; ".join(skipped[:5]) + ("; …" if num_skipped > 5 else "")
+        raise DataError(
+            f"{num_skipped:,} of the {total:,} images of {name} cannot be used, more than the allowed share of "
+            f"{max_bad_share:g}: {listed}. Mend or remove them, or allow a larger share."
+        )
+
+
+def pick_column(
+    what: str, wanted: str, usual: Iterable[str], columns: list[str], name: str, flag: str
+) -> str:
+    """Return the column that holds images or labels; see `Columns.find`."""
+    found = next((column for column in usual if column in columns), None) if wanted == AUTO else wanted
+    if found not in columns:
+        lacking = f"no column of {what}" if found is None else f"no column {wanted!r}"
+        hint = "" if what == "images" else ", or none to give all images one class"
+        raise DataError(
+            f"{name} has {lacking}. Its columns are: {', '.join(columns)}. Name one with {flag}{hint}."
+        )
+    assert found is not None
+    return found
 
 
 def _fetch(path: str, local: bool) -> Picture:

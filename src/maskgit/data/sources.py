@@ -9,17 +9,13 @@ from typing import Any
 from maskgit.data import idx
 from maskgit.data.folders import PictureFolder, describe, pick_split, read_folder, read_metadata, scan
 from maskgit.data.huggingface import (
-    AUTO,
-    LABEL_COLUMNS,
     OPTIONS,
     READERS,
-    Wanted,
     is_hub_name,
     open_stream,
     pattern_reader,
-    pick_column,
 )
-from maskgit.data.rows import UNLABELLED, Row, Source, Unlabelled
+from maskgit.data.rows import AUTO, LABEL_COLUMNS, UNLABELLED, Row, Source, Unlabelled, Wanted, pick_column
 from maskgit.errors import ConfigError, DataError
 from maskgit.networks.classes import sort_names
 

@@ -35,10 +35,8 @@ from maskgit.data.batches import (
     maybe_pinned,
     sample_numbers,
 )
-from maskgit.data.huggingface import AUTO
 from maskgit.data.idx import SPLITS, find_idx
-from maskgit.data.pack import decode_square
-from maskgit.data.rows import ClassNumbers, Row
+from maskgit.data.rows import AUTO, ClassNumbers, Row, decode_square
 from maskgit.data.sources import open_source
 from maskgit.errors import ConfigError, DataError, ImageError
 from maskgit.foundation.checks import check_choice, check_count, check_range, check_seed

@@ -4,11 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskgit.images.arrays import (
-        MAX_PIXELS,
         contact_sheet,
         fit,
         overlay_mask,
-        read_image,
         read_settings,
         save_png,
         shorten,
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
         to_uint8,
     )
     from maskgit.images.encoding import encode
+    from maskgit.images.reading import MAX_PIXELS, read_image
 
 __all__ = [
     "MAX_PIXELS",
@@ -40,6 +39,7 @@ def __getattr__(name: str) -> Any:
     # Loaded when first used, so that files are read without torch.
     if name not in __all__:
         raise AttributeError(f"module 'maskgit.images' has no attribute {name!r}")
-    from maskgit.images import arrays, encoding
+    import importlib
 
-    return getattr(encoding if name == "encode" else arrays, name)
+    home = {"encode": "encoding", "read_image": "reading", "MAX_PIXELS": "reading"}.get(name, "arrays")
+    return getattr(importlib.import_module(f"maskgit.images.{home}"), name)

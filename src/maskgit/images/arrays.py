@@ -18,33 +18,9 @@ from torch import Tensor
 from maskgit.errors import ConfigError, ImageError, OutputError
 from maskgit.foundation import files
 from maskgit.foundation.checks import check_count
-from maskgit.images import provenance
-from maskgit.images import reading as imagefiles
 from maskgit.images.encoding import MAX_SETTINGS_CHARS, SETTINGS_KEY, encode
-from maskgit.images.provenance import Sign
-from maskgit.images.reading import Source, decoding, opened, to_rgb
-
-MAX_PIXELS = 100_000_000
-
-
-def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture as it is meant to be seen, in RGB and without metadata.
-
-    The EXIF orientation is applied, transparency is laid over white, grey becomes RGB, and 16 bits a channel
-    are scaled to 8. Nothing is decoded before the size that the file claims has been checked.
-
-    Args:
-        source: a path, a file's bytes, or a binary file that can seek; PNG, JPEG, WebP, AVIF, GIF, BMP,
-            TIFF or PPM, and HEIC where pillow-heif is installed.
-        max_pixels: the largest width × height that is read.
-
-    Returns:
-        A PIL image of mode RGB.
-
-    Raises:
-        ImageError: it cannot be read, is no picture of these formats, is damaged, too large, or animated.
-    """
-    return imagefiles.read(source, max_pixels, to_rgb)
+from maskgit.images.provenance import Sign, say, source_of
+from maskgit.images.reading import MAX_PIXELS, Source, decoding, opened, to_rgb
 
 
 def to_array(image: Tensor) -> np.ndarray:
@@ -225,7 +201,9 @@ def read_settings(source: Source) -> dict[str, Any]:
         text = image.info.get(SETTINGS_KEY)
         if not isinstance(image, PngImageFile) or not isinstance(text, str):
             raise ImageError(f"{name} holds no settings; only PNG files that maskgit wrote do.")
-        return files.parse_json(text, f"The text of settings in {name}", ImageError, limit=MAX_SETTINGS_CHARS)
+        return files.parse_json(
+            text, f"{name}: the text of its settings", ImageError, limit=MAX_SETTINGS_CHARS
+        )
 
 
 def overlay_mask(image: Tensor, token_mask: Tensor) -> Image.Image:
@@ -288,7 +266,7 @@ def contact_sheet(
         ConfigError: a setting is out of range, or the captions are not as many as the images.
         ImageError: there are no images, or the sheet would have more than 100 million pixels.
     """
-    source = None if isinstance(images, Tensor) else provenance.source_of(images)
+    source = None if isinstance(images, Tensor) else source_of(images)
     pictures = to_pil(images) if isinstance(images, Tensor) else [to_rgb(image) for image in images]
     if not pictures:
         raise ImageError("A contact sheet needs at least one image.")
@@ -323,7 +301,7 @@ def contact_sheet(
             text = shorten(captions[i], draw, font, width * scale)
             middle = (left + width * scale / 2, top + height * scale + line / 2)
             draw.text(middle, text, "black", font, anchor="mm")
-    provenance.say([sheet], source)
+    say([sheet], source)
     return sheet
 
 

@@ -9,9 +9,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from maskgit.errors import ConfigError, OutputError
 from maskgit.foundation.notes import note
-from maskgit.images import provenance
-from maskgit.images import reading as imagefiles
-from maskgit.images.provenance import Sign
+from maskgit.images.provenance import KEY, Sign, packet
+from maskgit.images.reading import METADATA, keep_alpha, over_white, to_rgb
 
 MAX_SETTINGS_CHARS = 2**20
 SETTINGS_KEY = "maskgit"
@@ -28,7 +27,7 @@ def encode(
     """Return a picture as a file's bytes, with what is known of it.
 
     Its `info` may hold an "icc_profile", "exif" and "xmp", as a photo's does that was edited, and what the
-    picture is (`provenance.KEY`), as those of `Output.to_pil` do.
+    picture is (`KEY`), as those of `Output.to_pil` do.
 
     Args:
         image: a PIL image of any mode, written as RGB, or as RGBA if it is that; a JPEG shows transparency over
@@ -47,17 +46,17 @@ def encode(
             f"The picture has {image.width} × {image.height} pixels, but a {form} has at most {_SIDES[form]:,} a "
             "side; ask for png."
         )
-    source = image.info.get(provenance.KEY)
-    picture = imagefiles.keep_alpha(image)
+    source = image.info.get(KEY)
+    picture = keep_alpha(image)
     if picture.mode == "RGBA" and image.mode != "RGBA":
-        picture = imagefiles.to_rgb(image)
+        picture = to_rgb(image)
     if picture.mode == "RGBA" and form == "jpeg":
         info = picture.info
-        picture = imagefiles.over_white(picture)
+        picture = over_white(picture)
         picture.info = info
-    known = {key: picture.info[key] for key in imagefiles.METADATA if key in picture.info}
+    known = {key: picture.info[key] for key in METADATA if key in picture.info}
     if mark and source is not None:
-        known["xmp"] = provenance.packet(source, known.get("xmp"))
+        known["xmp"] = packet(source, known.get("xmp"))
     if form == "jpeg":
         _fit_segments(known, source if mark else None)
     picture.info = {}
@@ -87,7 +86,7 @@ def _fit_segments(known: dict[str, bytes], source: str | None) -> None:
         del known["exif"]
     if len(known.get("xmp", b"")) > _XMP_SEGMENT:
         note("The picture's XMP metadata are too long for a JPEG, and are left out.")
-        known["xmp"] = b"" if source is None else provenance.packet(source)
+        known["xmp"] = b"" if source is None else packet(source)
 
 
 def _chunks(settings: dict[str, Any] | None, xmp: bytes | None) -> PngInfo:

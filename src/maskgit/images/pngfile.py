@@ -73,7 +73,7 @@ class _Parts(io.RawIOBase):
         return len(data)
 
 
-def opened(file: BinaryIO, name: str) -> tuple[BinaryIO, Facts]:
+def readable_png(file: BinaryIO, name: str) -> tuple[BinaryIO, Facts]:
     """Return a PNG file as Pillow can read it, and what it says.
 
     Texts that nobody asks for and profiles are left out of it; an end marker that is missing is put in.
@@ -195,7 +195,7 @@ def is_deep(image: ImageFile.ImageFile) -> bool:
 _LOW = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "RGBA"}
 
 
-def deep(image: PngImageFile) -> np.ndarray:
+def deep_numbers(image: PngImageFile) -> np.ndarray:
     """Return a PNG's 16-bit numbers, uint16 (H, W, 2, 3 or 4), of which Pillow gives the upper 8 bits.
 
     Args:

@@ -46,7 +46,7 @@ class BrokenError(Exception):
     """A profile cannot be used; the message says why."""
 
 
-def of(image: Image.Image, mode: str, name: str) -> bytes | None:
+def profile_of(image: Image.Image, mode: str, name: str) -> bytes | None:
     """Return the ICC profile of a picture's numbers, None for sRGB or where nothing is said.
 
     Args:
@@ -197,7 +197,7 @@ def _apply(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.I
 
 
 def can_be_written(icc: bytes) -> bool:
-    """Return whether colours can be brought into a profile of `of`, and not only out of it."""
+    """Return whether colours can be brought into a profile of `profile_of`, and not only out of it."""
     return _converters(icc, "RGB").back is not None
 
 
@@ -206,7 +206,7 @@ def to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
 
     Args:
         image: mode RGB, RGBA, CMYK or LAB.
-        icc: of its numbers, as `of` returns it; None leaves it as it is.
+        icc: of its numbers, as `profile_of` returns it; None leaves it as it is.
 
     Returns:
         RGB, or RGBA with the alpha as it was.

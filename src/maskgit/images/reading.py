@@ -1,7 +1,4 @@
-"""Opening picture files that nobody vouches for, and bringing every kind of pixel to RGB.
-
-`images` holds what others call; here is what Pillow needs around it.
-"""
+"""Reading untrusted image files, and converting every kind of pixel to RGB."""
 
 import importlib
 import io
@@ -27,7 +24,10 @@ from PIL.WebPImagePlugin import WebPImageFile
 from maskgit.errors import ImageError, MaskGITError
 from maskgit.foundation.files import expand
 from maskgit.foundation.notes import note
-from maskgit.images import jpegfile, pngfile, profiles, provenance
+from maskgit.images.jpegfile import without_end
+from maskgit.images.pngfile import Facts, deep_numbers, is_deep, readable_png
+from maskgit.images.profiles import can_be_written, profile_of, to_srgb
+from maskgit.images.provenance import refreshed
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
 
@@ -42,6 +42,7 @@ _READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (rb"II[*+]\0|MM\0[*+]", TiffImageFile),
     (rb"P[1-6]\s", PpmImageFile),
 )
+MAX_PIXELS = 100_000_000
 _FORMATS = "PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF or PPM"
 
 
@@ -137,9 +138,9 @@ def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.Ima
         reader = _reader(name, start)
         if reader is None:
             raise ImageError(f"{name} is not a picture that can be read; convert it to {_FORMATS}.")
-        facts = pngfile.Facts()
+        facts = Facts()
         if reader is PngImageFile:
-            file, facts = pngfile.opened(file, name)
+            file, facts = readable_png(file, name)
         image = reader(file)
         if facts.profile:
             image.info["icc_profile"] = facts.profile
@@ -186,6 +187,26 @@ def _binary(source: Source) -> Any:
     return nullcontext(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
+def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture as it is meant to be seen, in RGB and without metadata.
+
+    The EXIF orientation is applied, transparency is laid over white, grey becomes RGB, and 16 bits a channel
+    are scaled to 8. Nothing is decoded before the size that the file claims has been checked.
+
+    Args:
+        source: a path, a file's bytes, or a binary file that can seek; PNG, JPEG, WebP, AVIF, GIF, BMP,
+            TIFF or PPM, and HEIC where pillow-heif is installed.
+        max_pixels: the largest width × height that is read.
+
+    Returns:
+        A PIL image of mode RGB.
+
+    Raises:
+        ImageError: it cannot be read, is no picture of these formats, is damaged, too large, or animated.
+    """
+    return read(source, max_pixels, to_rgb)
+
+
 def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
     """Read a picture of one frame, turned the way it is meant to be seen.
 
@@ -210,14 +231,14 @@ def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], 
         if "exif" in turned.info:
             turned.info["exif"] = _upright_exif(decoded, name)
         if "xmp" in turned.info:
-            turned.info["xmp"] = provenance.refreshed(turned.info["xmp"])
+            turned.info["xmp"] = refreshed(turned.info["xmp"])
         turned.info = {key: value for key, value in turned.info.items() if value}
         return turned
 
 
 def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
     """Return a picture with its pixels read, deep ones of colour brought to 8 bits."""
-    deep = image if isinstance(image, PngImageFile) and pngfile.is_deep(image) else None
+    deep = image if isinstance(image, PngImageFile) and is_deep(image) else None
     if deep is not None and _needs_depth(deep):
         return _from_deep(deep, name)
     try:
@@ -225,7 +246,7 @@ def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
     except OSError:
         if not isinstance(image, JpegImageFile):
             raise
-        whole = jpegfile.without_end(image)
+        whole = without_end(image)
         if whole is None:
             raise
         note(f"{name} lacks the marker at its end; its picture is whole.")
@@ -329,7 +350,7 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
 def to_rgb(image: Image.Image, name: str = "The picture") -> Image.Image:
     """Return a picture of any mode as sRGB, mode RGB: transparency over white, deep grey scaled to 8 bits."""
     picture, profile = _in_own_colours(image, name)
-    picture = profiles.to_srgb(picture, profile)
+    picture = to_srgb(picture, profile)
     if picture.mode == "RGBA":
         picture = over_white(picture)
     picture.info = {}
@@ -350,9 +371,9 @@ def keep_alpha(image: Image.Image, name: str = "The picture") -> Image.Image:
     is none. Where a profile is of no RGB, or for reading alone, the picture becomes sRGB.
     """
     picture, profile = _in_own_colours(image, name)
-    if profile is not None and not profiles.can_be_written(profile):
+    if profile is not None and not can_be_written(profile):
         note(f"{name} has a colour profile that can be read and not written; what is made of it is sRGB.")
-        picture, profile = profiles.to_srgb(picture, profile), None
+        picture, profile = to_srgb(picture, profile), None
     info: dict[str | tuple[int, int], Any] = {k: image.info[k] for k in ("exif", "xmp") if k in image.info}
     if isinstance(image, TiffImageFile):
         # Its tags are EXIF's.
@@ -366,12 +387,12 @@ def keep_alpha(image: Image.Image, name: str = "The picture") -> Image.Image:
 def _in_own_colours(image: Image.Image, name: str) -> tuple[Image.Image, bytes | None]:
     """Return a picture of any mode in RGB or RGBA, a copy, and the ICC profile of its numbers, None for sRGB."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return _shallow(image, name), profiles.of(image, "L", name)
+        return _shallow(image, name), profile_of(image, "L", name)
     if image.mode in ("CMYK", "LAB"):
-        profile = profiles.of(image, image.mode, name)
-        return (image.convert("RGB") if profile is None else profiles.to_srgb(image, profile)), None
+        profile = profile_of(image, image.mode, name)
+        return (image.convert("RGB") if profile is None else to_srgb(image, profile)), None
     grey = image.mode in ("1", "L", "LA", "La")
-    profile = profiles.of(image, "L" if grey else "RGB", name)
+    profile = profile_of(image, "L" if grey else "RGB", name)
     if image.mode == "La":
         # Pillow turns only the coloured premultiplied mode into a plain one.
         level, alpha = image.split()
@@ -454,7 +475,7 @@ def _needs_depth(image: PngImageFile) -> bool:
 
 def _from_deep(image: PngImageFile, name: str) -> Image.Image:
     """Return a PNG of 16 bits a channel in 8, mode L, RGB, LA or RGBA."""
-    values = pngfile.deep(image)
+    values = deep_numbers(image)
     colours = values.shape[2] - (values.shape[2] in (2, 4))
     said = image.info.get("significant_bits", ())
     bits = [max(said[:colours], default=16), *said[colours:]]

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from maskgit import hub
 from maskgit.data.batches import ImageBatches, TokenBatches
-from maskgit.data.caches import ImageCache, TokenCache
+from maskgit.data.image_cache import ImageCache
 from maskgit.data.streaming import StreamedImages, StreamedTokens
+from maskgit.data.token_cache import TokenCache
 from maskgit.errors import ConfigError
 from maskgit.evaluation.scores.classwise import matched_classes
 from maskgit.networks.tokenizer import Tokenizer

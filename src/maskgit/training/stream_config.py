@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from maskgit.data.augment import AUGMENTATIONS
-from maskgit.data.caches import MAX_SIDE
+from maskgit.data.image_cache import MAX_SIDE
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import Config, check_choice, check_range
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskgit.data.augment import centre_crop
 from maskgit.data.batches import spread
-from maskgit.data.caches import ImageCache
+from maskgit.data.image_cache import ImageCache
 from maskgit.evaluation.metrics import (
     SSIM_WINDOW,
     FeatureStatistics,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskgit.data.caches import TokenCache
+from maskgit.data.token_cache import TokenCache
 from maskgit.foundation.devices import upload
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.vocabulary import Vocabulary

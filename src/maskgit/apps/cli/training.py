@@ -86,8 +86,8 @@ def tokenize(
         seed: Of random crops.
     """
     from maskgit import hub
-    from maskgit.data.caches import ImageCache
-    from maskgit.data.writers import write_token_cache
+    from maskgit.data.image_cache import ImageCache
+    from maskgit.data.token_cache import write_token_cache
     from maskgit.foundation.devices import own_device, rank_and_world
     from maskgit.training.run.checkpoint import weights_fingerprint
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskgit.data.pictures import Pictures, check_share
+from maskgit.data.picture_sets import Pictures
+from maskgit.data.rows import check_share
 from maskgit.errors import DataError
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.report.report import Picture, Point, Report

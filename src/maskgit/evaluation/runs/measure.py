@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskgit.data.pictures import Pictures, check_share
+from maskgit.data.picture_sets import Pictures
+from maskgit.data.rows import check_share
 from maskgit.errors import DataError
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.runs.sampling import RealImages, joined

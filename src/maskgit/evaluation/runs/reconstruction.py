@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit.data.pictures import Pictures, check_share
+from maskgit.data.picture_sets import Pictures
+from maskgit.data.rows import check_share
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.networks.lpips import LPIPS
 from maskgit.evaluation.report.report import Picture, Report

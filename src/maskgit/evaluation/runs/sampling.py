@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskgit.data.pictures import Pictures, as_floats
+from maskgit.data.picture_sets import Pictures, as_floats
 from maskgit.errors import ConfigError
 from maskgit.evaluation.metrics import SSIM_WINDOW, psnr, ssim
 from maskgit.evaluation.networks.features import FeatureNet

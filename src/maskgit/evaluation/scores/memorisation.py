@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from maskgit.data.pictures import Pictures
+from maskgit.data.picture_sets import Pictures
 from maskgit.errors import DataError
 from maskgit.evaluation.metrics.neighbours import Neighbours, nearest_neighbours
 from maskgit.evaluation.scores.classwise import wilson_interval

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from maskgit.data.npz import open_npz
-from maskgit.data.picture_sets import MAX_BAD_SHARE, NpzPictures, open_pictures
-from maskgit.data.pictures import Pictures, check_share
+from maskgit.data.picture_sets import MAX_BAD_SHARE, NpzPictures, Pictures, open_pictures
+from maskgit.data.rows import check_share
 from maskgit.evaluation.metrics import Gaussian
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.scores.names import Names

@@ -18,7 +18,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from maskgit.data.caches import ImageCache, TokenCache
+from maskgit.data.image_cache import ImageCache
+from maskgit.data.token_cache import TokenCache
 from maskgit.errors import ConfigError, DataError, MaskGITError, OutputError
 from maskgit.foundation.checks import Config
 from maskgit.foundation.files import expand, write_bytes

@@ -1,136 +1,193 @@
-"""Writing the caches that training reads: whole or not at all, in bounded memory, and tokens shard by shard.
+"""The tokens of a data set as training reads them, and how they are written: shard by shard, by any number of processes.
+
+    meta.json   plan.json   tokens-00000.npy …  uint16 (n, V, h, w)   labels.npy  int32 (N,)
 
 Shapes: N images, S pixels a side, n images of a shard or batch, V views of each image, h × w the token grid.
 """
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from maskgit.data.augment import NUM_DRAWS, VIEWS
-from maskgit.data.caches import (
+from maskgit.data.image_cache import (
     FORMAT,
-    IMAGES,
     LABELS,
     MAX_META_BYTES,
     META,
-    PLAN,
     ImageCache,
-    TokenCache,
     array_digest,
-    finish_image_digest,
-    image_digest,
-    shard_bounds,
-    shard_name,
-    token_fingerprint,
+    checking,
+    map_array,
+    map_labels,
+    read_meta,
+    require,
 )
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.foundation.bars import bar
 from maskgit.foundation.checks import check_choice, check_count, check_seed
 from maskgit.foundation.devices import upload
-from maskgit.foundation.files import destination, expand, new_folder, output_error, read_json, replacing
+from maskgit.foundation.files import expand, output_error, read_json, replacing
 from maskgit.networks.config import MAX_CODES, MAX_GRID
 from maskgit.sampler.noise import uniform
 
+PLAN = "plan.json"
+# What a token cache is made from: two caches that agree in these hold the same tokens.
+PLAN_KEYS = (
+    "format",
+    "kind",
+    "tokenizer_fingerprint",
+    "images_fingerprint",
+    "num_images",
+    "num_codes",
+    "grid_size",
+    "image_size",
+    "views",
+    "num_views",
+    "seed",
+    "shard_size",
+    "class_names",
+)
 # The stream of `noise.uniform` that the crops of a token cache are drawn from.
 CROPS = 67
 
 
-class ImageCacheWriter:
-    """Writes an image cache image by image, in bounded memory; made by `new_image_cache`."""
+@dataclass(frozen=True, eq=False)
+class TokenCache:
+    """The tokens of a data set, of one or more crops of each image, opened for reading.
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder = folder
-        self.size = size
-        self.count = 0
-        self._digest = image_digest(size)
-        # Appended rather than mapped: a full disk is then an error, where a mapped file kills the process.
-        self._file = open(folder / IMAGES, "wb")  # noqa: SIM115, closed by `close`
-        self._write_header()
-
-    def _write_header(self) -> None:
-        # numpy leaves room in a header for the first axis to grow, so its length never changes.
-        shape = (self.count, self.size, self.size, 3)
-        np.lib.format.write_array_header_1_0(
-            self._file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-        )
-
-    def add(self, images: np.ndarray) -> None:
-        """Append images, uint8 (n, S, S, 3)."""
-        assert images.dtype == np.uint8
-        assert images.shape[1:] == (self.size, self.size, 3)
-        data = images.tobytes()
-        self._digest.update(data)
-        self._file.write(data)
-        self.count += len(images)
-
-    def finish(self, labels: np.ndarray, class_names: Sequence[str], **facts: Any) -> None:
-        """Write labels, int (N,), and the description; `facts` are the other attributes of `ImageCache`."""
-        labels = labels.astype("<i4")
-        assert labels.shape == (self.count,)
-        self._file.seek(0)
-        self._write_header()
-        self.close()
-        np.save(self.folder / LABELS, labels)
-        meta = {
-            "format": FORMAT,
-            "kind": "image cache",
-            "num_images": self.count,
-            "size": self.size,
-            "fingerprint": finish_image_digest(self._digest, labels, class_names),
-            **facts,
-            "class_names": list(class_names),
-        }
-        (self.folder / META).write_text(json.dumps(meta, indent=1), "utf-8")
-
-    def close(self) -> None:
-        """Close the file of images."""
-        self._file.close()
-
-
-@contextmanager
-def new_image_cache(out: str | Path, size: int) -> Iterator[ImageCacheWriter]:
-    """Give a writer whose cache appears at `out`, whole, once the block has ended well.
-
-    Raises:
-        OutputError: something stands at `out`, or it cannot be written; nothing half-written is left behind.
-    """
-    out = destination(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} already exists. Remove it, or choose another folder.")
-    with new_folder(out) as new, closing(ImageCacheWriter(new, size)) as writer:
-        yield writer
-
-
-def write_image_cache(
-    out: str | Path, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
-) -> ImageCache:
-    """Write a cache of images that are in memory already.
-
-    Args:
-        out: the folder to make.
-        images: uint8 (N, S, S, 3), RGB.
-        labels: int (N,), each in [0, len(class_names)).
+    Attributes:
+        path: its folder.
+        shards: uint16 (n, V, h, w) each, memory-mapped; all but the last hold `shard_size` images.
+        labels: int32 (N,), each in [0, len(class_names)), memory-mapped.
         class_names: a name for each class.
-
-    Returns:
-        The cache, opened.
-
-    Raises:
-        OutputError: the folder exists or cannot be written.
+        fingerprint: sha256 over the tokens, the labels and all that they were made from.
+        tokenizer_fingerprint: that of the tokenizer that made the tokens.
+        images_fingerprint: that of the image cache that they were made from.
+        num_codes: every token is below this.
+        image_size: pixels a side of the crops.
+        views: name of the crops, in `augment.VIEWS`.
     """
-    with new_image_cache(out, images.shape[1]) as writer:
-        writer.add(images)
-        writer.finish(labels, class_names, source="memory", num_enlarged=0, num_skipped=0, skipped=[])
-    return ImageCache.open(out)
+
+    path: Path
+    shards: tuple[np.ndarray, ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    fingerprint: str
+    tokenizer_fingerprint: str
+    images_fingerprint: str
+    num_codes: int
+    image_size: int
+    views: str
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open the cache in a folder, reading no token yet.
+
+        Raises:
+            DataError: there is none, it is incomplete, or its files do not fit together.
+        """
+        path = expand(path)
+        meta = read_meta(path, "token cache", "Run `maskgit tokenize` (again): it goes on where it stopped.")
+        with checking(path, "token cache"):
+            count, views, grid = meta["num_images"], meta["num_views"], meta["grid_size"]
+            size, codes, names = meta["shard_size"], meta["num_codes"], tuple(meta["class_names"])
+            require(1 <= grid <= MAX_GRID and 2 <= codes <= MAX_CODES, f"{codes} codes on a grid of {grid}")
+            # The labels first: their file's size vouches for the count that the shards are cut by.
+            labels = map_labels(path / LABELS, count, names)
+            shards = tuple(
+                map_array(path / shard_name(i), np.dtype("uint16"), (stop - start, views, grid, grid))
+                for i, (start, stop) in enumerate(shard_bounds(count, size))
+            )
+            return cls(
+                path,
+                shards,
+                labels,
+                names,
+                str(meta["fingerprint"]),
+                str(meta["tokenizer_fingerprint"]),
+                str(meta["images_fingerprint"]),
+                codes,
+                int(meta["image_size"]),
+                str(meta["views"]),
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, whether or not each has an image."""
+        return len(self.class_names)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tokens."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def num_views(self) -> int:
+        """Crops of each image, V."""
+        return self.shards[0].shape[1]
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens a side, h and w."""
+        return self.shards[0].shape[2]
+
+    def take(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Return the tokens of one view each of some images.
+
+        Args:
+            indices: int (n,) in [0, N).
+            views: int (n,) in [0, V).
+
+        Returns:
+            uint16 (n, h, w).
+
+        Raises:
+            DataError: a token is not below `num_codes`.
+        """
+        tokens = np.empty((len(indices), self.grid_size, self.grid_size), np.uint16)
+        shards, places = np.divmod(indices, len(self.shards[0]))
+        for shard in np.unique(shards):
+            here = shards == shard
+            tokens[here] = self.shards[shard][places[here], views[here]]
+        if tokens.size and tokens.max() >= self.num_codes:
+            raise DataError(
+                f"The token cache {self.path} is damaged: it holds the token {tokens.max()}. Make it again."
+            )
+        return tokens
+
+    def verify(self) -> None:
+        """Read every token and compare with the fingerprint.
+
+        Raises:
+            DataError: the files are not what was written.
+        """
+        meta = read_meta(self.path, "token cache", "Make it again.")
+        digests = [array_digest(shard) for shard in self.shards]
+        if token_fingerprint(meta, digests, self.labels) != self.fingerprint:
+            raise DataError(
+                f"The token cache {self.path} is damaged: its content has changed. Make it again."
+            )
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raise a `DataError` unless the tokens were made by the tokenizer that has the given fingerprint."""
+        if self.tokenizer_fingerprint != fingerprint:
+            raise DataError(
+                f"The token cache {self.path} was made by another tokenizer "
+                f"(fingerprint {self.tokenizer_fingerprint[:12]}, not {fingerprint[:12]}). "
+                "Give that tokenizer, or make the tokens again with this one."
+            )
 
 
 class Encoder(Protocol):
@@ -339,3 +396,20 @@ def _finish(out: Path, plan: dict[str, Any], shards: list[_Shard], labels: np.nd
         with replacing(out / META) as temporary:
             temporary.write_text(json.dumps(meta, indent=1), "utf-8")
     return TokenCache.open(out)
+
+
+def token_fingerprint(plan: dict[str, Any], digests: Sequence[str], labels: np.ndarray) -> str:
+    """Return the fingerprint of tokens: `plan` is what they were made from, `digests` one for each shard."""
+    described = {key: plan[key] for key in PLAN_KEYS}
+    text = json.dumps([described, list(digests), array_digest(labels.astype("<i4"))], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard of tokens."""
+    return f"tokens-{number:05}.npy"
+
+
+def shard_bounds(num_images: int, shard_size: int) -> list[tuple[int, int]]:
+    """Return the first image of each shard and the one after its last."""
+    return [(i, min(i + shard_size, num_images)) for i in range(0, num_images, shard_size)]
