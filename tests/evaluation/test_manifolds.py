@@ -7,6 +7,7 @@ from scipy.spatial.distance import cdist
 
 from maskgit.errors import DataError
 from maskgit.evaluation.metrics import authenticity, density_coverage, precision_recall
+from maskgit.evaluation.metrics.neighbours import nearest_neighbours
 
 
 def sets(seed=0, n=70, m=53, dim=6, shift=0.5):
@@ -33,12 +34,16 @@ def test_scores_are_their_formulas(k, chunk):
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])
-def test_authenticity_is_its_formula(chunk):
+@pytest.mark.parametrize("repeated", [0, 5])
+def test_authenticity_is_its_formula(chunk, repeated):
     real, generated = sets(shift=0)
+    real = np.concatenate([real, real[:repeated]])
     d = cdist(real, generated)
     copies = [d[i := d[:, j].argmin(), j] < kth(real, 1)[i] for j in range(len(generated))]
     assert authenticity(real, generated, chunk=chunk) == pytest.approx(1 - np.mean(copies))
     assert 0.2 < np.mean(copies) < 0.8
+    nearest = nearest_neighbours(generated, real)
+    assert authenticity(real, generated, nearest=nearest) == authenticity(real, generated)
 
 
 def test_features_may_be_float32_tensors_far_from_zero():

@@ -18,9 +18,8 @@ from maskgit.evaluation.scores.scores import (
     reconstruction_scores,
     split_distance,
     split_rows,
-    summarise,
 )
-from maskgit.evaluation.scores.statistics import ImageStatistics, read_statistics, write_statistics
+from maskgit.evaluation.scores.statistics import Collector, ImageStatistics, read_statistics, write_statistics
 from small_evaluation import DIM, toy_net
 
 
@@ -135,22 +134,29 @@ def test_a_reference_of_another_net_is_refused():
         distances({"pooled": np.eye(DIM)}, other, Names("toy", toy_net()))
 
 
+def collected(pieces, **settings):
+    collector = Collector(toy_net(), total=100, resolution=(8, 8), **settings)
+    for piece in pieces:
+        collector.add_features(piece)
+    return collector.finish()
+
+
 def test_statistics_of_pieces_keep_features_of_all_parts(tmp_path):
     rng = np.random.default_rng(0)
     features = rng.normal(size=(100, DIM)).astype(np.float32)
     labels = np.repeat(np.arange(10), 10).astype(np.int32)
     pieces = [{"pooled": features[i : i + 7], "labels": labels[i : i + 7]} for i in range(0, 100, 7)]
-    found = summarise([*pieces, {}], total=100, identity="x", resolution=(8, 8), keep=20)
+    found = collected([*pieces, {}], keep=20)
     assert np.allclose(found.pooled.covariance, np.cov(features.astype(float), rowvar=False))
     assert np.bincount(found.labels).tolist() == [2] * 10
     assert (found.features == features[::5]).all()
     write_statistics(tmp_path / "s.npz", found)
     assert (read_statistics(tmp_path / "s.npz").labels == found.labels).all()
-    assert summarise(pieces, total=100, identity="x", resolution=(8, 8), keep=0).features is None
+    assert collected(pieces, keep=0).features is None
     unlabelled = [piece | {"labels": np.full(len(piece["labels"]), -1)} for piece in pieces]
-    assert summarise(unlabelled, total=100, identity="x", resolution=(8, 8)).labels is None
-    with pytest.raises(DataError, match="no images"):
-        summarise([], total=0, identity="x", resolution=(8, 8))
+    assert collected(unlabelled).labels is None
+    with pytest.raises(DataError, match="at least 2"):
+        collected([])
 
 
 def test_classes_agree_where_samples_lie_among_theirs():

@@ -7,7 +7,6 @@ Shapes: N real and M generated vectors, D their dimensions. Distances are float6
 on each side are compared at once, which bounds memory to a few chunk² numbers and chunk vectors.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +15,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from maskgit.errors import DataError
+from maskgit.evaluation.metrics.neighbours import CHUNK, Distances, Neighbours, nearest_neighbours
 from maskgit.evaluation.metrics.vectors import as_finite, check_same_dim
 from maskgit.foundation.checks import check_whole
-
-CHUNK = 2048
 
 
 class PrecisionRecall(NamedTuple):
@@ -124,8 +122,8 @@ def authenticity(
     training: ArrayLike | Tensor,
     generated: ArrayLike | Tensor,
     *,
+    nearest: Neighbours | None = None,
     chunk: int = CHUNK,
-    device: str | torch.device = "cpu",
 ) -> float:
     """Return the share of generated images that do not look like copies of training images.
 
@@ -134,7 +132,8 @@ def authenticity(
     Args:
         training: float (N, D), N at least 2: the images that the model was trained on.
         generated: float (M, D), M at least 2.
-        chunk, device: as for `precision_recall`.
+        nearest: the nearest training vectors of the generated ones, where they are known already.
+        chunk: see the module.
 
     Returns:
         The share, in [0, 1]: 0 for copies; compare it with that of real images held out from training.
@@ -146,24 +145,26 @@ def authenticity(
     Source: Alaa, van Breugel, Saveliev, van der Schaar: How Faithful is your Synthetic Data?, ICML 2022: its
     authenticity.
     """
-    vectors = _Pair(training, generated, 1, chunk, device)
-    radii = vectors.radii(vectors.real, 1)
-    nearest = torch.full((len(vectors.generated),), torch.inf, dtype=torch.float64, device=device)
-    limit = torch.zeros_like(nearest)
-    for rows, columns, squares in vectors.pieces(vectors.real, vectors.generated):
-        smallest, index = squares.min(0)
-        closer = smallest < nearest[columns]
-        limit[columns] = torch.where(closer, radii[rows][index], limit[columns])
-        nearest[columns] = torch.where(closer, smallest, nearest[columns])
+    training, generated = as_finite(training, "Training features"), as_finite(generated, "Generated features")
+    if min(len(training), len(generated)) < 2:
+        raise DataError(
+            f"Authenticity needs at least 2 vectors of each set, but there are {len(training)} and {len(generated)}."
+        )
+    nearest = nearest or nearest_neighbours(generated, training, chunk=chunk)
+    # Only those that are nearest to something are asked for their own neighbours: few of a large set.
+    places, back = np.unique(nearest.indices[:, 0], return_inverse=True)
+    # The first neighbour of a training vector is itself, or a copy of it.
+    limit = nearest_neighbours(training[places], training, k=2, chunk=chunk).distances[:, 1]
+    found = nearest.distances[:, 0]
     # Copies of vectors that the training set holds twice lie at distance 0, as do their own neighbours.
-    return _share((nearest >= limit) & (nearest > 0))
+    return float(((found >= limit[back]) & (found > 0)).mean())
 
 
 def _share(chosen: Tensor) -> float:
     return chosen.double().mean().item()
 
 
-class _Pair:
+class _Pair(Distances):
     """Two checked sets of vectors, and their squared distances in pieces."""
 
     def __init__(
@@ -186,36 +187,8 @@ class _Pair:
                 f"k must be above 0 and below {smallest}, the size of the smaller set, and chunk above 0, "
                 f"but they are {k} and {chunk}."
             )
-        self.chunk, self.device = chunk, torch.device(device)
-        # Distances lose fewer digits between vectors that lie around 0.
-        self.centre = torch.from_numpy(self.real.mean(0, dtype=np.float64)).to(self.device)
-
-    def pieces(self, a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield rows of a, rows of b, and the squared distances between them, float64."""
-        for start in range(0, len(a), self.chunk):
-            rows = slice(start, min(start + self.chunk, len(a)))
-            left = self._load(a[rows])
-            left_squares = left.square().sum(1)[:, None]
-            for first in range(0, len(b), self.chunk):
-                columns = slice(first, min(first + self.chunk, len(b)))
-                right = self._load(b[columns])
-                scale = left_squares + right.square().sum(1)
-                squares = scale - 2 * left @ right.T
-                # What is left of the distance of equal vectors is rounding.
-                squares[squares < 1e-12 * scale] = 0
-                yield rows, columns, squares
+        super().__init__(self.real, chunk, device)
 
     def radii(self, x: np.ndarray, k: int) -> Tensor:
         """Return the squared distance of each vector to its k-th nearest other one, float64 (N,)."""
-        nearest = torch.full((len(x), k), torch.inf, dtype=torch.float64, device=self.device)
-        for rows, columns, squares in self.pieces(x, x):
-            itself = torch.arange(rows.start, rows.stop, device=self.device)[:, None] == torch.arange(
-                columns.start, columns.stop, device=self.device
-            )
-            squares[itself] = torch.inf
-            both = torch.cat([nearest[rows], squares], 1)
-            nearest[rows] = both.topk(k, largest=False).values
-        return nearest.amax(1)
-
-    def _load(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(rows.astype(np.float64)).to(self.device) - self.centre
+        return self.nearest(x, x, k, others=True).squares.amax(1)

@@ -12,8 +12,8 @@ from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.runs.sampling import RealImages, joined
 from maskgit.evaluation.scores.names import Names, Score
 from maskgit.evaluation.scores.references import Reference
-from maskgit.evaluation.scores.scores import MAX_KEPT, distances, manifolds, summarise
-from maskgit.evaluation.scores.statistics import ImageStatistics
+from maskgit.evaluation.scores.scores import distances, manifolds
+from maskgit.evaluation.scores.statistics import Collector, ImageStatistics
 from maskgit.foundation.checks import check_count
 from maskgit.foundation.units import Arrays
 
@@ -54,7 +54,7 @@ def measure(
     net: FeatureNet,
     *,
     num_images: int | None = None,
-    keep: int = MAX_KEPT,
+    keep: int = 10_000,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Measured:
@@ -77,15 +77,12 @@ def measure(
         num_images = check_count("num_images", num_images, 2, len(pictures))
     work = RealImages(pictures, net, num_images=num_images, batch_size=batch_size)
     skipped: list[str] = []
-    statistics = summarise(
-        _pieces(work, skipped, progress),
-        total=work.count,
-        identity=net.identity,
-        resolution=pictures.resolution,
-        keep=keep,
-        class_names=pictures.class_names,
+    collector = Collector(
+        net, keep=keep, total=work.count, resolution=pictures.resolution, class_names=pictures.class_names
     )
-    return Measured(statistics, skipped)
+    for arrays in _pieces(work, skipped, progress):
+        collector.add_features(arrays)
+    return Measured(collector.finish(), skipped)
 
 
 def _pieces(work: RealImages, skipped: list[str], progress: Progress | None) -> Iterator[Arrays]:

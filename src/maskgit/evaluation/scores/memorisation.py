@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from maskgit.data.picture_sets import Pictures
 from maskgit.errors import DataError
-from maskgit.evaluation.metrics.neighbours import Neighbours, nearest_neighbours
+from maskgit.evaluation.metrics import authenticity
+from maskgit.evaluation.metrics.neighbours import nearest_neighbours
 from maskgit.evaluation.scores.classwise import wilson_interval
 from maskgit.evaluation.scores.names import Names, Score
 from maskgit.evaluation.scores.statistics import ImageStatistics
@@ -116,8 +117,11 @@ def search(
     if reference is not None and reference.features is not None and len(reference.features) > 1:
         real = reference.features
         theirs = nearest_neighbours(real, gallery)
-        real_distance, real_share = float(np.median(theirs.distances)), authentic_share(theirs, gallery)
-    share = authentic_share(nearest, gallery)
+        real_distance, real_share = (
+            float(np.median(theirs.distances)),
+            authenticity(gallery, real, nearest=theirs),
+        )
+    share = authenticity(gallery, pooled, nearest=nearest)
     interval = wilson_interval(round(share * len(pooled)), len(pooled))
     found = Memorisation(
         len(gallery),
@@ -128,19 +132,6 @@ def search(
         real_share,
     )
     return found, names.score("authenticity", share, interval, num_images=len(pooled))
-
-
-def authentic_share(nearest: Neighbours, gallery: NDArray[np.float32]) -> float:
-    """Return the authenticity of vectors whose nearest ones of a gallery are known.
-
-    It is `metrics.authenticity`, but asks only those gallery vectors for their own neighbours that are
-    nearest to something, which are few where the gallery is large.
-    """
-    places, back = np.unique(nearest.indices[:, 0], return_inverse=True)
-    # The first neighbour of a gallery vector is itself, or a copy of it.
-    limit = nearest_neighbours(gallery[places], gallery, k=2).distances[:, 1]
-    found = nearest.distances[:, 0]
-    return float(((found >= limit[back]) & (found > 0)).mean())
 
 
 def _pictures(data: Pictures, numbers: set[int]) -> dict[int, NDArray[np.uint8]]:

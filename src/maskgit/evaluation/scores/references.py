@@ -3,7 +3,6 @@
 Shapes: D feature dimensions.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ from maskgit.data.rows import check_share
 from maskgit.evaluation.metrics import Gaussian
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.scores.names import Names
-from maskgit.evaluation.scores.scores import MAX_KEPT, summarise
 from maskgit.evaluation.scores.statistics import (
     FEATURE_ARRAYS,
+    Collector,
     ImageStatistics,
     check_comparable,
     read_statistics,
 )
 from maskgit.foundation.download import sha256
 from maskgit.foundation.files import expand
-from maskgit.foundation.units import Arrays, Units
+from maskgit.foundation.units import Units
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def open_reference(
 
 
 def reference_statistics(
-    units: Units, data: Pictures, net: FeatureNet, *, keep: int = MAX_KEPT
+    units: Units, data: Pictures, net: FeatureNet, *, keep: int = 10_000
 ) -> tuple[ImageStatistics, list[str]]:
     """Return the statistics of images that `RealImages` has measured, and sentences about those left out.
 
@@ -134,24 +133,15 @@ def reference_statistics(
         DataError: a unit is damaged, or too many images could not be read.
     """
     skipped: list[str] = []
-
-    def pieces() -> Iterator[Arrays]:
-        for number in range(len(units)):
-            made = units.read(number)
-            skipped.extend(made.notes.get("skipped", []))
-            yield made.arrays
-
-    arrays = pieces()
-    statistics = summarise(
-        arrays,
-        total=units.work.count,
-        identity=net.identity,
-        resolution=data.resolution,
-        keep=keep,
-        class_names=data.class_names,
+    collector = Collector(
+        net, keep=keep, total=units.work.count, resolution=data.resolution, class_names=data.class_names
     )
+    for number in range(len(units)):
+        made = units.read(number)
+        skipped.extend(made.notes.get("skipped", []))
+        collector.add_features(made.arrays)
     check_share(data.name, units.work.count, skipped, data.max_bad_share)
-    return statistics, skipped
+    return collector.finish(), skipped
 
 
 def evaluator_identity(names: Names) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from maskgit.errors import DataError
 from maskgit.evaluation.metrics import (
     FeatureStatistics,
     Gaussian,
@@ -33,8 +32,6 @@ from maskgit.foundation.units import Arrays
 K_PRECISION, K_DENSITY = 3, 5
 # The least images of a split: a few more than the neighbours that must lie within it.
 MIN_SPLIT = 16
-# So many real images' features are compared one by one.
-MAX_KEPT = 10_000
 
 Value = Callable[[NDArray[np.int64]], float]
 
@@ -65,59 +62,6 @@ def interval_around(
     found, mean = bootstrap_interval(parts), float(np.mean(parts))
     ends = np.clip([value + found.low - mean, value + found.high - mean], low, high)
     return Interval(*ends.tolist())
-
-
-def summarise(
-    pieces: Iterable[Arrays],
-    *,
-    total: int,
-    identity: str,
-    resolution: tuple[int, int],
-    keep: int = MAX_KEPT,
-    class_names: tuple[str, ...] | None = None,
-) -> ImageStatistics:
-    """Return the statistics of images that come in pieces, and some of their features, spread evenly.
-
-    Args:
-        pieces: arrays as `RealImages` makes them.
-        total: how many images there are to come.
-        identity: of the feature net.
-        resolution: (height, width) in pixels.
-        keep: how many images' features are kept.
-        class_names: of the labels.
-
-    Raises:
-        DataError: there were fewer than two images.
-    """
-    pooled = spatial = None
-    features, labels = [], []
-    seen, classless = 0, False
-    for arrays in pieces:
-        if "pooled" not in arrays:
-            continue
-        pooled = pooled or FeatureStatistics(arrays["pooled"].shape[1])
-        pooled.update(arrays["pooled"])
-        if "spatial" in arrays:
-            spatial = spatial or FeatureStatistics(arrays["spatial"].shape[1])
-            spatial.update(arrays["spatial"])
-        places = np.arange(seen, seen + len(arrays["pooled"]))
-        # Evenly spread, since images often lie class by class.
-        chosen = np.full(len(places), True) if keep >= total else (places * keep) % total < keep
-        features.append(arrays["pooled"][chosen])
-        labels.append(arrays["labels"][chosen])
-        classless = classless or bool((arrays["labels"] < 0).any())
-        seen += len(places)
-    if pooled is None:
-        raise DataError("There are no images to measure.")
-    return ImageStatistics(
-        pooled.gaussian(),
-        None if spatial is None else spatial.gaussian(),
-        identity,
-        resolution,
-        np.concatenate(features) if keep else None,
-        np.concatenate(labels) if keep and not classless else None,
-        class_names,
-    )
 
 
 def split_distance(features: NDArray, reference: Gaussian) -> float:

@@ -34,6 +34,7 @@ from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.scores.origins import ADM, INCEPTION, Origin, origin_of
 from maskgit.foundation.checks import check_count
 from maskgit.foundation.files import expand, replacing
+from maskgit.foundation.units import Arrays
 
 FORMAT = 1
 MAX_DIM = 8192
@@ -74,24 +75,38 @@ class ImageStatistics:
 
 
 class Collector:
-    """Gathers the statistics of images that come in batches."""
+    """Gathers the statistics of images, or of what was measured of them, that come in batches."""
 
-    def __init__(self, net: FeatureNet, *, keep: int = 10_000) -> None:
+    def __init__(
+        self,
+        net: FeatureNet,
+        *,
+        keep: int = 10_000,
+        total: int | None = None,
+        resolution: tuple[int, int] | None = None,
+        class_names: tuple[str, ...] | None = None,
+    ) -> None:
         """Begin with no images.
 
         Args:
             net: what their features are computed with.
-            keep: of how many images, the first ones, the features are kept themselves; 0 to 1,000,000.
+            keep: of how many images the features are kept themselves; 0 to 1,000,000.
+            total: how many images are to come, over which those kept are spread evenly, since images often lie
+                class by class; None keeps the first.
+            resolution: (height, width) in pixels, where only what was measured of the images is added.
+            class_names: of the labels.
         """
         keep = check_count("keep", keep, 0, 1_000_000)
         self.net = net
-        self.keep = keep
-        self.resolution: tuple[int, int] | None = None
+        self.keep, self.total = keep, total
+        self.resolution = resolution
+        self.class_names = class_names
         self._pooled = FeatureStatistics(net.dim)
         self._spatial: FeatureStatistics | None = None
-        self._waiting: list[tuple[Tensor, Tensor | None]] = []
+        self._waiting: list[Arrays] = []
         self._kept: list[NDArray[np.float32]] = []
-        self._num_kept = 0
+        self._labels: list[NDArray[np.int32]] | None = []
+        self._count = 0
 
     def add(self, images: Tensor) -> None:
         """Add images of one size.
@@ -108,12 +123,33 @@ class Collector:
         if self.resolution not in (None, resolution):
             raise ImageError(f"Images of {resolution} and {self.resolution} pixels cannot be one set.")
         self.resolution = resolution
-        pooled = outputs.pooled.cpu()
-        self._waiting.append((pooled, None if outputs.spatial is None else outputs.spatial.cpu()))
-        if self._num_kept < self.keep:
-            self._kept.append(pooled[: self.keep - self._num_kept].numpy())
-            self._num_kept += len(self._kept[-1])
-        if sum(len(part) for part, _ in self._waiting) >= _GATHERED:
+        spatial = {} if outputs.spatial is None else {"spatial": outputs.spatial.cpu().numpy()}
+        self.add_features({"pooled": outputs.pooled.cpu().numpy()} | spatial)
+
+    def add_features(self, arrays: Arrays) -> None:
+        """Add what was measured of images.
+
+        Args:
+            arrays: `pooled` float32 (B, D) and, where they are known, `spatial` float32 (B, S) and `labels` int32
+                (B,), below 0 where an image has no class; nothing at all where no image could be read.
+        """
+        if "pooled" not in arrays:
+            return
+        pooled = arrays["pooled"]
+        places = np.arange(self._count, self._count + len(pooled))
+        chosen = places < self.keep
+        if self.total is not None and self.keep < self.total:
+            chosen = (places * self.keep) % self.total < self.keep
+        if chosen.any():
+            self._kept.append(pooled[chosen])
+        labels = arrays.get("labels")
+        if labels is None or (labels < 0).any():
+            self._labels = None
+        if self._labels is not None and labels is not None:
+            self._labels.append(labels[chosen])
+        self._count += len(pooled)
+        self._waiting.append({name: arrays[name] for name in ("pooled", "spatial") if name in arrays})
+        if sum(len(part["pooled"]) for part in self._waiting) >= _GATHERED:
             self._flush()
 
     def finish(self) -> ImageStatistics:
@@ -128,18 +164,20 @@ class Collector:
             None if self._spatial is None else self._spatial.gaussian(),
             self.net.identity,
             self.resolution,
-            np.concatenate(self._kept) if self._num_kept else None,
+            np.concatenate(self._kept) if self._kept else None,
+            np.concatenate(self._labels) if self._kept and self._labels else None,
+            self.class_names,
         )
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        pooled, spatial = zip(*self._waiting, strict=True)
-        self._waiting = []
-        self._pooled.update(torch.cat(pooled))
-        if spatial[0] is not None:
-            self._spatial = self._spatial or FeatureStatistics(spatial[0].shape[1])
-            self._spatial.update(torch.cat(spatial))
+        waiting, self._waiting = self._waiting, []
+        self._pooled.update(np.concatenate([part["pooled"] for part in waiting]))
+        if "spatial" in waiting[0]:
+            spatial = np.concatenate([part["spatial"] for part in waiting])
+            self._spatial = self._spatial or FeatureStatistics(spatial.shape[1])
+            self._spatial.update(spatial)
 
 
 def merge_statistics(parts: Sequence[ImageStatistics]) -> ImageStatistics:
