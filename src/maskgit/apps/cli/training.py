@@ -3,15 +3,20 @@
 torch and the training code are imported inside the commands, so that `--help` answers at once.
 """
 
+import functools
+import sys
+import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from maskgit.errors import ConfigError
 
 MAX_RECIPE_BYTES = 2**20
+FOLLOW_SECONDS = 10
 
 
 def pack(
@@ -116,44 +121,101 @@ def tokenize(
         )
 
 
-def train(
-    stage: Positional[Literal["tokenizer", "transformer"]],
-    recipe: Positional[Path],
-    changes: Annotated[
-        UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE")
-    ] = (),
-    dry_run: bool = False,
-) -> None:
-    """Train a tokenizer or a transformer as a recipe says; the same command goes on where a run was stopped.
+Changes = Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE")]
 
-    A run that SIGTERM or Ctrl-C stops writes a checkpoint and leaves with code 75. For several GPUs:
-    `torchrun --nproc-per-node 8 -m maskgit train …`.
+
+def train_tokenizer(recipe: Positional[Path], changes: Changes = (), dry_run: bool = False) -> None:
+    """Train the first stage, which turns images into tokens and back.
 
     Args:
-        stage: Which of the two.
         recipe: A TOML file; `recipes/` has examples.
         changes: Values in place of the recipe's, in TOML, such as steps=1000 or model.filters=64; one or several,
             and the flag may be given again.
         dry_run: Print parameters, memory, steps and time instead of training.
     """
-    values = read_recipe(recipe, tuple(change for given in changes for change in given))
     from maskgit.foundation.devices import rank_and_world
+    from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+    from maskgit.training.tokenizer_dry_run import dry_run as describe
+    from maskgit.training.train_tokenizer import train_tokenizer as run
 
-    _, world = rank_and_world()
-    if stage == "tokenizer":
-        from maskgit.training import tokenizer_dry_run
-        from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-        from maskgit.training.train_tokenizer import train_tokenizer
+    config = TokenizerTrainingConfig.from_dict(_values(recipe, changes))
+    print(describe(config, rank_and_world()[1]) if dry_run else run(config))
 
-        first = TokenizerTrainingConfig.from_dict(values)
-        print(tokenizer_dry_run.dry_run(first, world) if dry_run else train_tokenizer(first))
-    else:
-        from maskgit.training import transformer_dry_run
-        from maskgit.training.train_transformer import train_transformer
-        from maskgit.training.transformer_config import TransformerTrainingConfig
 
-        second = TransformerTrainingConfig.from_dict(values)
-        print(transformer_dry_run.dry_run(second, world) if dry_run else train_transformer(second))
+def train_transformer(recipe: Positional[Path], changes: Changes = (), dry_run: bool = False) -> None:
+    """Train the second stage, which predicts masked tokens.
+
+    Args:
+        recipe: A TOML file; `recipes/` has examples.
+        changes: Values in place of the recipe's, in TOML, such as steps=1000 or model.num_layers=8; one or several,
+            and the flag may be given again.
+        dry_run: Print parameters, memory, steps and time instead of training.
+    """
+    from maskgit.foundation.devices import rank_and_world
+    from maskgit.training.train_transformer import train_transformer as run
+    from maskgit.training.transformer_config import TransformerTrainingConfig
+    from maskgit.training.transformer_dry_run import dry_run as describe
+
+    config = TransformerTrainingConfig.from_dict(_values(recipe, changes))
+    print(describe(config, rank_and_world()[1]) if dry_run else run(config))
+
+
+def show_runs(
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN")]],
+    out: Path = Path("runs.png"),
+    follow: bool = False,
+) -> None:
+    """Compare runs, also while they train: a table of what they reached, settings that differ, and curves.
+
+    Args:
+        runs: Folders of runs, of one stage or of both.
+        out: The picture of curves, a PNG.
+        follow: Tell and draw anew every ten seconds, until Ctrl-C.
+    """
+    from maskgit.training.run import comparison
+
+    if not runs:
+        raise ConfigError("Name at least one run, such as runs/photos-tokenizer.")
+    while True:
+        read = comparison.read_runs(runs)
+        comparison.draw_comparison(read, out)
+        # Where somebody watches, the new table takes the old one's place.
+        print("\x1b[H\x1b[J" if follow and sys.stdout.isatty() else "", end="")
+        print(comparison.table_of_runs(read), comparison.table_of_settings(read), sep="\n\n")
+        print(f"The curves are in {out}.", flush=True)
+        if not follow:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _command(name: str, function: Callable[..., None]) -> Any:
+    """Return a command below `train`, which is called once all flags are read."""
+
+    @functools.wraps(function)
+    def later(*arguments: Any, **flags: Any) -> Callable[[], None]:
+        return functools.partial(function, *arguments, **flags)
+
+    return Annotated[Callable[[], None], subcommand(name, constructor=later)]
+
+
+COMMANDS: Any = (
+    _command("tokenizer", train_tokenizer)
+    | _command("transformer", train_transformer)
+    | _command("show", show_runs)
+)
+
+
+def train(command: COMMANDS) -> None:
+    """Train a tokenizer or a transformer as a recipe says; the same command goes on where a run was stopped.
+
+    A run that SIGTERM or Ctrl-C stops writes a checkpoint and leaves with code 75. For several GPUs:
+    `torchrun --nproc-per-node 8 -m maskgit train …`. `maskgit train show RUN…` compares runs.
+    """
+    command()
+
+
+def _values(recipe: Path, changes: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
+    return read_recipe(recipe, tuple(change for given in changes for change in given))
 
 
 def read_recipe(path: Path, changes: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     run.json          the config and the data's fingerprint: a run of another config or data is refused
     checkpoints/      see `checkpoint`
     scalars.jsonl     one JSON object a line: {"step": …, name: value, …}
+    losses.png        the same as curves, redrawn at each test and at the end
     samples/          image grids by step
     tensorboard/      the same for TensorBoard, if it is installed
     model/            the trained model, written when the run is done
@@ -103,10 +104,10 @@ def setup_run(
     if checkpoints := Checkpoints(run_dir).committed():
         try:
             stored = json.loads(path.read_text("utf-8"))
-            before, fingerprints = _flat(_completed(config, stored["config"])), dict(stored["data"])
+            before, fingerprints = flat(_completed(config, stored["config"])), dict(stored["data"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} cannot be read; choose another folder for this run.") from error
-        now = _flat(given["config"])
+        now = flat(given["config"])
         allowed = set(may_change)
         changed = [
             f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
@@ -163,9 +164,8 @@ def _completed(config: Config, stored: Any) -> Any:
         return stored
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted keys, such as {"model.filters": 64}."""
     if not isinstance(values, dict):
         return {prefix: values}
-    return {
-        k: v for key, item in values.items() for k, v in _flat(item, f"{prefix}.{key}".strip(".")).items()
-    }
+    return {k: v for key, item in values.items() for k, v in flat(item, f"{prefix}.{key}".strip(".")).items()}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from maskgit.errors import ConfigError
 from maskgit.foundation.files import output_error, write_bytes
 from maskgit.images import contact_sheet, save_png
+from maskgit.training.run.curves import LOSSES, Logged, draw_charts, run_charts
 from maskgit.training.run.trackers import Tracker, make_tracker
 from maskgit.training.sheets import Sheet
 
@@ -217,9 +218,9 @@ class Logger:
         if not self._is_main:
             return
         path = self.run_dir / "scalars.jsonl"
-        kept = _lines_until(path, start_step)
-        self._hours_before = max((json.loads(line).get("hours", 0.0) for line in kept), default=0.0)
-        write_bytes(path, "".join(kept).encode())
+        kept = read_scalars(path, start_step)
+        self._hours_before = max((line.get("hours", 0.0) for line in kept), default=0.0)
+        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         try:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
@@ -244,10 +245,15 @@ class Logger:
         for name, words in TESTED.items():
             if name in numbers:
                 self._tested = f", {words.format(numbers[name])} (step {step})"
+                self._draw()
                 break
         if self._board is not None:
             for name, number in numbers.items():
                 self._board.add_scalar(name, number, step)
+
+    def _draw(self) -> None:
+        """Draw what was logged so far."""
+        draw_charts(run_charts(Logged(read_scalars(self.run_dir / "scalars.jsonl"))), self.run_dir / LOSSES)
 
     def sheet(self, step: int, name: str, sheet: Sheet) -> None:
         """Log a sheet of images, also as samples/{name}-{step}.png."""
@@ -314,21 +320,25 @@ class Logger:
             tqdm.write(sentence, file=sys.stderr)
 
     def close(self) -> None:
-        """Write everything out."""
+        """Write everything out, and draw the curves."""
+        if self._is_main:
+            self._draw()
         for opened in (self._bar, self._file, self._board):
             if opened is not None:
                 opened.close()
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    if step == 0 or not path.is_file():
+def read_scalars(path: Path, until: float = math.inf) -> list[dict[str, Any]]:
+    """Return what a run logged up to a step, a dict a line; nothing where there is no file."""
+    if until == 0 or not path.is_file():
         return []
     kept = []
-    for line in path.read_text("utf-8").splitlines(keepends=True):
-        # A killed run may leave half a line at the end.
+    for line in path.read_text("utf-8").splitlines():
+        # A killed run may leave half a line at the end, and a run at work may be writing one.
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            entry = json.loads(line)
+            if entry["step"] <= until:
+                kept.append(entry)
     return kept
 
 
