@@ -35,7 +35,9 @@ $(VENV)/.packages: Makefile | $(BIN)/activate
 demo: $(VENV)/.demo
 	$(BIN)/maskgit generate --class airplane automobile bird cat deer dog frog horse ship truck \
 	    --num-images 8 --seed 1 --batch-size 20 --out out/demo --overwrite
-	$(BIN)/python -c "from PIL import Image; from skimage.data import rocket; Image.fromarray(rocket()).save('out/demo/photo.png')"
+	$(BIN)/python -c "from PIL import Image; from skimage.data import rocket; \
+	    photo = Image.fromarray(rocket()); photo.save('out/demo/photo.png'); \
+	    mask = Image.new('L', photo.size); mask.paste(255, (130, 60, 290, 220)); mask.save('out/demo/mask.png')"
 	$(BIN)/maskgit edit out/demo/photo.png --box 130 60 160 160 --class bird --num-images 4 --seed 1 \
 	    --out out/demo/edit --overwrite
 
