@@ -30,6 +30,7 @@ def pack(
     class_names: Annotated[tuple[str, ...], arg(metavar="NAME", help_behavior_hint="")] = (),
     max_bad_share: float = 0.01,
     num_workers: int = 4,
+    seed: int = 0,
 ) -> None:
     """Read a data set once and keep its images, cropped to squares, in a folder that training maps into memory.
 
@@ -38,32 +39,46 @@ def pack(
             (MNIST's format); or a name on the Hugging Face Hub.
         out: The folder to make.
         size: Pixels a side. Pack larger than the training size if it is to draw random crops.
-        split: Which part, as the source names it.
+        split: Which part, as the source names it; or shares such as 0.9/0.1, which pack images to train on and to test
+            on into OUT/train and OUT/test, by class, near-duplicates on one side.
         config: Which configuration of a data set on the hub that has several.
         image_column: The column of images, where it cannot be found by its kind.
         label_column: The column of labels; "none" gives all images one class.
         class_names: Names for labels that are numbers, in their order, in place of those that the source gives.
         max_bad_share: Largest share of images that may be unreadable.
         num_workers: Threads that decode.
+        seed: Decides which images are to test on, where shares are given.
     """
     from maskgit.data.pack import pack_images
+    from maskgit.data.splitting import pack_split, test_share
 
-    cache = pack_images(
-        source,
-        out,
-        size=size,
-        split=split,
-        config=config,
-        image_column=image_column,
-        label_column=None if label_column == "none" else label_column,
-        class_names=class_names or None,
-        max_bad_share=max_bad_share,
-        num_workers=num_workers,
-        progress=True,
-    )
-    for note in (*cache.notes, *cache.skipped[:5], *cache.left_out):
+    share = None if split is None else test_share(split)
+    options: dict[str, Any] = {
+        "size": size,
+        "split": split if share is None else None,
+        "config": config,
+        "image_column": image_column,
+        "label_column": None if label_column == "none" else label_column,
+        "class_names": class_names or None,
+        "max_bad_share": max_bad_share,
+        "num_workers": num_workers,
+        "progress": True,
+    }
+    if share is None:
+        caches = [pack_images(source, out, **options)]
+    else:
+        train, test, shared = pack_split(source, out, share=share, seed=seed, **options)
+        caches = [train, test]
+    for note in (*caches[0].notes, *caches[0].skipped[:5], *caches[0].left_out):
         print(note)
-    print(f"{out}: {len(cache)} images of {cache.size} × {cache.size} pixels in {cache.num_classes} classes")
+    if share is not None and shared.num_near:
+        print(
+            f"Near-duplicates kept on one side: {shared.num_near:,} images (groups: {shared.num_groups:,})."
+        )
+    for cache in caches:
+        print(
+            f"{cache.path}: {len(cache)} images of {cache.size} × {cache.size} pixels in {cache.num_classes} classes"
+        )
 
 
 def tokenize(

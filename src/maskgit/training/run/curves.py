@@ -13,7 +13,7 @@ from maskgit.images import save_png, shorten
 # Okabe and Ito's colours, which colour-blind readers tell apart, without yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 WIDTH, HEIGHT = 560, 340
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 58, 40
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 58, 40
 # Drawn larger and made smaller again, which smooths lines.
 SCALE = 2
 # Above this share of a chart's values its top lies: a loss begins far above where it is worth looking at.
