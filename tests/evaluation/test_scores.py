@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from maskgit.errors import DataError
 from maskgit.evaluation.metrics import Gaussian, frechet_distance
-from maskgit.evaluation.scores.classwise import best_and_worst, class_agreement, wilson_interval
+from maskgit.evaluation.metrics.intervals import wilson_interval
+from maskgit.evaluation.scores.classwise import ClassJudge, Labelled, best_and_worst, labelled
 from maskgit.evaluation.scores.names import Names
 from maskgit.evaluation.scores.scores import (
     distances,
@@ -164,23 +165,30 @@ def test_classes_agree_where_samples_lie_among_theirs():
     centres = rng.normal(size=(3, DIM)) * 20
     classes = np.arange(90) % 3
     real = reference(centres[classes] + rng.normal(size=(90, DIM)), classes)
-    asked = np.arange(60) % 3
+    asked = (np.arange(60) % 3).astype(np.int32)
     shown = np.where(np.arange(60) < 30, asked, 0)
-    agreed, table = class_agreement(centres[shown] + rng.normal(size=(60, DIM)), asked.astype(np.int32), real)
+    judge = ClassJudge(real)
+    agreed = judge.agrees(centres[shown] + rng.normal(size=(60, DIM)), asked)
     assert (agreed == (shown == asked)).all()
+    table = judge.table(agreed, asked)
     assert [entry.agreement for entry in table] == [1.0, 0.5, 0.5]
     assert [entry.real for entry in table] == [1.0] * 3
     assert all(entry.interval.low < entry.agreement <= entry.interval.high for entry in table)
     assert best_and_worst(table)[0].label == 0
-    assert class_agreement(centres, np.arange(3), reference(centres)) is None
+    assert labelled(reference(centres)) is None
 
 
-def test_a_real_image_does_not_vote_for_itself():
-    # Two classes that lie in pairs: without itself, each image has one of the other class as its neighbour.
-    places = np.repeat(np.arange(20.0), 2)[:, None] * 100 + np.tile([0.0, 1.0], 20)[:, None]
-    real = reference(np.hstack([places, np.zeros((40, DIM - 1))]), np.arange(40) % 2)
-    _, table = class_agreement(real.features, real.labels, real)
-    assert table[0].agreement > table[0].real
+def test_the_ceiling_is_of_images_that_the_probe_has_not_seen():
+    # Labels that mean nothing are learned by heart, and guessed on others.
+    rng = np.random.default_rng(0)
+    real = reference(rng.normal(size=(80, DIM)), np.arange(80) % 2)
+    judge = ClassJudge(real)
+    assert (judge.source, judge.num_fitted, len(judge.real)) == ("half of the reference", 40, 40)
+    assert np.bincount(judge.real_labels).tolist() == [20, 20]
+    training = Labelled(real.features + 5, real.labels)
+    judge = ClassJudge(real, training)
+    assert (judge.source, judge.num_fitted, len(judge.real)) == ("training images", 80, 80)
+    assert judge.real.mean() < 0.75
 
 
 def test_wilsons_interval():

@@ -27,7 +27,16 @@ from maskgit.evaluation.metrics.frechet import (
     frechet_distance,
     frechet_report,
 )
-from maskgit.evaluation.metrics.intervals import Interval, bootstrap_interval
+from maskgit.evaluation.metrics.intervals import (
+    Interval,
+    bootstrap_interval,
+    jackknife_interval,
+    mean_interval,
+    share_interval,
+    splits_interval,
+    student_quantile,
+    wilson_interval,
+)
 from maskgit.evaluation.metrics.manifolds import (
     DensityCoverage,
     PrecisionRecall,
@@ -35,6 +44,7 @@ from maskgit.evaluation.metrics.manifolds import (
     density_coverage,
     precision_recall,
 )
+from maskgit.evaluation.metrics.probe import LinearProbe
 from maskgit.evaluation.metrics.vectors import Floats, as_doubles, as_vectors
 
 __all__ = [
@@ -47,6 +57,7 @@ __all__ = [
     "InceptionScore",
     "Interval",
     "KernelDistance",
+    "LinearProbe",
     "PrecisionRecall",
     "as_doubles",
     "as_vectors",
@@ -60,10 +71,16 @@ __all__ = [
     "frechet_distance",
     "frechet_report",
     "inception_score",
+    "jackknife_interval",
     "kernel_distance",
     "masked_psnr",
+    "mean_interval",
     "perplexity",
     "precision_recall",
     "psnr",
+    "share_interval",
+    "splits_interval",
     "ssim",
+    "student_quantile",
+    "wilson_interval",
 ]

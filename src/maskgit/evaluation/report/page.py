@@ -149,14 +149,13 @@ def _classes(report: Report) -> str:
         half = len(rows) // 2
         rows = ["<h3>Best</h3>", *rows[:half], "<h3>Worst</h3>", *rows[half:]]
     key = (
-        '<ul class="key"><li><i></i>samples whose nearest real images are of their class</li>'
-        '<li><i class="line"></i>95 % interval</li><li><i class="tick"></i>the same of real images</li></ul>'
+        '<ul class="key"><li><i></i>samples that show their class</li>'
+        '<li><i class="line"></i>95 % interval</li><li><i class="tick"></i>the same of real images that are held out</li></ul>'
     )
     count = f"{len(chosen)} of {len(report.classes):,}" if len(chosen) < len(report.classes) else "All"
     return (
-        f'<section id="classes"><h2>Classes</h2><p class="lede">{count} classes, best first. The ten '
-        "nearest real "
-        "images vote on what a sample shows; pictures are the first of their class by index.</p>"
+        f'<section id="classes"><h2>Classes</h2><p class="lede">{count} classes, best first. A linear '
+        "probe of real images says what a sample shows; pictures are the first of their class by index.</p>"
         f"{key}\n{''.join(rows)}</section>"
     )
 

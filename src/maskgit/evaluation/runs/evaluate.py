@@ -18,18 +18,19 @@ from numpy.typing import NDArray
 from maskgit.data.picture_sets import Pictures
 from maskgit.data.rows import check_share
 from maskgit.errors import DataError
+from maskgit.evaluation.metrics.intervals import share_interval
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.report.report import Picture, Point, Report
 from maskgit.evaluation.runs.running import Progress, run_works
 from maskgit.evaluation.runs.sampling import RealImages, SampleConfig, Samples, gather
 from maskgit.evaluation.scores import memorisation
 from maskgit.evaluation.scores.classwise import (
-    ClassScore,
+    ClassJudge,
+    Labelled,
     Matched,
     best_and_worst,
-    class_agreement,
+    labelled,
     matched_classes,
-    wilson_interval,
 )
 from maskgit.evaluation.scores.names import Names, Score
 from maskgit.evaluation.scores.references import Reference, evaluator_identity, reference_statistics
@@ -174,7 +175,8 @@ class SampleEvaluation:
         for data in (self.reference.images, self.training):
             notes += [] if data is None else [f"{data.name}: {line}" for line in data.left_out]
         scores, cautions = self._scores(arrays, reference, names)
-        agreement, classes = self._agreement(arrays, reference, names)
+        judge = self._judge(units, reference)
+        agreement = self._agreement(arrays, judge, names)
         copies, authenticity = self._copies(units, arrays, reference, names)
         report = Report(
             title=self.name,
@@ -186,11 +188,13 @@ class SampleEvaluation:
             settings=done.plan,
             identities=self._identities(reference, names),
             skipped=skipped,
-            classes=classes,
+            classes=[]
+            if judge is None
+            else judge.table(judge.agrees(arrays["pooled"], arrays["labels"]), arrays["labels"]),
             no_classes=no_classes,
             class_names=self.model.class_names or (),
             memorisation=copies,
-            curves=self._curves(units, reference, names),
+            curves=self._curves(units, reference, judge, names),
             curve_images=self.config.curve_images,
             run={"seconds": done.seconds(), "device": str(self.model.device)},
         )
@@ -224,16 +228,30 @@ class SampleEvaluation:
             [reason] if reason else [],
         )
 
-    def _agreement(
-        self, arrays: Arrays, reference: ImageStatistics, names: Names
-    ) -> tuple[list[Score], list[ClassScore]]:
-        """Return the share of samples that look like their class, of all and by class, where it is known."""
-        found = class_agreement(arrays["pooled"], arrays["labels"], reference)
-        if found is None:
-            return [], []
-        agreed, classes = found
-        share = wilson_interval(int(agreed.sum()), len(agreed))
-        return [names.score("class_agreement", float(agreed.mean()), share, num_images=len(agreed))], classes
+    def _judge(self, units: dict[str, Units], reference: ImageStatistics) -> ClassJudge | None:
+        """Return what says whether an image looks like its class, where the reference's classes are known."""
+        if labelled(reference) is None:
+            return None
+        training = None
+        if self.training is not None and self.reference.digest != self.training.fingerprint:
+            data = self.training
+            numbers = self._matched(data.class_names, data.num_classes, data.name).numbers
+            if numbers is not None:
+                arrays = gather(units["training"]).arrays
+                training = Labelled(arrays["pooled"], numbers[arrays["labels"]])
+        return ClassJudge(reference, training)
+
+    def _agreement(self, arrays: Arrays, judge: ClassJudge | None, names: Names) -> list[Score]:
+        """Return the share of images that look like their class, where that can be said."""
+        if judge is None:
+            return []
+        agreed = judge.agrees(arrays["pooled"], arrays["labels"])
+        interval = share_interval(agreed, self._strata(arrays))
+        return [names.score("class_agreement", float(agreed.mean()), interval, num_images=len(agreed))]
+
+    def _strata(self, arrays: Arrays) -> NDArray[np.int32] | None:
+        """Return the classes of samples where other samples would be of the same ones."""
+        return arrays["labels"] if self.images.labels == "balanced" else None
 
     def _copies(
         self, units: dict[str, Units], arrays: Arrays, reference: ImageStatistics, names: Names
@@ -271,12 +289,14 @@ class SampleEvaluation:
             )
         return scores, cautions
 
-    def _curves(self, units: dict[str, Units], reference: ImageStatistics, names: Names) -> list[Point]:
+    def _curves(
+        self, units: dict[str, Units], reference: ImageStatistics, judge: ClassJudge | None, names: Names
+    ) -> list[Point]:
         points = []
         for settings in self._points():
             arrays = gather(units[curve_name(settings)]).arrays
             scores, _ = distances(arrays, reference, names, splits=self.config.splits)
-            scores += self._agreement(arrays, reference, names)[0]
+            scores += self._agreement(arrays, judge, names)
             points.append(Point(settings, scores))
         return points
 

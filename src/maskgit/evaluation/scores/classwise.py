@@ -1,6 +1,6 @@
 """How each class fares, by a measure that is sound with a few images a class.
 
-Shapes: N samples, M real images, D feature dimensions, k neighbours.
+Shapes: N images, M real ones that are held out, D feature dimensions.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskgit.evaluation.metrics import Interval
-from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.metrics.intervals import share_interval
+from maskgit.evaluation.metrics.probe import LinearProbe
 from maskgit.evaluation.scores.statistics import ImageStatistics
 from maskgit.networks.classes import are_numbers, match_classes
 
-# Neighbours that vote on an image's class.
-K_VOTES = 10
+# The probe learns from so many images, spread evenly over those there are, which bounds memory.
+MAX_FITTED = 20_000
 
 
 class ClassScore(NamedTuple):
@@ -24,9 +25,10 @@ class ClassScore(NamedTuple):
     Attributes:
         label: its number.
         num_images: samples of it.
-        agreement: the share of them that look like it; see `class_agreement`.
+        agreement: the share of them that look like it; see `ClassJudge`.
         interval: of the agreement, 95 %.
-        real: the same share of real images, the ceiling; None where the reference has none of it.
+        real: the same share of real images that the probe did not learn from; None where there are none.
+        real_interval: of that, 95 %.
     """
 
     label: int
@@ -34,6 +36,31 @@ class ClassScore(NamedTuple):
     agreement: float
     interval: Interval
     real: float | None
+    real_interval: Interval | None = None
+
+
+class Labelled(NamedTuple):
+    """Images by their features.
+
+    Attributes:
+        features: float (N, D).
+        labels: int32 (N,).
+    """
+
+    features: NDArray
+    labels: NDArray[np.int32]
+
+    def rows(self, chosen: NDArray[np.int64]) -> "Labelled":
+        """Return some of the images."""
+        return Labelled(self.features[chosen], self.labels[chosen])
+
+
+def labelled(statistics: ImageStatistics) -> Labelled | None:
+    """Return the images whose features and classes are kept, if there are enough to learn from a half."""
+    features, labels = statistics.features, statistics.labels
+    if features is None or labels is None or len(features) < 4:
+        return None
+    return Labelled(features, labels)
 
 
 class Matched(NamedTuple):
@@ -79,63 +106,63 @@ def _some(names: Sequence[str]) -> str:
     return first + (", …" if len(names) > 3 else "")
 
 
-def class_agreement(
-    features: NDArray, labels: NDArray[np.int32], reference: ImageStatistics
-) -> tuple[NDArray[np.bool_], list[ClassScore]] | None:
-    """Return whether each sample looks like its class, and the shares by class.
+class ClassJudge:
+    """Says whether images look like their class, by a linear probe that real images have taught.
 
-    The nearest ten real images vote, a tie going to the nearer ones. This needs no training and no
-    covariance, so it is sound with a few images a class, where a Fréchet distance is not. Real images are
-    asked the same, each without itself.
-
-    Args:
-        features: float (N, D), of samples.
-        labels: int32 (N,), the classes that were asked for.
-        reference: with features and labels.
-
-    Returns:
-        bool (N,) and one `ClassScore` for each class that has samples; None where the reference has no
-        labels.
+    Attributes:
+        source: what it learned from, in words.
+        num_fitted: how many images that were.
+        real: whether each real image that it did not learn from looks like its class, bool (M,).
+        real_labels: int32 (M,), their classes.
     """
-    real, classes = reference.features, reference.labels
-    if real is None or classes is None or len(real) < 2:
-        return None
-    num_classes = int(max(labels.max(), classes.max())) + 1
-    votes = nearest_neighbours(features, real, k=min(K_VOTES, len(real))).indices
-    agreed = _elected(classes[votes], num_classes) == labels
-    own = nearest_neighbours(real, real, k=min(K_VOTES + 1, len(real))).indices
-    # Where images repeat, an image itself may not come first.
-    itself = own == np.arange(len(real))[:, None]
-    itself[~itself.any(1), -1] = True
-    real_agreed = _elected(classes[own[~itself].reshape(len(real), -1)], num_classes) == classes
-    table = []
-    for label in np.unique(labels):
-        mine, theirs = agreed[labels == label], real_agreed[classes == label]
-        ceiling = float(theirs.mean()) if len(theirs) else None
-        share = wilson_interval(int(mine.sum()), len(mine))
-        table.append(ClassScore(int(label), len(mine), float(mine.mean()), share, ceiling))
-    return agreed, table
+
+    def __init__(self, reference: ImageStatistics, training: Labelled | None = None) -> None:
+        """Fit the probe: on training images where they are given, else on half of the reference.
+
+        Args:
+            reference: real images, of which features and labels are known.
+            training: others, of the same classes, that are not in the reference.
+        """
+        held_out = labelled(reference)
+        assert held_out is not None, "the reference has features and labels"
+        self.source = "training images"
+        if training is None:
+            # Every other image of each class.
+            order = np.argsort(held_out.labels, kind="stable")
+            training = held_out.rows(np.sort(order[::2]))
+            held_out = held_out.rows(np.sort(order[1::2]))
+            self.source = "half of the reference"
+        fitted = training.rows(spread_rows(len(training.labels), MAX_FITTED))
+        num_classes = int(max(fitted.labels.max(), held_out.labels.max())) + 1
+        self.num_fitted = len(fitted.labels)
+        self._probe = LinearProbe(fitted.features, fitted.labels, num_classes)
+        self.real, self.real_labels = self.agrees(*held_out), held_out.labels
+
+    def agrees(self, features: NDArray, labels: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return whether each image, features float (N, D), looks like its class, int32 (N,)."""
+        return self._probe.classes(features) == labels
+
+    def table(self, agreed: NDArray[np.bool_], labels: NDArray[np.int32]) -> list[ClassScore]:
+        """Return the shares by class of those that have images, from what `agrees` says."""
+        return [self._class(int(label), agreed[labels == label]) for label in np.unique(labels)]
+
+    def _class(self, label: int, mine: NDArray[np.bool_]) -> ClassScore:
+        theirs = self.real[self.real_labels == label]
+        known = len(theirs) > 0
+        return ClassScore(
+            label,
+            len(mine),
+            float(mine.mean()),
+            share_interval(mine),
+            float(theirs.mean()) if known else None,
+            share_interval(theirs) if known else None,
+        )
 
 
-def _elected(votes: NDArray[np.int32], num_classes: int) -> NDArray[np.int64]:
-    """Return the class that most neighbours are of: int (N, k), nearest first → int64 (N,)."""
-    chosen = np.empty(len(votes), np.int64)
-    weights = 1 - 1e-3 * np.arange(votes.shape[1])
-    for row, classes in enumerate(votes):
-        chosen[row] = np.bincount(classes, weights, num_classes).argmax()
-    return chosen
-
-
-def wilson_interval(successes: int, total: int) -> Interval:
-    """Return the 95 % score interval of a share, which is sound for a few images and for shares of 0 and 1.
-
-    Source: Wilson: Probable Inference, the Law of Succession, and Statistical Inference, JASA 1927.
-    """
-    z = 1.959964
-    share, square = successes / total, z * z / total
-    middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * float(np.sqrt(share * (1 - share) / total + square / (4 * total)))
-    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+def spread_rows(total: int, count: int) -> NDArray[np.int64]:
+    """Return at most `count` of `total` rows, spread evenly over them."""
+    count = min(count, total)
+    return np.arange(count) * total // count
 
 
 def best_and_worst(classes: list[ClassScore], count: int = 5) -> list[ClassScore]:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from maskgit.data.picture_sets import Pictures
 from maskgit.errors import DataError
 from maskgit.evaluation.metrics import authenticity
+from maskgit.evaluation.metrics.intervals import wilson_interval
 from maskgit.evaluation.metrics.neighbours import nearest_neighbours
-from maskgit.evaluation.scores.classwise import wilson_interval
 from maskgit.evaluation.scores.names import Names, Score
 from maskgit.evaluation.scores.statistics import ImageStatistics
 from maskgit.foundation.units import Arrays

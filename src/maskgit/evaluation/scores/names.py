@@ -145,7 +145,7 @@ KINDS = {
         "Class agreement",
         "Class agreement",
         "higher",
-        "Share of samples whose nearest real images are of their class.",
+        "Share of samples that a linear probe of real images takes for their class.",
     ),
     "rfd": Kind(
         "rFD",
