@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +130,44 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path, monkeypatch):
     assert int(checkpoints.load(checkpoints.latest(), small(0))["step"]) == 1
     checkpoints.save(2, small(2))
     assert int(checkpoints.load(checkpoints.latest(), small(0))["step"]) == 2
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_that_failed_leaves_nothing_and_training_goes_on(tmp_path, monkeypatch, asynchronous):
+    checkpoints, said = Checkpoints(tmp_path, asynchronous=asynchronous), []
+    checkpoints.report = said.append
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="disk is full"):
+            # There is none yet that a run could go on from.
+            checkpoints.save(1, small(1))
+            checkpoints.wait()
+    checkpoints.save(2, small(2))
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        checkpoints.save(3, small(3))
+        checkpoints.close()
+    assert len(said) == 1
+    assert "step-00000003 cannot be written: the disk is full" in said[0]
+    assert "starts again from step 2" in said[0]
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000002"]
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(checkpoint.dcp, "save", lambda *_, **__: pytest.fail("begun"))
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path))
+    state = {"weights": torch.zeros(2**20), "nested": {"moments": torch.zeros(2**19, dtype=torch.float64)}}
+    with pytest.raises(
+        OutputError, match=r"disk is full.*needs 8\.0 MiB, and 0\.0 MiB are free on the disk at"
+    ) as raised:
+        Checkpoints(tmp_path / "run").save(1, state)
+    assert str(tmp_path) in str(raised.value).split("disk at")[1]
 
 
 def test_a_failed_asynchronous_save_is_told(tmp_path, monkeypatch):

@@ -423,6 +423,22 @@ def test_of_several_processes_the_main_one_holds_the_folder_and_all_are_refused(
     other.communicate()
 
 
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path):
+    pictures = tmp_path / "photos"
+    (pictures / "cat").mkdir(parents=True)
+    refused = pytest.raises(OutputError, match=r"holds no run \(cat\)\. Set `out` to a new folder")
+    with refused, held_run(pictures, ALONE):
+        pass
+    assert [path.name for path in pictures.iterdir()] == ["cat"]
+    # What a run that was killed at once left behind, and an empty folder, are fine.
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "run.lock").touch()
+    for name in ("empty", "killed"):
+        with held_run(tmp_path / name, ALONE):
+            pass
+
+
 def test_a_tilde_in_a_run_folder_is_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

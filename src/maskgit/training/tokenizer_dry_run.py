@@ -3,9 +3,11 @@
 import torch
 
 from maskgit.foundation.devices import choose_device
+from maskgit.foundation.files import expand
 from maskgit.networks.config import TokenizerConfig
 from maskgit.training.inputs import open_images
 from maskgit.training.numerics import choose_precision
+from maskgit.training.run.folder import check_run_folder
 from maskgit.training.run.progress import peak_flops
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_parts import flops_per_image, make_networks
@@ -21,6 +23,7 @@ def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
     Raises:
         ConfigError, DataError: as the run would.
     """
+    check_run_folder(expand(config.out))
     inputs = open_images(config, world=world)
     size = inputs.size
     device = choose_device(config.device)

@@ -130,6 +130,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
+    checkpoints.report = logger.say
     for sentence in inputs.notes:
         logger.say(sentence)
     networks = (tokenizer, discriminator, perceptual)

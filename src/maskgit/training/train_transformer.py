@@ -131,6 +131,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
+    checkpoints.report = logger.say
     for sentence in inputs.notes:
         logger.say(sentence)
     peak = peak_flops(device, precision) * distributed.world

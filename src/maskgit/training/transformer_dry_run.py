@@ -3,10 +3,12 @@
 import torch
 
 from maskgit.foundation.devices import choose_device, shapes_only
+from maskgit.foundation.files import expand
 from maskgit.networks.config import TransformerConfig
 from maskgit.networks.transformer import Transformer
 from maskgit.training.inputs import open_tokens
 from maskgit.training.numerics import choose_precision
+from maskgit.training.run.folder import check_run_folder
 from maskgit.training.run.progress import peak_flops
 from maskgit.training.tokenizer_dry_run import counted, passes
 from maskgit.training.train_transformer import flops_per_image
@@ -23,6 +25,7 @@ def dry_run(config: TransformerTrainingConfig, world: int = 1) -> str:
     Raises:
         ConfigError, CheckpointError, DataError: as the run would.
     """
+    check_run_folder(expand(config.out))
     inputs = open_tokens(config, world=world)
     num_images, model = inputs.train.num_images, config.model
     with shapes_only():

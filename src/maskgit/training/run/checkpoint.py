@@ -9,6 +9,7 @@ torch.distributed.checkpoint pickles its metadata: read only run directories of 
 travel are written by `maskgit.hub`.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -89,6 +90,8 @@ class Checkpoints:
         self._thread: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: Future[Any] | None = None
+        # Where to say that a checkpoint could not be written while an older one stands; None raises then too.
+        self.report: Callable[[str], None] | None = None
         # A single process is a single process. For good, and not around each call: the filters belong to the whole
         # process, and a thread that set them back would set back what others did meanwhile.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -97,8 +100,10 @@ class Checkpoints:
             # Its collectives run beside the training's, so they need a group of their own.
             self._group = dist.new_group(backend="gloo") if self._parallel else None
 
-    def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> Path:
+    def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> Path | None:
         """Write a checkpoint, then remove those that are no longer to be kept; all processes call it.
+
+        One that cannot be written is removed, for its rest would keep a full disk full.
 
         Args:
             step: training steps done; a step that is already there is left as it is.
@@ -107,32 +112,46 @@ class Checkpoints:
             score: higher is better; only `keep_best` reads it.
 
         Returns:
-            The checkpoint's folder.
+            The checkpoint's folder; None if it could not be written, which `report` was told.
 
         Raises:
-            OutputError: it cannot be written; the ones before it are untouched.
+            OutputError: it cannot be written, the ones before it are untouched, and there is none, or no `report`.
         """
-        self.wait()
+        self._tell(self.wait)
         path = self.folder / f"step-{step:08d}"
         if any(found.path == path for found in self.committed()):
             return path
-        self._on_main(path, lambda: shutil.rmtree(path, ignore_errors=True))
+        return self._tell(lambda: self._save(step, path, state, score))
+
+    def _save(self, step: int, path: Path, state: Mapping[str, Any], score: float | None) -> Path:
+        self._on_main(path, self._sweep)
         # Not overwritten in place: the folder is fresh, so that a cut-off save leaves nothing that looks whole.
         writer = dcp.FileSystemWriter(path, single_file_per_rank=True, sync_files=True, overwrite=False)
         options: dict[str, Any] = {"storage_writer": writer, "no_dist": not self._parallel}
         expanded = _expand(state)
+        needed = _num_bytes(expanded)
+        self._on_main(path, lambda: _check_room(path, needed))
         if self._thread is None:
-            _guard(path, lambda: dcp.save(expanded, **options))
-            self._on_main(path, lambda: self._commit(step, path, score))
+            try:
+                _guard(path, lambda: dcp.save(expanded, **options))
+                self._on_main(path, lambda: self._commit(step, path, score))
+            except OutputError as error:
+                self._on_main(path, lambda: shutil.rmtree(path, ignore_errors=True))
+                raise _with_room(error, path, needed) from error
             return path
         written = _guard(path, lambda: dcp.async_save(expanded, process_group=self._group, **options))
         future = written if isinstance(written, Future) else written.upload_completion
 
         def finish() -> None:
-            # The main process's future is done only after every process has written its part.
-            _guard(path, future.result)
-            if self._is_main:
-                _guard(path, lambda: self._commit(step, path, score))
+            try:
+                # The main process's future is done only after every process has written its part.
+                _guard(path, future.result)
+                if self._is_main:
+                    _guard(path, lambda: self._commit(step, path, score))
+            except OutputError as error:
+                if self._is_main:
+                    shutil.rmtree(path, ignore_errors=True)
+                raise _with_room(error, path, needed) from error
 
         self._pending = self._thread.submit(finish)
         return path
@@ -162,7 +181,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the last save, then end the thread that writes and its group; all processes call it."""
         try:
-            self.wait()
+            self._tell(self.wait)
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
@@ -207,6 +226,27 @@ class Checkpoints:
         except (OSError, RuntimeError, ValueError, EOFError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         return _restore(state, expanded)
+
+    def _tell(self, action: Callable[[], T]) -> T | None:
+        """Do something that may fail to write; where an older checkpoint stands, say so and go on."""
+        try:
+            return action()
+        except OutputError as error:
+            standing = self.committed()
+            if self.report is None or not standing:
+                raise
+            self.report(
+                f"{error} Training goes on; until the next checkpoint, a run that is stopped starts again from step "
+                f"{standing[-1].step}."
+            )
+            return None
+
+    def _sweep(self) -> None:
+        """Remove what saves that were cut short left behind."""
+        whole = {entry.path for entry in self.committed()}
+        for path in self.folder.glob("step-*"):
+            if path not in whole:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _on_main(self, path: Path, action: Callable[[], None]) -> None:
         """Let the main process do something while the others wait for it."""
@@ -301,6 +341,45 @@ def _guard(path: Path, action: Callable[[], T]) -> T:
     # How the library reports a zip stream whose disk is full.
     except RuntimeError as error:
         raise OutputError(f"{path} cannot be written: {error}.") from error
+
+
+def _num_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in nested dicts, sharded ones whole."""
+    if isinstance(value, Mapping):
+        return sum(map(_num_bytes, value.values()))
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _check_room(path: Path, needed: int) -> None:
+    """Raise an `OutputError` if a checkpoint does not fit onto the disk, before anything of it is written."""
+    if _disk(path)[1] < needed:
+        raise _with_room(output_error(path, OSError(errno.ENOSPC, "")), path, needed)
+
+
+def _with_room(error: OutputError, path: Path, needed: int) -> OutputError:
+    """Return the error with what a checkpoint needs, and what is free on which disk."""
+    disk, free = _disk(path)
+    if free < needed:
+        # torch's writer reports a full disk as a position that it did not expect.
+        error = output_error(path, OSError(errno.ENOSPC, ""))
+    return OutputError(
+        f"{error} A checkpoint needs {_size(needed)}, and {_size(free)} are free on the disk at {disk}."
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _disk(path: Path) -> tuple[Path, int]:
+    """Return where the disk that a path lies on is mounted, and the bytes that are free there."""
+    place = Path(os.path.realpath(path))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    while not os.path.ismount(place):
+        place = place.parent
+    return place, free
 
 
 def _cause(failure: Any) -> BaseException:

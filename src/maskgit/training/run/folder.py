@@ -28,6 +28,7 @@ from maskgit.foundation.locks import locked
 from maskgit.training.distributed import Distributed
 from maskgit.training.run.checkpoint import Checkpoints
 
+RUN, LOCK = "run.json", "run.lock"
 # A processor hashes as much in a few seconds.
 MAX_VERIFIED_BYTES = 2 << 30
 
@@ -37,9 +38,10 @@ def held_run(run_dir: str | Path, distributed: Distributed) -> Iterator[None]:
     """Keep other runs out of a run directory during the block; all processes call it, and the main one holds it.
 
     Raises:
-        OutputError: another run holds it, or it cannot be written.
+        OutputError: another run holds it, it holds something else than a run, or it cannot be written.
     """
     run_dir = expand(run_dir)
+    check_run_folder(run_dir)
 
     def refuse(holder: str) -> None:
         raise OutputError(
@@ -52,7 +54,7 @@ def held_run(run_dir: str | Path, distributed: Distributed) -> Iterator[None]:
         failure: MaskGITError | None = None
         if distributed.is_main:
             try:
-                held.enter_context(locked(run_dir / "run.lock", refuse))
+                held.enter_context(locked(run_dir / LOCK, refuse))
             except MaskGITError as error:
                 failure = error
         if distributed.any(failure is not None):
@@ -65,6 +67,20 @@ def held_run(run_dir: str | Path, distributed: Distributed) -> Iterator[None]:
                 # A run that was refused before it wrote anything leaves nothing.
                 with suppress(OSError):
                     run_dir.rmdir()
+
+
+def check_run_folder(run_dir: Path) -> None:
+    """Raise an `OutputError` if a folder holds something else than a run, such as the pictures to train on."""
+    if not run_dir.is_dir() or (run_dir / RUN).is_file():
+        return
+    # A run that was killed at once leaves its lock alone.
+    found = sorted(path.name for path in run_dir.iterdir() if path.name != LOCK)
+    if found:
+        listed = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+        raise OutputError(
+            f"{run_dir} is not empty and holds no run ({listed}). Set `out` to a new folder, such as "
+            f"{Path('runs') / run_dir.name}."
+        )
 
 
 def setup_run(
@@ -98,7 +114,7 @@ def setup_run(
         OutputError: it cannot be written, or holds something else.
     """
     run_dir = expand(run_dir)
-    path = run_dir / "run.json"
+    path = run_dir / RUN
     given = {"config": config.to_dict(), "data": dict(data)}
     # Without a checkpoint there is nothing to lose, and the run begins anew.
     if checkpoints := Checkpoints(run_dir).committed():
