@@ -108,33 +108,10 @@ def scaling(record: dict[str, Any]) -> str:
     return markdown(["axis", "value", "s an image", "images/s", "GFLOP/s"], rows, left=2) + machine(record)
 
 
-def reuse(record: dict[str, Any]) -> str:
-    """Return what reusing context features saves and costs."""
-    rows = [
-        [
-            str(row["steps"]),
-            str(row["reuse"]),
-            f"{row['computed']:.0%}",
-            f"{row['seconds'] / row['batch']:.3f}",
-            f"{row['speedup']:.2f}",
-            share(row.get("equal_tokens")),
-            f"{row['effnet_fd']:.0f}" if "effnet_fd" in row else "–",
-        ]
-        for row in record["rows"]
-    ]
-    head = ["steps", "reuse", "computed", "s an image", "speed-up", "equal tokens", "EffNet-FD"]
-    images = "" if record["num_images"] is None else f" EffNet-FD of {record['num_images']} images."
-    engine = record["engine"]
-    kind = engine["quantize"] or engine["dtype"]
-    about = f"\nIn {kind}, batches of {record['rows'][0]['batch']}.{images}\n"
-    return markdown(head, rows, left=2) + about + machine(record)
-
-
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "against_official": against_official,
     "roofline": roofline,
     "scaling": scaling,
-    "reuse": reuse,
 }
 
 

@@ -99,17 +99,6 @@ def test_roofline_and_scaling_write_rows(tmp_path):
     assert all(row["images_per_second"] > 0 for row in record["rows"])
 
 
-def test_reuse_writes_rows(tmp_path):
-    file = tmp_path / "reuse.json"
-    small = ("--size", "tiny", "--device", "cpu", "--rounds", "1", "--steps", "2", "8", "--json", file)
-    run("reuse.py", *small)
-    rows = json.loads(file.read_text())["rows"]
-    assert [(row["steps"], row["reuse"]) for row in rows] == [(t, r) for t in (2, 8) for r in (1, 2, 3)]
-    # Of two steps the second has three quarters of the tokens left, and is full all the same.
-    assert [row["positions"] for row in rows[:4]] == [2 * 17, 2 * 17, 2 * 17, 8 * 17]
-    assert all(row["computed"] < 1 for row in rows[4:])
-
-
 def test_both_sides_are_compared_in_turns(tmp_path):
     import against_official
     import models

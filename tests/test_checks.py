@@ -162,7 +162,6 @@ WHOLE_ENTRIES = {
     "Job, start_step": lambda m, n: Job(torch.zeros(5), SamplerConfig(), start_step=n).start_step,
     "Batcher, max_batch": lambda m, n: Batcher(m, max_batch=n).max_batch,
     "Batcher, sizes": lambda m, n: Batcher(m, sizes=[n]).sizes,
-    "optimize, reuse": lambda _, n: choose("int8", quantize="", dtype="float16", device="cpu", reuse=n).reuse,
     "Limits": lambda _, n: Limits(queue_size=n, max_body=n).queue_size,
     "Client, retries": lambda _, n: Client("http://127.0.0.1:9", retries=n).retries,
     "client, boxes": lambda _, n: sent(client_calls.detokenize([[n, 1]])),

@@ -96,20 +96,6 @@ def test_nothing_is_overwritten_unasked(model, tmp_path, capsys):
     assert (tmp_path / "out" / "1-0-00000.png").read_bytes() != before
 
 
-def test_reuse_is_recorded_and_makes_what_it_makes_in_python(tmp_path, capsys):
-    command = ("generate", "--class", "frog", "--steps", 6, "--reuse", 2, "--out", tmp_path / "out")
-    assert run(*command) == 0
-    settings = images.read_settings(tmp_path / "out" / "frog-0-00000.png")
-    assert (settings["mode"], settings["reuse"]) == ("exact", 2)
-    again = MaskGIT.from_pretrained().optimize("exact", reuse=2).generate("frog", steps=6)
-    written = np.asarray(Image.open(tmp_path / "out" / "frog-0-00000.png"))
-    assert np.array_equal(np.asarray(again.to_pil()[0]), written)
-    capsys.readouterr()
-    for nonsense in (0, 1000):
-        assert run(*command, "--overwrite", "--reuse", nonsense) == 2
-        assert "reuse must be between 1 and 256" in sentence(capsys)
-
-
 def test_edit_writes_a_before_mask_after_sheet(model, photo, tmp_path):
     out = tmp_path / "out"
     assert (

@@ -49,7 +49,7 @@ def test_all_that_is_public_is_promised():
     methods = re.findall(r"`(\w+)`", PAGE.partition("Of `MaskGIT`:")[2].partition("\n\n")[0])
     assert all(hasattr(MaskGIT, name) for name in methods)
     # What is left out serves the engine and the server alone.
-    others = {"decode_on_device", "fill", "fill_batches", "free_memory", "new_predictor"}
+    others = {"decode_on_device", "fill", "fill_batches", "free_memory", "predictor"}
     assert {name for name in dir(MaskGIT) if not name.startswith("_")} - set(methods) == others
 
 

@@ -253,7 +253,7 @@ class _Watched:
         if table is not None:
             pipe._guidance_scale = table[-pipe._num_timesteps]
         scale = pipe._guidance_scale
-        predict_logits = model.new_predictor(known=policy.reads_known)
+        predict_logits = model.predictor(known=policy.reads_known)
         with pipe.progress_bar(total=pipe._num_timesteps) as bar:
             for number in range(pipe._num_timesteps):
                 if pipe._guidance_scale != scale:

@@ -8,7 +8,7 @@ Shapes: B images, S = N + 1 the sequence with its class token, K codes, h × w t
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -53,7 +53,6 @@ class Model:
         engine: how the model runs, if it was made by `optimize`; else None.
         decode_step: what makes a decoding step, `sampler.decode_step` or a faster form of it.
         masked_predictor: what predicts the logits of masked tokens alone, if the engine has such.
-        fresh_predictor: makes what predicts logits through one decoding, if the engine has such.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, transformer: Transformer) -> None:
@@ -72,7 +71,6 @@ class Model:
         self.engine: Config | None = None
         self.decode_step: StepFunction = decode_step
         self.masked_predictor: PredictLogits | None = None
-        self.fresh_predictor: Callable[[], PredictLogits] | None = None
         self.config = config
         self.local_transformer = self.transformer
         self.vocabulary = Vocabulary(
@@ -221,17 +219,13 @@ class Model:
         with whole_float32(sequence.device, self.transformer):
             return self.transformer(sequence, codes=self.vocabulary.num_codes)
 
-    def new_predictor(self, *, known: bool = True) -> PredictLogits:
-        """Return what predicts logits through one decoding: `predict_logits`, or another form of it.
-
-        What remembers evaluations is new for every decoding.
+    def predictor(self, *, known: bool = True) -> PredictLogits:
+        """Return what predicts logits in decoding: `predict_logits`, or the engine's faster form of it.
 
         Args:
             known: whether the logits of known tokens are read, too; if not, they may be 0.
         """
-        if not known and self.masked_predictor is not None:
-            return self.masked_predictor
-        return self.predict_logits if self.fresh_predictor is None else self.fresh_predictor()
+        return self.predict_logits if known or self.masked_predictor is None else self.masked_predictor
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Return the images of tokens: int64 (B, h, w) → float32 (B, 3, H, W) in [0, 1], on the CPU.

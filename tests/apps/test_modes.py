@@ -36,7 +36,6 @@ def machine(monkeypatch):
         ("cuda", {}, "fast"),
         ("cuda", {"speed": Speed(exact=True)}, "exact"),
         ("cuda", {"speed": Speed(fast=True)}, "fast"),
-        ("cuda", {"speed": Speed(reuse=2)}, "fast"),
         ("cuda", {"dtype": "float32"}, "exact"),
         ("cuda", {"dtype": "bfloat16"}, "fast"),
         ("cpu", {}, "exact"),

@@ -69,7 +69,6 @@ def test_other_settings_are_still_other_settings(tmp_path, every_way, fastest):
     agreed_engine(tmp_path, "fast", **CPU)
     # Whoever asks for float32 does not get bfloat16.
     assert agreed_engine(tmp_path, "exact", **CPU).dtype == "float32"
-    assert agreed_engine(tmp_path, "fast", reuse=2, **CPU).reuse == 2
 
 
 def test_what_this_machine_lacks_is_named(tmp_path, every_way, fastest, monkeypatch):

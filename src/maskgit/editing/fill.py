@@ -146,7 +146,7 @@ def _steps(
     if switch is not None:
         step, classes = switch
         if step > start_step:
-            for made in decode_steps(model.new_predictor(known=known), sequences, config, **options):
+            for made in decode_steps(model.predictor(known=known), sequences, config, **options):
                 yield made
                 state = made.state
                 if state is None:
@@ -156,7 +156,7 @@ def _steps(
                     break
         sequences = torch.cat([classes[:, None], sequences[:, 1:]], dim=1)
         state = None if state is None else state._replace(sequence=sequences)
-    yield from decode_steps(model.new_predictor(known=known), sequences, config, state=state, **options)
+    yield from decode_steps(model.predictor(known=known), sequences, config, state=state, **options)
 
 
 def _record(model: Model, made: Decoded) -> Trace:

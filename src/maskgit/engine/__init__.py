@@ -7,13 +7,10 @@ function, in the mode that is asked for:
     fast    the fastest of what the device is good at: bfloat16, compiled and captured on a GPU; bfloat16 or
             int8 on a CPU, whichever a first measurement finds faster.
     int8    int8 linear layers, on a CPU.
-
-Beside a mode, decoding may reuse what it computed of known tokens (`engine.reuse`), which is approximate.
 """
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,16 +23,14 @@ from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import keep_freed_memory
 from maskgit.engine.linear import FIXED_ROWS, PATHS, replace_linears, ways
 from maskgit.engine.masked import MaskedPredictor
-from maskgit.engine.reuse import ContextReuse
 from maskgit.errors import ConfigError
-from maskgit.foundation.checks import Config, check_choice, check_count, check_range
+from maskgit.foundation.checks import Config, check_choice
 from maskgit.foundation.compiled import Compiled
 from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype
 from maskgit.model import AnyModel, plain_model
 
 MODES = ("exact", "fast", "int8")
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_REUSE = 256
 # Graphs are captured by `engine.graphs`, so the compiler is not to do it, too.
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     "cuda": {"mode": "max-autotune-no-cudagraphs"},
@@ -55,7 +50,6 @@ class Engine(Config):
         linear: the way of the other linear layers on a CPU, a key of `engine.linear.PATHS`.
         compile: whether `torch.compile` builds the networks; takes a minute at first use, and a C++ compiler.
         graphs: whether decoding steps are captured as CUDA graphs.
-        reuse: of so many evaluations in decoding one at least is full (see `engine.reuse`); 1 is all of them.
     """
 
     device: str = "cpu"
@@ -64,11 +58,12 @@ class Engine(Config):
     linear: str = "torch"
     compile: bool = False
     graphs: bool = False
-    reuse: int = 1
 
     def numbers(self) -> dict[str, Any]:
         """Return what of it decides the last bits of numbers, as JSON values: all but which device it is."""
-        return {key: value for key, value in self.to_dict().items() if key != "device"}
+        values = {key: value for key, value in self.to_dict().items() if key != "device"}
+        # Once a choice. Evaluations that were begun with it compare what they stored with this.
+        return values | {"reuse": 1}
 
     def validate(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -82,11 +77,6 @@ class Engine(Config):
             raise ConfigError("This build of torch has no int8 products; use the exact or the fast mode.")
         if self.graphs and kind != "cuda":
             raise ConfigError("CUDA graphs need a CUDA device.")
-        check_range("reuse", self.reuse, 1, MAX_REUSE)
-        if self.graphs and self.reuse > 1:
-            raise ConfigError(
-                "CUDA graphs repeat the same work at every step, which reuse does not; choose one of them."
-            )
 
 
 def choose(mode: str = "fast", **choices: Any) -> Engine:
@@ -123,7 +113,6 @@ def alternatives(
     compile: bool | None = None,
     quantize: str | None = None,
     linear: str | None = None,
-    reuse: int = 1,
 ) -> list[Engine]:
     """Return the ways to run a model that are open here; what is None is the mode's choice.
 
@@ -137,13 +126,11 @@ def alternatives(
         compile: whether to use `torch.compile`.
         quantize: "int8" or "" (no).
         linear: the way of linear layers on a CPU, a key of `engine.linear.PATHS`.
-        reuse: of so many evaluations in decoding one at least is full; above 1 there are no CUDA graphs.
 
     Raises:
         ConfigError: a choice is unknown, not available here, or does not go with another.
     """
     check_choice("mode", mode, MODES)
-    reuse = check_count("reuse", reuse, 1, MAX_REUSE)
     # A device that a plan names need not be here.
     chosen = device if isinstance(device, torch.device) else choose_device(device)
     kind = chosen.type
@@ -155,7 +142,7 @@ def alternatives(
     if compile is None:
         compile = fast and kind == "cuda"
     forms = _forms(kind, named, fast, "int8" if mode == "int8" and quantize is None else quantize)
-    graphs = fast and kind == "cuda" and reuse == 1
+    graphs = fast and kind == "cuda"
     found = []
     for form, quantized in forms:
         # The compiler packs weights itself.
@@ -164,7 +151,7 @@ def alternatives(
         if linear is not None:
             check_choice("linear", linear, [name for name in PATHS if name != "int8"])
             open_ways = [way for way in open_ways if way == linear]
-        found += [Engine(str(chosen), form, quantized, way, compile, graphs, reuse) for way in open_ways]
+        found += [Engine(str(chosen), form, quantized, way, compile, graphs) for way in open_ways]
     if not found:
         layers = f"{named or 'float32'}{', compiled' if compile else ''}"
         raise ConfigError(f"Linear layers of {layers} cannot go the way {linear!r} on this machine's {kind}.")
@@ -193,7 +180,6 @@ def optimize(model: AnyModel, mode: str = "fast", **choices: Any) -> AnyModel:
         model: as it was loaded.
         mode: "exact", "fast" or "int8".
         **choices: as for `alternatives`, in place of the mode's own; the device is the model's if none is given.
-            With reuse above 1, decoding is approximate (`engine.reuse`).
 
     Returns:
         A `MaskGIT` whose `engine` says how it runs.
@@ -243,22 +229,13 @@ def build(model: AnyModel, engine: Engine) -> AnyModel:
         for network in (made.transformer, made.tokenizer.decoder, made.tokenizer.encoder):
             options = COMPILE_OPTIONS[torch.device(engine.device).type]
             network.forward = Compiled(network.forward, **options)  # type: ignore[method-assign]
-    elif engine.device == "cpu" and engine.reuse == 1 and len(made.transformer.layers) > 1:
+    elif engine.device == "cpu" and len(made.transformer.layers) > 1:
         made.masked_predictor = MaskedPredictor(
             made.transformer,
             made.local_transformer,
             codes=made.vocabulary.num_codes,
             mask_token=made.vocabulary.mask,
             remember=engine.dtype == "float32",
-        )
-    if engine.reuse > 1:
-        made.fresh_predictor = partial(
-            ContextReuse,
-            made.transformer,
-            made.local_transformer,
-            codes=made.vocabulary.num_codes,
-            mask_token=made.vocabulary.mask,
-            reuse=engine.reuse,
         )
     if engine.graphs:
         made.decode_step = GraphedSteps(compile_noise=engine.compile)

@@ -174,10 +174,8 @@ class Batcher:
                 elsewhere.
 
         Raises:
-            ConfigError: a size is out of range, or the model's engine reuses context.
+            ConfigError: a size is out of range.
         """
-        if model.fresh_predictor is not None:
-            raise ConfigError("Jobs are at different steps, so they cannot reuse context; leave reuse at 1.")
         self.model = model
         self.max_batch = check_count("max_batch", max_batch, 1, 4096)
         self.sizes = tuple(sorted(check_count("sizes", size, 1, max_batch) for size in sizes or (max_batch,)))

@@ -43,7 +43,7 @@ class Made(NamedTuple):
 
     Attributes:
         logits: (B, S, K), what the tokens were sampled from, before the temperature; those of tokens that were
-            known may be 0 (`MaskGIT.new_predictor`).
+            known may be 0 (`MaskGIT.predictor`).
         tokens: int64 (B, S), all filled in.
         unknown: bool (B, S), what was masked before the step.
         again: bool (B, S), what is masked again after it.
@@ -93,7 +93,7 @@ class Decoded(NamedTuple):
     Attributes:
         step: its number.
         logits: (B, S, K), what the tokens were sampled from, before the temperature; those of tokens that were
-            known may be 0 (`MaskGIT.new_predictor`).
+            known may be 0 (`MaskGIT.predictor`).
         tokens: int64 (B, S), all filled in.
         unknown: bool (B, S), what was masked before the step.
         again: bool (B, S), what is masked again after it.

@@ -94,7 +94,7 @@ def _of_samples(
         training = open_pictures(samples.training_data, max_bad_share=work.max_bad_share)
     plain = Model(model, str(device)).plain()
     stages = {"tokenizer": plain.tokenizer, "transformer": plain.transformer}
-    asked = {"device": plain.device, "dtype": work.dtype, "reuse": work.speed.reuse}
+    asked = {"device": plain.device, "dtype": work.dtype}
     evaluation = SampleEvaluation(
         model=plain,
         name=model,

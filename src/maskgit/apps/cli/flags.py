@@ -44,9 +44,6 @@ class Speed:
     whichever this one is faster at. Images differ a little."""
     int8: FlagCreatePairsOff[bool] = False
     """int8 layers, on CPUs. Images differ a little."""
-    reuse: Annotated[int, arg(metavar="INT")] = 1
-    """Above 1, an approximation: between evaluations of all tokens, up to INT - 1 in a row compute only those that
-    are masked or new. Faster; images differ, and may be worse."""
 
     @property
     def asked(self) -> str | None:
@@ -85,7 +82,7 @@ class Model:
         plain = self.plain()
         if self.speed.asked is None and mode == "fast":
             print(FAST_NOTE, file=sys.stderr)
-        return plain.optimize(mode, dtype=self.dtype, reuse=self.speed.reuse)
+        return plain.optimize(mode, dtype=self.dtype)
 
     def mode(self) -> str:
         """Return how fast it runs: what was asked for, else fast on a CUDA GPU and exact elsewhere.
@@ -121,7 +118,6 @@ class Model:
             "model": self.model,
             "mode": mode,
             "dtype": dtype,
-            "reuse": self.speed.reuse,
         }
 
 

@@ -61,8 +61,7 @@ class Studio:
         engine = self.pipe.engine
         quantized = engine is not None and bool(engine.quantize)
         fast = not quantized and (dtype != "float32" or (engine is not None and engine.graphs))
-        reuse = 1 if engine is None else engine.reuse
-        speed = Speed(exact=not (fast or quantized), fast=fast, int8=quantized, reuse=reuse)
+        speed = Speed(exact=not (fast or quantized), fast=fast, int8=quantized)
         return Model(model=self.name, dtype=dtype, speed=speed).recorded(command)
 
     def classes(self, *, guess: bool = False) -> list[tuple[str, str]]:
