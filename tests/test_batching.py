@@ -8,6 +8,7 @@ import torch
 from maskgit import MaskGIT
 from maskgit.engine.batch_sizes import equal_sizes
 from maskgit.engine.batching import Batcher, Job
+from maskgit.engine.turns import Requester
 from maskgit.errors import ConfigError
 
 MIXED = [
@@ -100,6 +101,37 @@ def test_finished_rows_leave_and_waiting_ones_join(pipe):
     assert (batcher.num_rows, batcher.num_waiting) == (1, 1)
     assert [news.job for news in batcher.step()] == [waiting]
     assert [news.job for news in batcher.step()] == [long]
+    assert not len(batcher)
+
+
+@pytest.mark.parametrize("client", ["a", "b"])
+def test_a_small_request_is_not_kept_waiting_by_a_large_one(pipe, client):
+    batcher = Batcher(pipe, max_batch=16, sizes=(1, 2, 4, 8, 16))
+    for number in range(16):
+        batcher.add(job(pipe, seed=number, steps=64), Requester("a", 1))
+    for _ in range(3):
+        batcher.step()
+    small = job(pipe, "cat", seed=7, steps=4)
+    batcher.add(small, Requester(client, 2))
+    rows, made = 0, None
+    while made is None:
+        made = next((news for news in batcher.step() if news.job is small), None)
+        rows += len(batcher.stepped)
+    # Rows are what a step takes its time for on a CPU.
+    assert rows <= 5 * 4
+    alone = Batcher(pipe, max_batch=16, sizes=(1, 2, 4, 8, 16))
+    again = job(pipe, "cat", seed=7, steps=4)
+    alone.add(again)
+    wanted = finish(alone)[0][again]
+    assert torch.equal(made.tokens, wanted.tokens)
+    assert torch.equal(made.pixels, wanted.pixels)
+
+
+def test_many_images_that_end_together_are_not_decoded_in_one_go(pipe):
+    batcher = Batcher(pipe, max_batch=16, decode_size=1)
+    for number in range(9):
+        batcher.add(job(pipe, seed=number, steps=1), Requester("a"))
+    assert [len(batcher.step()) for _ in range(3)] == [4, 4, 1]
     assert not len(batcher)
 
 

@@ -15,10 +15,10 @@ from starlette.testclient import TestClient
 
 from maskgit import MaskGIT, images
 from maskgit.apps.cli.commands import main
-from maskgit.apps.cli.flags import Network
 from maskgit.apps.client.client import Client, Pictures, Preview
 from maskgit.apps.serving import outputs
 from maskgit.apps.serving.network import Forwarded
+from maskgit.apps.serving.options import Network
 from maskgit.apps.serving.service import Limits
 from maskgit.apps.webui.page import mount
 from maskgit.apps.webui.serving import application
@@ -215,7 +215,7 @@ def test_a_client_with_a_key_is_known_by_it(busy):
         refused = ask(client, "198.51.100.2", "one")
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
-        assert "2 images" in refused.json()["error"]["message"]
+        assert "2 unfinished images" in refused.json()["error"]["message"]
         second = pool.submit(ask, client, "192.0.2.7", "two")
         wait_for(lambda: service.num_accepted == 4)
         busy.set()
@@ -227,7 +227,7 @@ def test_the_log_names_whom_a_proxy_saw_and_nobody_elses_word(caplog):
         with in_thread(LIMITS, ("one",), network=network) as (client, _):
             caplog.clear()
             assert ask(client, "6.6.6.6, 192.0.2.7", "wrong").status_code == 401
-            assert caplog.messages == [f"{named} showed no valid key."]
+            assert caplog.messages == [f"{named} sent no valid key."]
 
 
 def seen(network: Network, scope: dict) -> dict:

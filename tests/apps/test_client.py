@@ -235,5 +235,6 @@ def test_the_documents_programs(number, url, tmp_path, monkeypatch, capsys):
     exec(compile(program, "docs/serving.md", "exec"), {"__name__": "__main__"})
     names = {path.name for path in tmp_path.glob("*.png")} - {"photo.png"}
     expected = [{"frog-0.png", "frog-1.png", "ship.png", *(f"ship-{i}.png" for i in range(4))}, {"horse.png"}]
-    assert names == expected[number]
+    # How many previews there are depends on their share of the time.
+    assert expected[number] - {f"ship-{i}.png" for i in range(1, 4)} <= names <= expected[number]
     assert ("unicorn" if number == 0 else "Preview") in capsys.readouterr().out

@@ -88,7 +88,7 @@ def test_a_stream_that_breaks_is_not_begun_anew(kind):
         b'event: error\ndata: {"error": {"type": "deadline", "message": "The request was not done."}}\n\n'
     )
     with scripted(FULL, (200, {}, part)) as (url, asked):
-        with pytest.raises(RequestError, match="before its result"):
+        with pytest.raises(RequestError, match="before the result"):
             Both(kind, url).stream_generate("frog")
         assert len(asked) == 2
         assert json.loads(asked[1][2]) == {"class": "frog", "timeout": 120.0, "stream": True}

@@ -30,7 +30,8 @@ def with_pictures() -> dict:
     made = json.loads(COMMITTED.read_text("utf-8"))
     good = base64.b64encode(images.encode(PHOTO)).decode()
     for request in ("Edit", "Inpaint", "Outpaint", "Reconstruct", "Tokenize"):
-        fields = made["components"]["schemas"][request]["properties"]
+        content = made["paths"][f"/v1/{request.lower()}"]["post"]["requestBody"]["content"]
+        fields = content["application/json"]["schema"]["properties"]
         for name in {"image", "mask"} & set(fields):
             fields[name]["enum"] = [good, good[:80], "alpha"]
     return made

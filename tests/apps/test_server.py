@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote, quote_from_bytes
 
 import httpx
@@ -13,7 +14,9 @@ from PIL import Image
 
 from maskgit import MaskGIT, images
 from maskgit.apps.cli.flags import Marking
+from maskgit.apps.serving import app, outputs
 from maskgit.apps.serving.service import Limits
+from maskgit.apps.serving.worker import Ticket
 from maskgit.images import provenance
 from servers import in_thread, wait_for
 
@@ -91,7 +94,6 @@ def test_generate_gives_the_pipelines_images_with_their_settings(client, pipe):
         ("image/png", "PNG"),
         ("image/jpeg", "JPEG"),
         ("image/webp", "WEBP"),
-        ("image/*", "PNG"),
         ("text/html, image/webp;q=0.9, */*;q=0.1", "WEBP"),
     ],
 )
@@ -214,6 +216,12 @@ def test_tokens_of_pictures_and_pictures_of_tokens(client, pipe):
     same(decoded(answer)[0], wanted.to_pil()[0])
 
 
+@pytest.fixture
+def every_step(monkeypatch):
+    """Show every step, whatever time that takes."""
+    monkeypatch.setattr(app, "_PREVIEW_SHARE", float("inf"))
+
+
 def events(answer):
     """Return the events of a stream as (name, data)."""
     parts = answer.text.strip().split("\n\n")
@@ -221,6 +229,7 @@ def events(answer):
 
 
 @pytest.mark.parametrize("ask", [{"stream": True}, {"headers": {"accept": "text/event-stream"}}])
+@pytest.mark.usefixtures("every_step")
 def test_previews_are_streamed(client, pipe, ask):
     headers = ask.get("headers", {})
     body = GENERATE | {key: value for key, value in ask.items() if key != "headers"}
@@ -240,6 +249,7 @@ def test_previews_are_streamed(client, pipe, ask):
         same(shown, images.to_pil(pipe.decode_tokens(tokens))[0])
 
 
+@pytest.mark.usefixtures("every_step")
 def test_edits_are_streamed_too(client):
     data = {"boxes": "[[3, 3, 10, 10]]", "class": "cat", "steps": 6, "stream": "true"}
     answer = client.post("/v1/edit", data=data, files={"image": png(PHOTO)})
@@ -250,6 +260,57 @@ def test_a_wrong_request_for_a_stream_is_an_error_of_its_own(client):
     answer = client.post("/v1/generate", json=GENERATE | {"class": "frg", "stream": True})
     assert answer.status_code == 422
     assert "frog" in answer.json()["error"]["message"]
+
+
+def test_a_stream_begins_at_once_and_does_not_fall_silent(server, monkeypatch):
+    client, service = server
+    monkeypatch.setattr(app, "_HEARTBEAT", 0.02)
+    go_on = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(service._worker.call, lambda: go_on.wait(60), Ticket(60, client="another"))
+        with client.stream("POST", "/v1/generate", json=GENERATE | {"stream": True}) as answer:
+            # The model has not even begun.
+            assert answer.status_code == 200
+            assert answer.headers["x-accel-buffering"] == "no"
+            lines = answer.iter_lines()
+            beats = [next(lines) for _ in range(4)]
+            assert [line for line in beats if line] == [": still working"] * 2
+            go_on.set()
+            rest = list(lines)
+        held.result()
+    assert "event: result" in rest
+
+
+def test_what_goes_wrong_in_a_stream_is_an_event(client):
+    body = GENERATE | {"stream": True, "steps": 256, "num_images": 4, "timeout": 0.2}
+    name, data = events(client.post("/v1/generate", json=body))[-1]
+    assert (name, data["error"]["type"]) == ("error", "deadline")
+
+
+def test_previews_take_a_small_share_of_the_time():
+    allowance = outputs.Allowance(0.05)
+    made = 0
+    for step in range(1000):
+        if allowance.allows(step * 1.0):
+            allowance.spend(0.3)
+            made += 1
+    assert 0.3 * made <= 0.05 * 1000 + 0.3
+    assert 0.3 * made >= 0.04 * 1000
+    assert outputs.Allowance(0.05).allows(0.0)
+
+
+def test_a_low_priority_is_passed_on(server, monkeypatch):
+    client, service = server
+    seen = []
+    add = service._worker.batcher.add
+    monkeypatch.setattr(
+        service._worker.batcher,
+        "add",
+        lambda job, requester: (seen.append(requester.low), add(job, requester)),
+    )
+    for priority in ("low", "normal"):
+        assert client.post("/v1/generate", json=GENERATE | {"priority": priority}).status_code == 200
+    assert seen == [True, False]
 
 
 SETTINGS = {

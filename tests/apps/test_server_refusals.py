@@ -83,7 +83,6 @@ BAD = {
         422,
         "one image",
     ),
-    "nothing acceptable": ("generate", {"json": GENERATE, "headers": {"accept": "text/html"}}, 406, "Accept"),
     "no base64": ("edit", {"json": BOX | {"image": "../../etc/passwd"}}, 422, "base64"),
     "a path as a mask": (
         "inpaint",

@@ -1,15 +1,17 @@
 """The service without HTTP: requests of all kinds in shared batches, and how they end."""
 
 import itertools
+import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from maskgit import MaskGIT
+from maskgit import MaskGIT, images
 from maskgit.apps.serving import worker
 from maskgit.apps.serving.errors import (
     ClientGoneError,
@@ -19,6 +21,7 @@ from maskgit.apps.serving.errors import (
     OverloadedError,
     UnavailableError,
 )
+from maskgit.apps.serving.handlers import MAKERS, count_steps
 from maskgit.apps.serving.service import Limits, Service
 from maskgit.apps.serving.worker import Ticket
 from maskgit.errors import ConfigError
@@ -139,29 +142,127 @@ def test_where_memory_runs_out_edits_go_on_in_smaller_batches(pipe, kind, monkey
     service.close()
 
 
-@pytest.mark.parametrize(
-    "work",
-    [
-        lambda m: m.vary(PHOTO, 1.0, "dog", steps=4),
-        lambda m: m.panorama("ship", 96, steps=2),
-        lambda m: m.reconstruct(PHOTO),
-    ],
-    ids=["a variation", "a panorama of several windows", "no steps at all"],
-)
-def test_the_next_client_is_told_the_time_that_a_request_takes(service, work, monkeypatch):
-    # A clock that goes on by a second for each time that it is read.
+WORK = {
+    "generate": {"num_images": 2, "steps": 3},
+    "generate, more steps than tokens": {"steps": 70},
+    "edit": {"image": PHOTO, "boxes": [[3, 3, 10, 10]], "steps": 7},
+    "edit from the beginning": {"image": PHOTO, "boxes": [[3, 3, 10, 10]], "steps": 4, "start_step": 0},
+    "inpaint": {"image": PHOTO, "mask": PAINTED, "num_images": 2, "steps": 4, "start_step": 1},
+    "inpaint, guessed": {"image": PHOTO, "mask": PAINTED, "class": "guess", "steps": 2},
+    "outpaint": {"image": PHOTO, "left": 40, "top": 30, "num_images": 2, "steps": 2},
+    "outpaint into a canvas": {"image": PHOTO, "canvas": [90, 50], "steps": 2},
+}
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_the_steps_of_a_request_are_known_before_it_is_made(service, kind):
+    command = re.split(r"\W", kind)[0]
+    maker = MAKERS[command]
+    files = {
+        name: images.encode(Image.fromarray(v) if name == "mask" else v)
+        for name, v in WORK[kind].items()
+        if name in ("image", "mask")
+    }
+    body = maker.schema.model_validate({"class": "cat", **WORK[kind], **files})
+    expected = count_steps(service.model, body)
+    accepted = service.submit(lambda model: maker.make(model, body, None), steps=expected)
+    accepted.future.result()
+    assert accepted.ticket.made == expected
+
+
+def test_the_next_client_is_told_when_there_will_be_a_place(service, monkeypatch):
+    # By the service's clock, a step of an image takes 2 s, for generation and edits alike.
     ticks = itertools.count()
+    worker_ = service._worker
     monkeypatch.setattr(worker, "_FADING", 1.0)
-    monkeypatch.setattr(service._worker, "_busy", 0.0)
-    monkeypatch.setattr(service._worker, "_made", 0.0)
-    monkeypatch.setattr(worker.time, "perf_counter", lambda: float(next(ticks)))
-    for _ in range(2):
-        service.submit(work).future.result()
-    turns = service._worker._busy
-    assert turns >= 2
-    # Two images were asked for, whatever number of windows they had.
-    assert service._worker._made == 2
-    assert 0 < service.stats.seconds_per_image <= turns / 2
+    monkeypatch.setattr(worker_, "_busy", 0.0)
+    monkeypatch.setattr(worker_, "_made", 0.0)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: 2.0 * next(ticks))
+    service.submit(lambda m: m.vary(PHOTO, 1.0, "dog", steps=8)).future.result()
+    wait_for(lambda: service.num_accepted == 0)
+    turns, made = worker_._busy / 2, worker_._made
+    # A turn for each step, and for encoding and decoding.
+    assert made == 8
+    assert service.stats.seconds_per_step == pytest.approx(2.0 * turns / 8, rel=0.2)
+
+    monkeypatch.setattr(service.stats, "seconds_per_step", 2.0)
+    stop = threading.Event()
+    held = [
+        service.submit(lambda m: stop.wait(30), images=n, steps=k, client=str(n))
+        for n, k in ((2, 20), (3, 6), (3, 40))
+    ]
+    for images_, seconds in (
+        (3, 6 + 6 + 6),  # The one with 6 steps ends first, when all have made 6.
+        (4, 6 + 20 + 20),
+        (8, 6 + 20 + 40),
+    ):
+        with pytest.raises(OverloadedError) as caught:
+            service.submit(lambda m: None, images=images_)
+        assert caught.value.retry_after == 2 * seconds
+    held[0].ticket.made = 20
+    with pytest.raises(OverloadedError) as caught:
+        service.submit(lambda m: None, images=2)
+    assert caught.value.retry_after == 2 * 3
+    stop.set()
+    for accepted in held:
+        accepted.future.result()
+    wait_for(lambda: service.num_accepted == 0)
+
+
+def test_the_queue_is_bounded_in_steps(service):
+    stop = threading.Event()
+    held = service.submit(lambda m: stop.wait(30), steps=4000)
+    with pytest.raises(
+        OverloadedError, match=r"4,000 of 4,096 decoding steps are taken, and this request needs 97"
+    ):
+        service.submit(lambda m: None, steps=97)
+    service.submit(lambda m: None, steps=96).future.result()
+    with pytest.raises(InvalidRequestError, match=r"5,000 decoding steps.*fewer images or steps"):
+        service.submit(lambda m: None, steps=5000)
+    stop.set()
+    held.future.result()
+    wait_for(lambda: service.num_accepted == 0)
+
+
+def test_requests_share_the_batch_by_client(service):
+    """A small request behind 8 large images ends while they are at their first steps, with the bytes that it has alone."""
+    small = lambda m: m.generate("cat", seed=3, steps=4)  # noqa: E731
+    alone = service.submit(small).future.result()
+    large = service.submit(lambda m: m.generate("frog", num_images=7, steps=256), images=7, client="a")
+    wait_for(lambda: large.ticket.made >= 4)
+    before = large.ticket.made
+    made = service.submit(small, client="b").future.result()
+    rows = large.ticket.made - before
+    large.ticket.cancel()
+    # Of the 4 rows of a step, at least one is the small request's; a few steps pass until it is heard and answered.
+    assert rows < 256
+    assert torch.equal(made.images, alone.images)
+    wait_for(lambda: service.num_accepted == 0)
+
+
+def test_calls_of_one_client_do_not_hold_up_anothers(service):
+    """Twenty calls of a client are waiting; another's is answered after one of them."""
+    order, first, go_on = [], threading.Event(), threading.Event()
+
+    def call(name):
+        ticket = Ticket(30, client=name[0])
+        service._worker.call(lambda: order.append(name), ticket)
+
+    def block():
+        first.set()
+        go_on.wait(30)
+
+    with ThreadPoolExecutor(24) as pool:
+        pool.submit(service._worker.call, block, Ticket(30, client="a"))
+        assert first.wait(30)
+        many = [pool.submit(call, f"a{number}") for number in range(20)]
+        wait_for(lambda: len(service._worker._calls) == 20)
+        one = pool.submit(call, "b")
+        wait_for(lambda: len(service._worker._calls) == 21)
+        go_on.set()
+        for future in (*many, one):
+            future.result()
+    assert order.index("b") <= 1
 
 
 def test_a_callback_is_told_of_every_step_in_the_requests_own_thread(service):
@@ -227,9 +328,7 @@ def test_a_mistake_in_the_loop_is_survived(pipe, service, monkeypatch):
 def test_the_queue_is_bounded_in_images(service):
     stop = threading.Event()
     held = [service.submit(lambda m: stop.wait(30), images=4) for _ in range(2)]
-    with pytest.raises(
-        OverloadedError, match=r"8 of the queue's 8 places are taken, and 1 more would be needed"
-    ) as caught:
+    with pytest.raises(OverloadedError, match=r"8 of 8 images are taken, and this request needs 1") as caught:
         service.submit(lambda m: None)
     assert 1 <= caught.value.retry_after <= 300
     stop.set()
@@ -248,7 +347,7 @@ def test_pixels_are_bounded_but_one_request_is_always_taken():
     stop = threading.Event()
     held = service.submit(lambda m: stop.wait(30), pixels=5000)
     # The queue has places; what is full is said.
-    with pytest.raises(OverloadedError, match=r"^Pictures of 5,000 pixels.*4,000"):
+    with pytest.raises(OverloadedError, match=r"images of 5,000 pixels.*4,000"):
         service.submit(lambda m: None, pixels=1)
     stop.set()
     held.future.result()
@@ -286,7 +385,7 @@ def test_closing_finishes_what_was_accepted():
     accepted = [service.submit(lambda m: m.generate("frog", steps=3)) for _ in range(4)]
     service.close()
     assert all(one.future.result().images.shape == (1, 3, 32, 32) for one in accepted)
-    with pytest.raises(UnavailableError, match="stopping"):
+    with pytest.raises(UnavailableError, match="shutting down"):
         service.submit(lambda m: None)
 
 

@@ -51,7 +51,7 @@ def test_commands(command, url):
         if name in command:
             assert images.read_image(name).size[1] == 32
     if "stream" in command:
-        assert done.stdout.count(b"event: preview") == 4
+        assert done.stdout.count(b"event: preview") >= 1
     elif "answer.json" in command:
         assert '"images":[{' in Path("answer.json").read_text("utf-8")
     elif "-o" not in command:

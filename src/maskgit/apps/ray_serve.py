@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from maskgit.apps.cli.flags import Marking, Model, Network, Speed
+from maskgit.apps.cli.flags import Marking, Model, Speed
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.middleware import read_keys
-from maskgit.apps.serving.service import Limits, Service
+from maskgit.apps.serving.options import Limits, Network
+from maskgit.apps.serving.service import Service
 from maskgit.errors import ConfigError
 
 # Beyond a request's own time, for its answer to reach the proxy.

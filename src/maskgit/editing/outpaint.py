@@ -249,9 +249,9 @@ def _scaled(photo: Photo, size: int, patch: int) -> Photo:
         raise RegionError(
             f"An image must be at least {patch} pixels a side, which is one token, but is {width} × {height}."
         )
-    if shorter <= size:
+    scaled = _scaled_size(width, height, size)
+    if scaled == (width, height):
         return photo
-    scaled = (max(size, round(width * size / shorter)), max(size, round(height * size / shorter)))
     # With transparency, so that colours under it count for nothing.
     rgb = photo.rgb.copy()
     if photo.alpha is not None:
@@ -260,6 +260,40 @@ def _scaled(photo: Photo, size: int, patch: int) -> Photo:
     if photo.alpha is None:
         return Photo(rgb)
     return Photo(rgb.convert("RGB"), rgb.getchannel("A"))
+
+
+def _scaled_size(width: int, height: int, size: int) -> tuple[int, int]:
+    shorter = min(width, height)
+    if shorter <= size:
+        return width, height
+    return max(size, round(width * size / shorter)), max(size, round(height * size / shorter))
+
+
+def count_windows(
+    model: Model,
+    width: int,
+    height: int,
+    *,
+    left: int = 0,
+    right: int = 0,
+    top: int = 0,
+    bottom: int = 0,
+    canvas: Sequence[int] | None = None,
+    position: Sequence[int] | None = None,
+) -> int:
+    """Return how many windows `outpaint` decodes one after the other around an image of a width and height in pixels.
+
+    Raises:
+        ConfigError, RegionError: an argument is not allowed, or the result would be too large.
+    """
+    width, height = _scaled_size(width, height, model.config.image_size)
+    added = {"left": left, "right": right, "top": top, "bottom": bottom}
+    left, right, top, bottom = _margins(added, canvas, position, width, height)
+    patch, side = model.tokenizer.patch_size, model.config.transformer.grid_size
+    before_x, columns = _axis(left, width, right, patch, side)
+    before_y, rows = _axis(top, height, bottom, patch, side)
+    _check_size(1, left + width + right, top + height + bottom, rows * columns)
+    return len(plan_windows(rows, columns, (before_x, before_y, width // patch, height // patch), side))
 
 
 def _seen(photo: Photo) -> Tensor:

@@ -1,15 +1,15 @@
 """Continuous batching: images of any class, seed, settings and step share batches, each as it would be alone.
 
-At every step boundary finished images leave and waiting ones join. Batches are padded with copies of their
-first row to a fixed size, because the rounding of a matrix product may depend on its shape: so the same job
-gives the same bytes whatever its companions are.
+At every step boundary finished images leave and waiting ones join; where there are more images than rows, requesters
+share the rows fairly. Batches are padded with copies of their first row to a fixed size, because the rounding of a
+matrix product may depend on its shape: so the same job gives the same bytes whatever its companions are.
 
 Shapes: B rows, S = N + 1 the sequence with its class token, K codes, h × w the token grid, H × W pixels, T
 steps.
 """
 
 import json
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from maskgit.engine.batch_sizes import free_memory, in_parts, ran_out_of_memory
+from maskgit.engine.turns import ANYONE, Requester, Turns
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import check_count, check_seed, check_whole
 from maskgit.foundation.devices import upload
@@ -33,6 +34,8 @@ from maskgit.sampler.policies.base import log_probs_of
 # Decoders gain little from batches on a CPU, and an image that is finished alone pays for all that is padded.
 DECODE_SIZES = {"cpu": 1}
 DEFAULT_DECODE_SIZE = 8
+# Finished images that are decoded after one step, in such batches; the others wait for the next steps.
+_DECODED_AT_ONCE = 4
 # Settings whose plans are kept.
 _KEPT_PLANS = 256
 
@@ -124,6 +127,7 @@ class _Row:
     """A job in the batch; its tensors are on the device: sequence and free (S,), its seed's words and its index."""
 
     job: Job
+    requester: Requester
     plan: _Plan
     sequence: Tensor
     free: Tensor
@@ -166,7 +170,7 @@ class Batcher:
 
         Args:
             model: makes the images.
-            max_batch: images in the batch; further ones wait.
+            max_batch: images that make a step together; further ones wait.
             sizes: rows that a batch is padded to, the fewest that are enough; None is max_batch alone. Only
                 sizes whose rows get the same bits (`equal_sizes`) keep a job's result independent of its
                 companions to the bit.
@@ -184,35 +188,40 @@ class Batcher:
         self.decode_size = check_count("decode_size", decode_size, 1, 4096)
         # How often memory ran out and a size was halved, for good.
         self.halvings = 0
-        self._waiting: deque[Job] = deque()
+        # The jobs that the last `step` advanced.
+        self.stepped: list[Job] = []
+        self._waiting: dict[Job, Requester] = {}
         self._rows: list[_Row] = []
+        self._finished: list[News] = []
+        self._turns = Turns()
         self._plans: OrderedDict[tuple[str, int, int], _Plan] = OrderedDict()
 
     @property
     def num_waiting(self) -> int:
-        """Jobs that are not in the batch yet."""
+        """Jobs that have not begun."""
         return len(self._waiting)
 
     @property
     def num_rows(self) -> int:
-        """Jobs in the batch."""
-        return len(self._rows)
+        """Jobs that have begun."""
+        return len(self._rows) + len(self._finished)
 
     def __len__(self) -> int:
         """Return how many jobs are not done."""
-        return len(self._waiting) + len(self._rows)
+        return self.num_waiting + self.num_rows
 
-    def add(self, job: Job) -> None:
-        """Take a job, which begins when there is a place in the batch, in order of arrival."""
-        self._waiting.append(job)
+    def add(self, job: Job, requester: Requester = ANYONE) -> None:
+        """Take a job, which makes its steps whenever it is its requester's turn; jobs of one begin in order."""
+        self._waiting[job] = requester
 
     def drop(self, job: Job) -> None:
         """Forget a job, if it is there."""
         self._rows = [row for row in self._rows if row.job is not job]
-        self._waiting = deque(other for other in self._waiting if other is not job)
+        self._finished = [news for news in self._finished if news.job is not job]
+        self._waiting.pop(job, None)
 
     def step(self) -> list[News]:
-        """Make one step of all rows, after letting waiting jobs in.
+        """Make one step of the jobs whose turn it is, and decode images that are finished.
 
         A batch that fails is tried again in halves, down to the row that fails alone; where memory runs out,
         batches are of half the size from then on.
@@ -220,17 +229,19 @@ class Batcher:
         Returns:
             What it brought, for some jobs nothing.
         """
-        news = self._let_in()
+        chosen, news = self._choose()
         groups: dict[tuple[str, str, bool], list[_Row]] = {}
-        for row in self._rows:
+        for row in chosen:
             groups.setdefault(row.plan.key, []).append(row)
         for rows in groups.values():
             news += self._survive(rows, self._advance, self._halve_steps, lambda: self.sizes[-1])
         done = {item.job for item in news if item.error is not None}
         done |= {row.job for row in self._rows if row.made == len(row.plan.numbers)}
-        finished = [item for item in news if item.error is None and item.job in done]
+        self._finished += [item for item in news if item.error is None and item.job in done]
         news = [item for item in news if item.error is not None or item.job not in done]
         self._rows = [row for row in self._rows if row.job not in done]
+        count = _DECODED_AT_ONCE * self.decode_size
+        finished, self._finished = self._finished[:count], self._finished[count:]
         return news + self._survive(finished, self._show, self._halve_decoding, lambda: self.decode_size)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -264,19 +275,33 @@ class Batcher:
 
         return in_parts(self.model, sequence, work, lambda: self.sizes[-1], self._halve_steps)
 
-    def _let_in(self) -> list[News]:
+    def _choose(self) -> tuple[list[_Row], list[News]]:
+        """Return the rows that make the next step, and what came of jobs that could not begin."""
+        begun: list[_Row | tuple[Job, Requester]] = [*self._rows, *self._waiting.items()]
+        requesters = [one.requester if isinstance(one, _Row) else one[1] for one in begun]
+        # A step takes about as long as it has rows on a CPU, and elsewhere hardly longer than with one.
+        narrow = self.model.device.type == "cpu" and len(self.sizes) > 1
+        chosen: list[_Row] = []
         failed = []
-        while self._waiting and len(self._rows) < self.max_batch:
-            job = self._waiting.popleft()
+        for number in sorted(self._turns.choose(requesters, self.max_batch, narrow=narrow)):
+            one = begun[number]
+            if isinstance(one, _Row):
+                chosen.append(one)
+                continue
+            job, requester = one
+            del self._waiting[job]
             try:
-                self._rows.append(self._begin(job))
+                chosen.append(self._begin(job, requester))
             # Whatever it is, the other jobs go on.
             except Exception as error:
                 failed.append(News(job, job.start_step, error=error, last=True))
-        return failed
+            else:
+                self._rows.append(chosen[-1])
+        self.stepped = [row.job for row in chosen]
+        return chosen, failed
 
     @torch.no_grad()
-    def _begin(self, job: Job) -> _Row:
+    def _begin(self, job: Job, requester: Requester) -> _Row:
         free = free_tokens(job.sequence[None], self.model.vocabulary.mask)[0]
         plan = self._plan(job, int(free.sum()))
         size, about = len(free), seed_words([job.seed])[0]
@@ -285,7 +310,7 @@ class Batcher:
             torch.cat([job.sequence, free.long(), about, torch.tensor([job.index])]), self.model.device
         )
         sequence, free, words, index = packed.split([size, size, 2, 1])
-        row = _Row(job, plan, sequence, free.bool(), words, index[0])
+        row = _Row(job, requester, plan, sequence, free.bool(), words, index[0])
         noise = self._noise([row])
         memory = begin(plan.policy, row.free[None], self.model.vocabulary.num_codes, noise)
         row.memory = tuple(part[0] for part in memory)

@@ -60,23 +60,21 @@ def generate(
     model: Model,
     sampler: Sampler,
     making: Making,
-    candidates: Annotated[int, arg(metavar="INT", help_behavior_hint="(default: as many as are kept)")] = 0,
+    candidates: Annotated[int, arg(metavar="INT", help_behavior_hint="(default: keep all)")] = 0,
     explain: bool = False,
 ) -> None:
-    """Make new images of one or more classes: single PNGs and a sheet of all.
+    """Generate images of one or more classes: PNG files and a contact sheet.
 
     Args:
-        classes: Names or numbers; "none" for no class, where the model can. A name that means something else
-            too is asked for as name:NAME, such as name:none, and a number as number:3.
-        candidates: Images made for each class, of which the num-images that the model finds likeliest are kept.
-        explain: Show how the first images were decoded: explain.png, and forming.gif as an animation.
+        classes: Class names or numbers; "none" for no class, if the model supports it. If a name is ambiguous, write
+            name:NAME, such as name:none, and for a number number:3.
+        candidates: Images generated per class, of which the likeliest --num-images are kept.
+        explain: Also show how the first images were decoded: explain.png, and forming.gif as an animation.
     """
 
     making.check()
     if candidates and explain:
-        raise ConfigError(
-            "The best of --candidates cannot be explained; leave out --explain, or --candidates."
-        )
+        raise ConfigError("--explain does not work with --candidates; leave one of them out.")
     pipe = model.load()
     config = pipe.sampler_config(**sampler.given())
     names = [name for name in classes for _ in range(making.num_images)]
@@ -159,17 +157,17 @@ def reconstruct(
     out: Path = Path("out"),
     overwrite: bool = False,
 ) -> None:
-    """Encode pictures to tokens and decode them again: what the tokenizer keeps; a sheet shows both.
+    """Encode images to tokens and decode them again. Writes the results and a sheet that compares them.
 
     Args:
-        photos: Pictures; cut to squares and resized to the model's size.
-        out: The folder for the pictures; made if needed.
-        overwrite: Replace pictures that are there.
+        photos: Images; centre-cropped to squares and resized to the model's image size.
+        out: Folder for the images; created if needed.
+        overwrite: Replace existing images.
     """
     from maskgit import images
 
     if not photos:
-        raise ConfigError("Give at least one picture.")
+        raise ConfigError("Give at least one image.")
     marking.writing()
     pipe = model.load()
     before = [pipe.prepare(photo) for photo in photos]
@@ -203,17 +201,17 @@ def convert(
     quantizer: Annotated[str | None, arg(metavar="{vq,gumbel}", help_behavior_hint="(default: vq)")] = None,
     overwrite: bool = False,
 ) -> None:
-    """Turn official checkpoints into a model folder, or back.
+    """Convert official checkpoints to a model folder, or back.
 
     Args:
-        source: The tokenizer's checkpoint, a folder that holds `tokenizer_*` and `maskgit_*` checkpoints, or,
-            with --to-flax, a model folder.
-        dest: The folder to write.
-        transformer: The transformer's checkpoint, if source is the tokenizer's.
-        to_flax: Write official checkpoints for the JAX code instead.
-        activation: The tokenizer's; a checkpoint does not record it, but --to-flax writes it beside.
-        quantizer: The tokenizer's; likewise.
-        overwrite: Replace a model, or checkpoints, that are there.
+        source: The tokenizer's checkpoint; a folder with `tokenizer_*` and `maskgit_*` checkpoints; or, with
+            --to-flax, a model folder.
+        dest: Folder to write.
+        transformer: The transformer's checkpoint, if the source is the tokenizer's.
+        to_flax: Convert a model folder to official checkpoints, for the JAX code.
+        activation: Activation of the tokenizer, which official checkpoints do not record.
+        quantizer: Quantizer of the tokenizer, which official checkpoints do not record.
+        overwrite: Replace an existing model or existing checkpoints.
     """
     from maskgit import convert as conversion
     from maskgit import hub
@@ -221,11 +219,11 @@ def convert(
     given = {"activation": activation, "quantizer": quantizer}
     kinds = {name: value for name, value in given.items() if value is not None}
     if dest.is_dir() and any(dest.iterdir()) and not overwrite:
-        raise OutputError(f"{dest} is there already; choose another folder, or say --overwrite.")
+        raise OutputError(f"{dest} already exists; choose another folder, or add --overwrite.")
     if to_flax:
         if kinds or transformer:
             raise ConfigError(
-                "With --to-flax a model folder is read, which needs neither checkpoints nor their kinds."
+                "--to-flax reads a model folder; leave out --transformer, --activation and --quantizer."
             )
         for path in conversion.save_official(hub.from_pretrained(source), dest):
             print(path)
@@ -236,7 +234,7 @@ def convert(
 
 @app.command
 def policies() -> None:
-    """List the decoding policies with their parameters and sources."""
+    """List the decoding policies, their parameters and sources."""
     import inspect
     from dataclasses import fields
 
@@ -253,17 +251,17 @@ def policies() -> None:
                 f"{text.partition(': ')[2]}"
             )
         for setting, value in policy.defaults.items():
-            print(f"    brings --{setting.replace('_', '-')} {value}, unless another is given")
+            print(f"    default with this policy: --{setting.replace('_', '-')} {value}")
         print()
 
 
 @app.command
 def info(model: Positional[str] = "", classes: bool = False) -> None:
-    """Describe a model, or list the models that have names.
+    """Describe a model, or list the named models.
 
     Args:
-        model: A name, folder or Hugging Face id such as user/model@revision; nothing lists the names.
-        classes: List the model's classes too.
+        model: Name, folder, or Hugging Face id such as user/model or user/model@revision; leave out to list names.
+        classes: Also list the model's classes.
     """
     from maskgit import hub
 
@@ -330,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         out.flush()
         if out.error is None or out.unread:
             return code
-        print(f"maskgit: what is printed cannot be written: {out.error.strerror}.", file=sys.stderr)
+        print(f"maskgit: standard output cannot be written: {out.error.strerror}.", file=sys.stderr)
         return code or EXIT_INPUT
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from maskgit.apps.cli.flags import Model, Sampler
+from maskgit.apps.cli.flags import Model, Sampler, about
 from maskgit.apps.cli.output import (
     MAX_COLUMNS,
     MAX_SHEET,
@@ -42,22 +42,20 @@ def edit(
     model: Model,
     sampler: Sampler,
     making: Making,
-    rule: Literal["cover", "official"] = "cover",
+    rule: Annotated[Literal["cover", "official"], about("rule")] = "cover",
     start_step: Annotated[
-        int | None, arg(metavar="INT", help_behavior_hint="(default: a sixth of the steps)")
+        int | None, about("start_step", metavar="INT", hint="(default: a sixth of the steps)")
     ] = None,
     explain: bool = False,
 ) -> None:
-    """Replace what is in a box of a photo by a class; writes the photos and a before / mask / after sheet.
+    """Replace boxes of a photo with a class. Writes the results and a before / mask / after sheet.
 
     Args:
-        photo: A picture of any size; of a large one, the model sees a square around the boxes.
-        box: In pixels of the photo as it is seen; may be given several times.
-        class_: What is to appear there; "none" for no class, where the model can; "name:none" for a class of
-            that name.
-        rule: Which tokens a box masks: all that it touches, or as in the official notebook.
-        start_step: The step to begin decoding at.
-        explain: Show how it was decoded: explain.png, and forming.gif as an animation.
+        photo: An image of any size; of a large one, the model sees a square around the boxes.
+        box: Area to replace, in pixels of the photo as displayed; repeat for several.
+        class_: Class to draw there; "none" for no class, if the model supports it, and "name:none" for a class of that
+            name.
+        explain: Also show how the image was decoded: explain.png, and forming.gif as an animation.
     """
     if not box:
         raise ConfigError("Give at least one --box LEFT TOP WIDTH HEIGHT.")
@@ -77,25 +75,21 @@ def inpaint(
     sampler: Sampler,
     making: Making,
     class_: Annotated[str, arg(name="class", metavar="NAME|NUMBER")] = "guess",
-    invert: bool = False,
-    share: float = 0.0,
-    dilate: int = 0,
-    start_step: int = 0,
+    invert: Annotated[bool, about("invert")] = False,
+    share: Annotated[float, about("share")] = 0.0,
+    dilate: Annotated[int, about("dilate")] = 0,
+    start_step: Annotated[int, about("start_step")] = 0,
     explain: bool = False,
 ) -> None:
-    """Fill in a painted part of a photo; writes the photos and a before / mask / after sheet.
+    """Inpaint the masked part of a photo. Writes the results and a before / mask / after sheet.
 
     Args:
-        photo: A picture of any size; of a large one, the model sees a square around what is painted.
-        mask: A black and white picture of the photo's size, white where it is to be made new; "alpha" for the
-            photo's own transparent parts.
-        class_: What the photo is of; "guess" takes the class that the model finds likeliest, "none" no class;
-            "name:guess" is a class of that name.
-        invert: Make new what the mask does not mark: what is black, or opaque.
-        share: What share of a token's pixels must be painted for it to be made new; 0 is any.
-        dilate: Tokens by which the mask grows.
-        start_step: The step to begin decoding at.
-        explain: Show how it was decoded: explain.png, and forming.gif as an animation.
+        photo: An image of any size; of a large one, the model sees a square around the masked part.
+        mask: Black and white image of the photo's size, white where to inpaint; "alpha" inpaints the photo's
+            transparent parts.
+        class_: Class of the photo; "guess" lets the model choose the likeliest, "none" is no class, and "name:guess" a
+            class of that name.
+        explain: Also show how the image was decoded: explain.png, and forming.gif as an animation.
     """
 
     def make(pipe: "MaskGIT", shared: dict[str, Any]) -> "Output":
@@ -127,27 +121,19 @@ def outpaint(
     sampler: Sampler,
     making: Making,
     class_: Annotated[str, arg(name="class", metavar="NAME|NUMBER")] = "none",
-    left: int = 0,
-    right: int = 0,
-    top: int = 0,
-    bottom: int = 0,
-    canvas: Annotated[tuple[int, int] | None, arg(metavar="WIDTH HEIGHT", help_behavior_hint="")] = None,
-    position: Annotated[
-        tuple[int, int] | None, arg(metavar="X Y", help_behavior_hint="(default: the middle)")
-    ] = None,
+    left: Annotated[int, about("left")] = 0,
+    right: Annotated[int, about("right")] = 0,
+    top: Annotated[int, about("top")] = 0,
+    bottom: Annotated[int, about("bottom")] = 0,
+    canvas: Annotated[tuple[int, int] | None, about("canvas", metavar="WIDTH HEIGHT", hint="")] = None,
+    position: Annotated[tuple[int, int] | None, about("position", metavar="X Y", hint="")] = None,
 ) -> None:
-    """Go on with a photo beyond its edges.
+    """Extend a photo beyond its edges.
 
     Args:
-        photo: A picture; one whose shorter side is longer than the model's size is resized to it first, and
-            all pixels count at that scale.
-        class_: What the new parts are of; "none" for no class, where the model can.
-        left: Pixels to add.
-        right: Pixels to add.
-        top: Pixels to add.
-        bottom: Pixels to add.
-        canvas: In their place, the size of the result.
-        position: Where the photo's top left corner is in the canvas.
+        photo: An image; if its shorter side is longer than the model's image size, it is first scaled down to that, and
+            pixels are counted at that scale.
+        class_: Class of the new parts; "none" for no class, if the model supports it.
     """
 
     def make(pipe: "MaskGIT", shared: dict[str, Any]) -> "Output":
@@ -172,17 +158,17 @@ def panorama(
     sampler: Sampler,
     making: Making,
     height: Annotated[
-        int | None, arg(metavar="INT", help_behavior_hint="(default: the model's size)")
+        int | None, arg(metavar="INT", help_behavior_hint="(default: the model's image size)")
     ] = None,
     loop: bool = False,
 ) -> None:
-    """Make images of any width.
+    """Generate panoramas of any width.
 
     Args:
-        classes: Names or numbers, which follow each other from left to right; "none" for no class.
-        width: In pixels.
-        height: In pixels.
-        loop: Let the right edge go on at the left one.
+        classes: Class names or numbers, from left to right; "none" for no class.
+        width: Width in pixels.
+        height: Height in pixels.
+        loop: Make the right edge continue at the left one.
     """
 
     def make(pipe: "MaskGIT", shared: dict[str, Any]) -> "Output":
@@ -202,14 +188,14 @@ def vary(
     class_: Annotated[str, arg(name="class", metavar="NAME|NUMBER")] = "guess",
     explain: bool = False,
 ) -> None:
-    """Make variations of a picture: a random share of its tokens is made new.
+    """Make variations of an image by replacing a random share of its tokens.
 
     Args:
-        photo: A picture; cut to a square and resized to the model's size.
-        strength: The share: 0 is the reconstruction, 1 a new image.
-        class_: What it is of; "guess" takes the class that the model finds likeliest, "none" no class;
-            "name:guess" is a class of that name.
-        explain: Show how it was decoded: explain.png, and forming.gif as an animation.
+        photo: An image; centre-cropped to a square and resized to the model's image size.
+        strength: Share of tokens to replace: 0 is the reconstruction, 1 a new image.
+        class_: Class of the image; "guess" lets the model choose the likeliest, "none" is no class, and "name:guess" a
+            class of that name.
+        explain: Also show how the image was decoded: explain.png, and forming.gif as an animation.
     """
 
     def make(pipe: "MaskGIT", shared: dict[str, Any]) -> "Output":
@@ -228,19 +214,18 @@ def interpolate(
     refine: int = 1,
     class_: Annotated[str, arg(name="class", metavar="NAME|NUMBER")] = "none",
 ) -> None:
-    """Make images between two classes, or between two pictures.
+    """Interpolate between two classes, or between two images.
 
     Args:
-        first: A class, or a picture's file.
-        second: Another.
-        at: Of classes, the share of steps that are the first one's; of pictures, the share of tokens that come
-            from the second.
-        refine: Of pictures, tokens on each side of a border that are made new.
-        class_: Of pictures, what the new tokens are of.
+        first: A class, or an image file.
+        second: Another of the same kind.
+        at: For classes, share of steps decoded as the first; for images, share of tokens taken from the second.
+        refine: For images, number of tokens on each side of a seam to replace.
+        class_: For images, class of the replaced tokens.
     """
     photos = [_is_picture(name) for name in (first, second)]
     if photos[0] != photos[1]:
-        raise ConfigError(f"Give two classes or two pictures, not one of each: {first} and {second}.")
+        raise ConfigError(f"Give two classes or two images, not one of each: {first} and {second}.")
 
     def make(pipe: "MaskGIT", shared: dict[str, Any]) -> "Output":
         if photos[0]:

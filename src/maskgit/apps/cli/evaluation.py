@@ -30,24 +30,23 @@ def evaluate(
     reconstructions: ReconstructionFlags,
     sampler: Sampler,
 ) -> None:
-    """Score a model's images, or a tokenizer's reconstructions: writes OUT/report.json and report.html.
+    """Score a model's samples, or a tokenizer's reconstructions, and write OUT/report.json and report.html.
 
-    Any number of processes may be given the same command and folder, under torchrun, in a Slurm array or on
-    several hosts: they share the work. The same command goes on where it was stopped.
+    Run the same command in several processes (torchrun, a Slurm array, several hosts) and they share the work. Run
+    it again to resume after an interruption.
 
     Args:
-        model: A model's name, its folder, or a Hugging Face id; with --reconstruction a tokenizer's folder
-            will do.
-        reference: Real images to compare with, or statistics of them: what `maskgit stats` reads and writes,
+        model: Name, folder or Hugging Face id of a model; with --reconstruction also a tokenizer's folder.
+        reference: Real images, or their statistics, to compare with: anything that `maskgit stats` reads or writes,
             ADM's reference files, or statistics of pytorch-fid, clean-fid or torch-fidelity.
-        out: The folder of the report and of the work.
+        out: Folder for the report and intermediate results.
     """
     evaluation: ReconstructionEvaluation | SampleEvaluation
     if reconstructions.reconstruction:
         samples.refuse()
         evaluation = _of_reconstructions(model, reference, net, work, reconstructions)
     elif reconstructions.lpips or reconstructions.lpips_weights:
-        raise ConfigError("LPIPS compares reconstructions with their originals: say --reconstruction too.")
+        raise ConfigError("LPIPS compares reconstructions with their originals; add --reconstruction.")
     else:
         evaluation = _of_samples(model, reference, out, net, work, samples, sampler)
     with Bars() as bars:
@@ -129,8 +128,8 @@ def _of_reconstructions(
     data = open_reference(reference, max_bad_share=work.max_bad_share).images
     if data is None:
         raise DataError(
-            "Reconstructions are compared with the images they are made from: give --reference images, "
-            "not statistics."
+            "Reconstructions are compared with the images they are made from; give images, not statistics, as "
+            "--reference."
         )
     lpips, lpips_name = flags.measure(device)
     network = hub.load_tokenizer(model, device=device, dtype=getattr(torch, work.dtype or "float32"))
@@ -163,25 +162,25 @@ def stats(
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Measure real images once, to compare samples with them by `maskgit evaluate --reference FILE`.
+    """Compute statistics of real images once, for `maskgit evaluate --reference FILE`.
 
     Args:
-        data: A folder of pictures, Parquet files, WebDataset tars, IDX files, a packed folder, an .npz of
-            images, or a name on the Hugging Face Hub.
-        out: The file to write.
-        split: Which part, as the source names it.
-        size: Cut the middle square of each picture and resize it to so many pixels a side.
-        num_images: So many images, spread evenly over the data.
-        keep: Images whose features are kept, for kernel distances, precision, recall and class agreement.
-        max_bad_share: Largest share of images that may be unreadable.
-        batch_size: Images read together.
-        device: cuda, mps or cpu; auto takes the first that is there.
-        overwrite: Replace a file that is there.
+        data: A folder of images, Parquet files, WebDataset tars, IDX files, a packed folder, an .npz of images, or a
+            dataset on the Hugging Face Hub.
+        out: File to write.
+        split: Split to read, by the source's name for it.
+        size: Centre-crop each image to a square and resize it to this side in pixels.
+        num_images: Number of images to use, evenly spaced over the data.
+        keep: Number of images whose features are kept, for kernel distances, precision, recall and class agreement.
+        max_bad_share: Share of images that may be unreadable, 0 to 1.
+        batch_size: Images per batch.
+        device: cuda, mps or cpu; auto picks the first available.
+        overwrite: Replace an existing file.
     """
     if out.suffix != ".npz":
-        raise OutputError(f"Statistics are written as .npz, but --out is {out}: choose another name.")
+        raise OutputError(f"--out must end in .npz, but is {out}.")
     if out.exists() and not overwrite:
-        raise OutputError(f"{out} is there already; choose another name, or say --overwrite.")
+        raise OutputError(f"{out} already exists; choose another name, or add --overwrite.")
     from maskgit.data.picture_sets import open_pictures
     from maskgit.evaluation.runs.measure import measure
     from maskgit.evaluation.scores.statistics import write_statistics
@@ -211,17 +210,17 @@ def compare(
     device: str = "auto",
     as_json: Annotated[bool, arg(name="json")] = False,
 ) -> None:
-    """Score the images of one place against those of another, and print the scores.
+    """Score one set of images against another and print the scores.
 
     Args:
-        a: The reference: a folder of real images, or whatever else `maskgit stats` reads or writes.
+        a: The reference: real images or their statistics, anything that `maskgit stats` reads or writes.
         b: The images to score, such as a folder of samples.
-        size: Cut the middle square of each picture and resize it to so many pixels a side.
-        splits: Parts of the images that intervals are taken over.
-        max_bad_share: Largest share of images that may be unreadable.
-        batch_size: Images read together.
-        device: cuda, mps or cpu; auto takes the first that is there.
-        as_json: Print JSON in place of a table.
+        size: Centre-crop each image to a square and resize it to this side in pixels.
+        splits: Parts the images are split into to estimate confidence intervals.
+        max_bad_share: Share of images that may be unreadable, 0 to 1.
+        batch_size: Images per batch.
+        device: cuda, mps or cpu; auto picks the first available.
+        as_json: Print JSON instead of a table.
     """
     from maskgit.data.picture_sets import open_pictures
     from maskgit.evaluation.report.report import plain

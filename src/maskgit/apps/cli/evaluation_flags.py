@@ -20,15 +20,14 @@ Place = Annotated[str | None, arg(metavar="DATA", help_behavior_hint="")]
 
 @dataclass(frozen=True)
 class Net:
-    """What compares the images."""
+    """The network that compares images."""
 
     features: Annotated[str, arg(metavar="NET")] = "effnet-lite0"
-    """effnet-lite0, inception, inception-pytorch-fid or dinov2; scores are named after it, and only
-    Inception's are FID."""
+    """effnet-lite0, inception, inception-pytorch-fid or dinov2. Scores carry its name; only Inception's are FID."""
     weights: Annotated[str | None, arg(metavar="PATH|URL", help_behavior_hint="")] = None
-    """Its weights, where they do not come with a package."""
+    """Its weights, if no installed package provides them."""
     feature_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
-    """Pixels a side that effnet-lite0 sees."""
+    """Side in pixels of the input to effnet-lite0."""
 
     def load(self, device: "torch.device") -> "FeatureNet":
         """Return the net on a device."""
@@ -39,23 +38,22 @@ class Net:
 
 @dataclass(frozen=True)
 class SampleFlags:
-    """What is asked about samples."""
+    """Scores of generated samples."""
 
     labels: Literal["balanced", "dataset"] = "balanced"
-    """Classes in equal numbers, or drawn as often as the training data (else the reference) has them."""
+    """Classes in equal numbers, or at their frequency in the training data (else in the reference)."""
     training_data: Place = None
-    """The images that the model was trained on, which are searched for copies."""
+    """The model's training images, to search for copies."""
     num_training: int = 50_000
-    """So many of them, spread evenly over them."""
+    """How many of them to search, evenly spaced."""
     show_training: bool = True
-    """Show the training images that samples are nearest to; leave them out of a page that is published."""
+    """Show each sample's nearest training images; turn off before publishing the report."""
     curve: Annotated[tuple[str, ...], arg(metavar="KEY=A,B,…", help_behavior_hint="")] = ()
-    """Further, smaller runs with other sampler settings, such as steps=4,8,12 policy=confidence,halton: all
-    combinations."""
+    """Also score every combination of these settings: steps=4,8,12 policy=confidence,halton."""
     curve_images: int = 1000
-    """Images of each of these runs."""
+    """Images for each combination."""
     keep_images: Literal["none", "npz", "png"] = "none"
-    """Keep the samples in OUT/work/samples, as arrays or as PNG."""
+    """Keep the samples in OUT/work/samples as arrays or PNG files."""
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """Return the curve's sampler settings with their values.
@@ -73,19 +71,19 @@ class SampleFlags:
         }
         for name, value in asked.items():
             if value:
-                raise ConfigError(f"--{name} is about samples: leave it out with --reconstruction.")
+                raise ConfigError(f"--{name} applies to samples only; leave it out with --reconstruction.")
 
 
 @dataclass(frozen=True)
 class ReconstructionFlags:
-    """What is asked about reconstructions."""
+    """Scores of reconstructions."""
 
     reconstruction: bool = False
     """Score the tokenizer's reconstructions of the reference images instead of samples."""
     lpips: Annotated[str | None, arg(metavar="{alex,vgg}", help_behavior_hint="")] = None
-    """Measure LPIPS too, with this network."""
+    """Also measure LPIPS, with this network."""
     lpips_weights: Annotated[tuple[str, ...], arg(metavar="PATH|URL", help_behavior_hint="")] = ()
-    """Its two weights files: the network's and LPIPS's own."""
+    """The two weight files: the network's and LPIPS's own."""
 
     def measure(self, device: "torch.device") -> "tuple[LPIPS | None, str | None]":
         """Return the LPIPS network and what it is called with its weights, if any is asked for.
@@ -96,7 +94,7 @@ class ReconstructionFlags:
         if self.lpips is None:
             if self.lpips_weights:
                 raise ConfigError(
-                    "--lpips-weights are given, but no --lpips: say which network, alex or vgg."
+                    "--lpips-weights needs --lpips alex or --lpips vgg, the network they belong to."
                 )
             return None, None
         from maskgit.evaluation.networks.lpips import load_lpips
@@ -110,26 +108,26 @@ class ReconstructionFlags:
 
 @dataclass(frozen=True)
 class WorkFlags:
-    """How the work is done."""
+    """How the images are made and scored."""
 
     num_images: Annotated[
         int | None, arg(metavar="INT", help_behavior_hint="(default: 50000; all with --reconstruction)")
     ] = None
-    """How many images."""
+    """Number of images."""
     seed: int = 0
-    """With an image's index decides it."""
+    """Random seed; seed and index together determine an image."""
     splits: int = 10
-    """Parts of the images that intervals are taken over."""
+    """Parts the images are split into to estimate confidence intervals."""
     max_bad_share: float = 0.01
-    """Largest share of real images that may be unreadable."""
+    """Share of real images that may be unreadable, 0 to 1."""
     batch_size: int = 64
-    """Images decoded together; part of what decides their last bit."""
+    """Images decoded together; may change their last bit."""
     unit_size: int = 512
-    """Images of a unit of work, which is lost when a process is killed."""
+    """Images per unit of work; a killed process loses at most one unit."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first that is there."""
+    """cuda, mps or cpu; auto picks the first available."""
     dtype: Dtype = None
-    """The type the networks compute in."""
+    """Precision of the networks."""
     speed: Speed = field(default_factory=Speed)
 
 

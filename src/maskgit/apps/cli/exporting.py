@@ -24,17 +24,16 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Write a model's networks as files that run without this package, each checked against the network.
+    """Export a model's networks to files that run without this package, and check each against the original.
 
     Args:
-        model: A model's name (see `maskgit info`), its folder, or a Hugging Face id such as user/model or
-            user/model@revision.
-        out: The folder to write: the files, and config.json, which says how they are used.
-        format: ONNX graphs run anywhere; AOTInductor compiles for this machine and needs a C++ compiler.
-        parts: Which networks.
-        device: What AOTInductor compiles for: cuda, mps or cpu; auto takes the first that is there.
-        dtype: The type that AOTInductor's packages compute in; ONNX graphs are in float32.
-        overwrite: Replace an export that is there.
+        model: Name (`maskgit info` lists them), folder, or Hugging Face id such as user/model or user/model@revision.
+        out: Folder to write the networks to, with a config.json on how to use them.
+        format: onnx runs anywhere; aoti (AOTInductor) compiles for this machine and needs a C++ compiler.
+        parts: Networks to export.
+        device: Device that AOTInductor compiles for: cuda, mps or cpu; auto picks the first available.
+        dtype: Precision of AOTInductor packages; ONNX is always float32.
+        overwrite: Replace an existing export.
     """
     import torch
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from maskgit.apps.cli.flags import Marking
+from maskgit.apps.cli.flags import Marking, about
+from maskgit.apps.settings import SETTINGS
 from maskgit.errors import OutputError
 from maskgit.foundation.checks import check_count
 
@@ -28,28 +29,26 @@ MAX_SHEET, MAX_COLUMNS = 400, 20
 
 @dataclass(frozen=True)
 class Making:
-    """What is made and where it goes."""
+    """What to make, and where to write it."""
 
     num_images: Annotated[int, arg(aliases=["-n"])] = 1
-    """Images for each class."""
-    seed: int = 0
-    """With the index, decides an image; the same seed makes the same images."""
-    first_index: int = 0
-    """Index of the first image; go on from a former run to get new ones."""
+    """Images per class."""
+    seed: Annotated[int, about("seed")] = 0
+    first_index: Annotated[int, about("first_index")] = 0
     batch_size: int = 16
-    """Images decoded together. In float32 it does not change their tokens; in other types it may."""
+    """Images decoded together; except in float32, may change their tokens."""
     out: Path = Path("out")
-    """The folder for the pictures; made if needed."""
+    """Folder for the images; created if needed."""
     overwrite: bool = False
-    """Replace pictures that are there."""
+    """Replace existing images."""
     marking: Marking = field(default_factory=Marking)
 
     def check(self) -> None:
         """Raise a `ConfigError` if a number is out of range, or pictures cannot be signed as asked."""
         self.marking.writing()
         check_count("num_images", self.num_images, 1, 1_000_000)
-        check_count("seed", self.seed, 0, 2**64 - 1)
-        check_count("first_index", self.first_index, 0, 2**62)
+        for name in ("seed", "first_index"):
+            check_count(name, getattr(self, name), SETTINGS[name].low, SETTINGS[name].high)
         check_count("batch_size", self.batch_size, 1, 65_536)
 
     def recorded(self, number: int) -> dict[str, int]:
@@ -134,7 +133,7 @@ def picture_paths(out: Path, overwrite: bool, stems: list[str], explain: bool = 
     others = [SHEET, *([EXPLAINED, FORMING] if explain else [])]
     for path in [*paths, *(out / name for name in others)]:
         if path.exists() and not overwrite:
-            raise OutputError(f"{path} is there already; choose another --out, or say --overwrite.")
+            raise OutputError(f"{path} already exists; choose another --out, or add --overwrite.")
     return paths
 
 

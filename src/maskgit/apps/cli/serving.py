@@ -7,7 +7,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from maskgit.apps.cli.flags import Marking, Model, Network
+from maskgit.apps.cli.flags import Marking, Model
+from maskgit.apps.serving.options import Limits, Network
 from maskgit.errors import ConfigError, install_extra
 from maskgit.foundation.proxies import missing_socks
 
@@ -15,29 +16,20 @@ from maskgit.foundation.proxies import missing_socks
 def serve(
     model: Model,
     marking: Marking,
+    limits: Limits,
     network: Network,
     host: str = "127.0.0.1",
     port: int = 8000,
-    queue_size: int = 64,
-    max_batch: int = 16,
-    max_images: int = 16,
-    max_per_client: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: all)")] = None,
-    timeout: float = 120.0,
     api_key_file: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: no keys)")] = None,
     page: bool = True,
 ) -> None:
     """Serve a model over HTTP; see docs/serving.md.
 
     Args:
-        host: The address to listen on; 0.0.0.0 is every one of this machine.
-        port: 0 takes any that is free.
-        queue_size: Images accepted and not answered yet; further requests are told to come again later.
-        max_batch: Images made together.
-        max_images: Images that one request may ask for.
-        max_per_client: Images accepted and not answered yet of one client: of a key, or else of an address.
-        timeout: Seconds in which a request must be answered.
-        api_key_file: Keys, one a line, of which a client must show one.
-        page: Put the page of `maskgit app` at /, if Gradio is installed; not with keys, which browsers do not send.
+        host: Address to listen on; 0.0.0.0 is all of this machine's.
+        port: Port to listen on; 0 picks a free one.
+        api_key_file: File of API keys, one per line; clients must send one of them.
+        page: Serve the page of `maskgit app` at /, if Gradio is installed. Not with API keys, which browsers do not send.
     """
     import logging
     from functools import partial
@@ -46,18 +38,11 @@ def serve(
     try:
         from maskgit.apps.serving.middleware import read_keys
         from maskgit.apps.serving.server import bind, run
-        from maskgit.apps.serving.service import Limits, Service
+        from maskgit.apps.serving.service import Service
     except ImportError as error:
         raise ConfigError(f"The server needs the package {error.name}: {install_extra('serve')}.") from error
 
     network.check()
-    limits = Limits(
-        queue_size=queue_size,
-        max_batch=max_batch,
-        max_images=max_images,
-        max_per_client=max_per_client,
-        timeout=timeout,
-    )
     keys = list(read_keys(api_key_file)) if api_key_file else []
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Before the model is loaded, so that nobody waits for what cannot be shown.
@@ -91,7 +76,7 @@ def _reload(keys: list[str], path: Path) -> None:
     try:
         keys[:] = read_keys(path)
     except ConfigError as error:
-        print(f"The keys stay as they are: {error}", flush=True)
+        print(f"Keeping the present keys: {error}", flush=True)
     else:
         print(f"Read {len(keys)} keys from {path}", flush=True)
 

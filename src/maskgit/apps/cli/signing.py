@@ -51,7 +51,7 @@ class Signer:
             from cryptography.hazmat.primitives import serialization
         except ImportError as error:
             raise ConfigError(
-                f"C2PA needs the package {error.name}; install c2pa-python, which the extra c2pa brings."
+                f"C2PA signing needs the package {error.name}; install the extra c2pa."
             ) from error
         chain, secret = _read(cert, "certificate"), _read(key, "key")
         try:
@@ -59,7 +59,7 @@ class Signer:
             private = serialization.load_pem_private_key(secret, None)
         except (ValueError, TypeError, IndexError) as error:
             raise ConfigError(
-                f"{cert} must hold certificates and {key} a private key without a password, both as PEM."
+                f"{cert} must hold certificates, and {key} a private key without a password, both in PEM."
             ) from error
         form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         if own.public_key().public_bytes(*form) != private.public_key().public_bytes(*form):
@@ -82,8 +82,8 @@ class Signer:
             self.sign(encode(Image.new("RGB", (1, 1))), "image/png", GENERATED)
         except OutputError as error:
             raise ConfigError(
-                f"{cert} cannot be signed with: {error} It must be meant for signing documents or mail, and no "
-                "authority of its own."
+                f"Signing with {cert} failed: {error} The certificate must allow signing documents or e-mail, and must "
+                "not be a certificate authority."
             ) from error
 
     def of(self, photo: bytes | None) -> Sign:
@@ -119,7 +119,7 @@ class Signer:
             with self._builder(media_type, source, opened=False) as builder:
                 return self._finish(builder, data, media_type)
         except c2pa.C2paError as error:
-            raise OutputError(f"The picture cannot be signed: {str(error).strip().rstrip('.')}.") from error
+            raise OutputError(f"The image cannot be signed: {str(error).strip().rstrip('.')}.") from error
 
     def _builder(self, media_type: str, source: str, *, opened: bool) -> Any:
         import c2pa
@@ -175,7 +175,7 @@ def _algorithm(private: Any) -> str:
     sizes = {256: "es256", 384: "es384", 521: "es512"}
     if isinstance(private, ec.EllipticCurvePrivateKey) and private.key_size in sizes:
         return sizes[private.key_size]
-    raise ConfigError("C2PA signs with keys of P-256, P-384, P-521, RSA or Ed25519; this is another one.")
+    raise ConfigError("The C2PA key must be of type P-256, P-384, P-521, RSA or Ed25519.")
 
 
 def _read(path: Path, what: str) -> bytes:
@@ -186,7 +186,7 @@ def _read(path: Path, what: str) -> bytes:
     except OSError as error:
         raise ConfigError(f"The {what} {path} cannot be read: {error.strerror}.") from error
     if len(data) > _MAX_PEM:
-        raise ConfigError(f"{path} is larger than any {what}.")
+        raise ConfigError(f"{path} is too large for a {what}.")
     return data
 
 

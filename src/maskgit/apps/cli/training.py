@@ -32,22 +32,22 @@ def pack(
     num_workers: int = 4,
     seed: int = 0,
 ) -> None:
-    """Read a data set once and keep its images, cropped to squares, in a folder that training maps into memory.
+    """Read a dataset once and store its images, cropped to squares, in a folder that training memory-maps.
 
     Args:
-        source: A folder of folders of images, one a class; Parquet files; WebDataset tars; a folder of IDX files
-            (MNIST's format); or a name on the Hugging Face Hub.
-        out: The folder to make.
-        size: Pixels a side. Pack larger than the training size if it is to draw random crops.
-        split: Which part, as the source names it; or shares such as 0.9/0.1, which pack images to train on and to test
-            on into OUT/train and OUT/test, by class, near-duplicates on one side.
-        config: Which configuration of a data set on the hub that has several.
-        image_column: The column of images, where it cannot be found by its kind.
-        label_column: The column of labels; "none" gives all images one class.
-        class_names: Names for labels that are numbers, in their order, in place of those that the source gives.
-        max_bad_share: Largest share of images that may be unreadable.
-        num_workers: Threads that decode.
-        seed: Decides which images are to test on, where shares are given.
+        source: A folder with one subfolder of images per class; Parquet files; WebDataset tars; a folder of IDX files
+            (MNIST's format); or a dataset on the Hugging Face Hub.
+        out: Folder to write.
+        size: Side of the stored images in pixels. Use more than the training size if training draws random crops.
+        split: Split to read, by the source's name for it; or shares such as 0.9/0.1, to pack training and test images,
+            by class, into OUT/train and OUT/test, near-duplicates on one side.
+        config: Configuration of a Hub dataset that has several.
+        image_column: Column of images, if it cannot be found by its type.
+        label_column: Column of labels; "none" puts all images in one class.
+        class_names: Names for numeric labels, in order, in place of the source's.
+        max_bad_share: Share of images that may be unreadable, 0 to 1.
+        num_workers: Decoding threads.
+        seed: Random seed of the split into shares.
     """
     from maskgit.data.pack import pack_images
     from maskgit.data.splitting import pack_split, test_share
@@ -92,18 +92,18 @@ def tokenize(
     device: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Encode packed images to tokens once, in several views, for training the transformer; goes on if stopped.
+    """Encode packed images to tokens, in several views, to train a transformer on; run again to resume.
 
     Args:
-        images: A folder that `maskgit pack` made.
-        out: The folder to make or complete.
-        tokenizer: A tokenizer's folder, or a model that has one.
-        views: The crops of each image.
-        num_views: How many, for random ones.
-        size: Pixels a side of the crops.
-        batch_size: Images encoded at once.
-        device: cuda, mps or cpu; auto takes the first that is there.
-        seed: Of random crops.
+        images: Folder written by `maskgit pack`.
+        out: Folder to write, or to complete.
+        tokenizer: Folder of a tokenizer or of a whole model, or a model's name.
+        views: Crops taken of each image.
+        num_views: Number of random crops.
+        size: Side of the crops in pixels.
+        batch_size: Images encoded together.
+        device: cuda, mps or cpu; auto picks the first available.
+        seed: Random seed of the crops.
     """
     from maskgit import hub
     from maskgit.data.image_cache import ImageCache
@@ -143,10 +143,9 @@ def train_tokenizer(recipe: Positional[Path], changes: Changes = (), dry_run: bo
     """Train the first stage, which turns images into tokens and back.
 
     Args:
-        recipe: A TOML file; `recipes/` has examples.
-        changes: Values in place of the recipe's, in TOML, such as steps=1000 or model.filters=64; one or several,
-            and the flag may be given again.
-        dry_run: Print parameters, memory, steps and time instead of training.
+        recipe: TOML file; see `recipes/` for examples.
+        changes: Override values of the recipe, in TOML, such as steps=1000 model.filters=64.
+        dry_run: Only print parameter count, memory, steps and estimated time.
     """
     from maskgit.foundation.devices import rank_and_world
     from maskgit.training.tokenizer_config import TokenizerTrainingConfig
@@ -161,10 +160,9 @@ def train_transformer(recipe: Positional[Path], changes: Changes = (), dry_run: 
     """Train the second stage, which predicts masked tokens.
 
     Args:
-        recipe: A TOML file; `recipes/` has examples.
-        changes: Values in place of the recipe's, in TOML, such as steps=1000 or model.num_layers=8; one or several,
-            and the flag may be given again.
-        dry_run: Print parameters, memory, steps and time instead of training.
+        recipe: TOML file; see `recipes/` for examples.
+        changes: Override values of the recipe, in TOML, such as steps=1000 model.num_layers=8.
+        dry_run: Only print parameter count, memory, steps and estimated time.
     """
     from maskgit.foundation.devices import rank_and_world
     from maskgit.training.train_transformer import train_transformer as run
@@ -180,12 +178,12 @@ def show_runs(
     out: Path = Path("runs.png"),
     follow: bool = False,
 ) -> None:
-    """Compare runs, also while they train: a table of what they reached, settings that differ, and curves.
+    """Compare runs, finished or still training: a table of results, the settings that differ, and a plot.
 
     Args:
         runs: Folders of runs, of one stage or of both.
-        out: The picture of curves, a PNG.
-        follow: Tell and draw anew every ten seconds, until Ctrl-C.
+        out: PNG file for the plot.
+        follow: Refresh every ten seconds until Ctrl-C.
     """
     from maskgit.training.run import comparison
 
@@ -221,9 +219,9 @@ COMMANDS: Any = (
 
 
 def train(command: COMMANDS) -> None:
-    """Train a tokenizer or a transformer as a recipe says; the same command goes on where a run was stopped.
+    """Train a tokenizer or a transformer from a recipe; run again to resume.
 
-    A run that SIGTERM or Ctrl-C stops writes a checkpoint and leaves with code 75. For several GPUs:
+    On SIGTERM or Ctrl-C, training writes a checkpoint and exits with code 75. On several GPUs:
     `torchrun --nproc-per-node 8 -m maskgit train …`. `maskgit train show RUN…` compares runs.
     """
     command()

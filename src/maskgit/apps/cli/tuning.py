@@ -29,34 +29,34 @@ def tune(
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Find sampler settings by which a model scores best, and write them as a preset for --preset.
+    """Search for the sampler settings with the best score, and write them as a preset for --preset.
 
-    The score is the Fréchet distance of a feature net to a reference; lower is better. In Python,
-    `maskgit.evaluation.runs.tuning.tune` takes any metric.
+    The score is the Fréchet distance between samples and a reference in a network's features; lower is better. In
+    Python, `maskgit.evaluation.runs.tuning.tune` takes any metric.
 
     Args:
-        model: A model's name, its folder, or a Hugging Face id.
-        reference: Statistics of real images, made by `maskgit stats` with the same net.
-        name: The preset's name; its file is OUT/NAME.json.
-        out: The folder for the preset.
-        features: The feature net.
-        weights: Its weights, where it does not come with a package.
-        trials: Settings that are tried; the first are the model's own.
-        num_images: Images of a trial.
+        model: Name, folder or Hugging Face id of a model.
+        reference: Statistics of real images, written by `maskgit stats` with the same feature network.
+        name: Name of the preset; the file is OUT/NAME.json.
+        out: Folder for the preset.
+        features: Feature network: effnet-lite0, inception, inception-pytorch-fid or dinov2.
+        weights: Its weights, if no installed package provides them.
+        trials: Number of settings to try; the first are the model's own.
+        num_images: Images per trial.
         batch_size: Images decoded together.
-        seed: Of the images and of the search.
-        steps: Numbers of steps to try.
+        seed: Random seed of images and search.
+        steps: Step counts to try.
         policies: Policies to try.
         mask_schedules: Mask schedules to try.
-        temperature: Range to try.
-        choice_temperature: Range to try.
-        guidance_scale: Range to try, where the model can be guided.
-        device: cuda, mps or cpu; auto takes the first that is there.
-        overwrite: Replace a preset that is there.
+        temperature: Range to search.
+        choice_temperature: Range to search.
+        guidance_scale: Range to search, if the model can be guided.
+        device: cuda, mps or cpu; auto picks the first available.
+        overwrite: Replace an existing preset.
     """
     path = out / f"{name}.json"
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} is there already; choose another name, or say --overwrite.")
+        raise OutputError(f"{path} already exists; choose another name, or add --overwrite.")
     from maskgit.evaluation.networks.features import load_feature_net
     from maskgit.evaluation.runs.tuning import SearchSpace, feature_distance
     from maskgit.evaluation.runs.tuning import tune as search

@@ -4,7 +4,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from maskgit.apps.cli.flags import Marking, Model, Network
+from maskgit.apps.cli.flags import Marking, Model
+from maskgit.apps.serving.options import Network
 
 
 def page(
@@ -14,11 +15,11 @@ def page(
     port: Annotated[int, arg(metavar="INT")] = 7860,
     host: str = "127.0.0.1",
 ) -> None:
-    """Open a page in the browser: generate, edit, look inside and compare.
+    """Serve a web page to generate, edit, inspect and compare images.
 
     Args:
-        port: Where the page is; 0 takes one that is free.
-        host: Who may see it: 127.0.0.1 is this computer alone, 0.0.0.0 everybody who can reach it.
+        port: Port to listen on; 0 picks a free one.
+        host: Address to listen on: 127.0.0.1 for this machine only, 0.0.0.0 for everyone who can reach it.
     """
     from maskgit.errors import ConfigError, install_extra
     from maskgit.foundation.checks import check_count

@@ -27,10 +27,10 @@ _KINDS = {429: "overloaded", 503: "unavailable"}
 
 
 class RequestError(MaskGITError):
-    """A request was not answered as asked; the message is the server's, where it gave one.
+    """A request failed; the message is the server's, if it sent one.
 
     Attributes:
-        kind: a word that programs can go by: the server's (docs/serving.md), or "unreachable", "timeout",
+        kind: the error's type: the server's (docs/serving.md), or "unreachable", "timeout",
             "not_understood".
         status: of HTTP, or None if there was no answer.
         retry_after: seconds after which the server says to come again, or None.
@@ -161,7 +161,7 @@ class EventReader:
             RequestError: the result is missing.
         """
         if not self._done:
-            raise RequestError("The server ended the answer before its result; ask again.", "unreachable")
+            raise RequestError("The server closed the stream before the result; try again.", "unreachable")
 
     def _read(self, name: str, data: str) -> Preview | Pictures | None:
         if name == "result":
@@ -203,7 +203,7 @@ def _validated(data: str | bytes, schema: type[Body]) -> Body:
 
 def _not_understood() -> RequestError:
     return RequestError(
-        "The answer is not one of a maskgit server; check the URL, and that both sides have one version.",
+        "The answer does not come from a maskgit server of this version; check the URL and both versions.",
         "not_understood",
     )
 

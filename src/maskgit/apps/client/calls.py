@@ -38,7 +38,8 @@ class Making(TypedDict, total=False):
         seed: in [0, 2⁶⁴); with the index, it decides an image.
         first_index: index of the first image.
         format: of the files that are sent.
-        return_tokens: whether to send the pictures' tokens, too.
+        return_tokens: whether to send the images' tokens, too.
+        priority: "low" lets all other requests go first.
     """
 
     num_images: int
@@ -46,6 +47,7 @@ class Making(TypedDict, total=False):
     first_index: int
     format: Format
     return_tokens: bool
+    priority: Literal["normal", "low"]
     steps: int
     policy: str
     policy_options: dict[str, Any]

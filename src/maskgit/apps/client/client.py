@@ -162,7 +162,7 @@ class _Attempts:
         reason = str(error) or type(error).__name__
         if isinstance(error, _PASSING):
             return RequestError(
-                f"{self._url} cannot be reached ({reason}); check the URL, and that the server runs.",
+                f"{self._url} cannot be reached ({reason}); check the URL and that the server is running.",
                 "unreachable",
             )
         if isinstance(error, httpx.TimeoutException):
@@ -171,7 +171,7 @@ class _Attempts:
                 "client a longer timeout.",
                 "timeout",
             )
-        return RequestError(f"{self._url} gave no answer that can be read ({reason}).", "not_understood")
+        return RequestError(f"{self._url} sent an answer that cannot be read ({reason}).", "not_understood")
 
 
 def _check_url(url: str) -> str:

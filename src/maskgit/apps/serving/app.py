@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,16 +13,17 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from torch import Tensor
 
-from maskgit.apps.cli.flags import Network
 from maskgit.apps.serving import openapi_docs as describing
 from maskgit.apps.serving import outputs, schemas
 from maskgit.apps.serving.errors import ClientGoneError, FailedError, InvalidRequestError, ServiceError
-from maskgit.apps.serving.handlers import MAKERS, Maker, check_limits, recipe, tokenize
-from maskgit.apps.serving.inputs import EVENTS, JSON, negotiate, read_body
+from maskgit.apps.serving.handlers import MAKERS, Maker, check_limits, count_steps, recipe, tokenize
+from maskgit.apps.serving.inputs import EVENTS, JSON, answer_type, read_body
 from maskgit.apps.serving.metrics import MEDIA_TYPE, Counted, Metrics
 from maskgit.apps.serving.middleware import BodyGate, KeyGate, error_body, error_headers
 from maskgit.apps.serving.network import place
+from maskgit.apps.serving.options import Network
 from maskgit.apps.serving.outputs import Answer
+from maskgit.apps.serving.request_model import SharedModel
 from maskgit.apps.serving.service import Accepted, Service
 from maskgit.errors import ConfigError, ImageError, MaskGITError, RegionError
 from maskgit.foundation.notes import listening
@@ -31,8 +33,11 @@ from maskgit.pipeline import MaskGIT
 from maskgit.results import Callback
 
 log = logging.getLogger(__name__)
-# Previews that a slow reader has not taken yet; further ones are left out.
-_MAX_PREVIEWS = 16
+# Previews that a slow reader has not taken yet, and their share of a request's time; further ones are left out.
+_MAX_PREVIEWS, _PREVIEW_SHARE = 16, 0.05
+# Seconds of silence after which a stream sends a comment, so that nobody between takes the connection for dead.
+_HEARTBEAT = 5.0
+_STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 _STATUS_KINDS = {404: "not_found", 405: "method_not_allowed"}
 _CLIENTS_FAULTS = (ConfigError, ImageError, RegionError)
 
@@ -87,17 +92,16 @@ def bare_app(lifespan: Any = None) -> FastAPI:
     )
     for command, maker in MAKERS.items():
         describing.add_post(app, command, maker.schema, maker.summary, _maker_route(command, maker))
-    describing.add_post(app, "tokenize", schemas.Tokenize, "Give a picture's tokens.", _tokenize)
-    describing.add_get(app, "/v1/models", schemas.Models, "Say what model is served.", _models)
+    describing.add_post(app, "tokenize", schemas.Tokenize, "Encode an image to tokens.", _tokenize)
+    describing.add_get(app, "/v1/models", schemas.Models, "List the models that are served.", _models)
     describing.add_get(app, "/v1/classes", schemas.Classes, "List the model's classes.", _classes)
-    describing.add_get(app, "/healthz", schemas.Health, "Say that the process lives.", _healthz)
-    describing.add_get(app, "/readyz", schemas.Health, "Say whether requests are taken.", _readyz)
+    describing.add_get(app, "/healthz", schemas.Health, "Answer while the process lives.", _healthz)
+    describing.add_get(app, "/readyz", schemas.Health, "Say whether requests are accepted.", _readyz)
     app.add_api_route("/metrics", _metrics, include_in_schema=False)
     app.add_api_route("/docs", _docs, include_in_schema=False)
     app.add_exception_handler(MaskGITError, _tell_error)
     app.add_exception_handler(StarletteHTTPException, _tell_http_error)
     app.add_exception_handler(Exception, _tell_mistake)
-    describing.describe_bodies(app)
     return app
 
 
@@ -107,13 +111,13 @@ def _maker_route(command: str, maker: Maker) -> Callable[[Request], Any]:
     async def answer(http: Request) -> Response:
         service: Service = http.app.state.service
         body = await read_body(http, maker.schema)
-        media_type = negotiate(http.headers.get("accept"), getattr(body, "stream", False))
+        media_type = answer_type(http.headers.get("accept"), getattr(body, "stream", False))
         count = getattr(body, "num_images", 1)
         if media_type not in (JSON, EVENTS) and count > 1:
             raise InvalidRequestError(
-                f"{media_type} holds one image, but num_images is {count}; accept {JSON} instead."
+                f"{media_type} holds one image, but num_images is {count}; send Accept: {JSON}."
             )
-        pixels = await asyncio.to_thread(check_limits, body, service.limits, service.model.config.image_size)
+        cost = await asyncio.to_thread(_cost, service, body)
 
         def work(model: MaskGIT, told: Callback | None = None) -> Answer:
             notes: list[str] = []
@@ -137,10 +141,8 @@ def _maker_route(command: str, maker: Maker) -> Callable[[Request], Any]:
         if media_type == EVENTS:
             begun = provenance.EDITED if hasattr(body, "image") else provenance.GENERATED
             source = begun if service.marking.mark else None
-            return await _stream(http, work, source, count, pixels, body.timeout)
-        accepted = service.submit(
-            work, images=count, pixels=pixels, timeout=body.timeout, client=_client(http)
-        )
+            return await _stream(http, work, source, cost)
+        accepted = service.submit(work, client=_client(http), **cost)
         return await _wait(http, accepted)
 
     return answer
@@ -149,13 +151,25 @@ def _maker_route(command: str, maker: Maker) -> Callable[[Request], Any]:
 async def _tokenize(http: Request) -> Response:
     service: Service = http.app.state.service
     body = await read_body(http, schemas.Tokenize)
-    pixels = await asyncio.to_thread(check_limits, body, service.limits, service.model.config.image_size)
+    cost = await asyncio.to_thread(_cost, service, body)
 
     def work(model: MaskGIT) -> Answer:
         return outputs.to_json({"model": service.name, "tokens": tokenize(model, body)})
 
-    accepted = service.submit(work, pixels=pixels, timeout=body.timeout, client=_client(http))
+    accepted = service.submit(work, client=_client(http), **cost)
     return await _wait(http, accepted)
+
+
+def _cost(service: Service, body: schemas.Request) -> dict[str, Any]:
+    """Check what a request asks for, and return what `Service.submit` is to know of it."""
+    model = service.model
+    return {
+        "images": getattr(body, "num_images", 1),
+        "pixels": check_limits(body, service.limits, model.config.image_size),
+        "steps": count_steps(model, body),
+        "timeout": body.timeout,
+        "low": getattr(body, "priority", None) == "low",
+    }
 
 
 def _client(http: Request) -> str:
@@ -188,50 +202,55 @@ async def _stream(
     http: Request,
     work: Callable[[MaskGIT, Callback], Answer],
     source: str | None,
-    count: int,
-    pixels: int,
-    timeout: float | None,
+    cost: dict[str, Any],
 ) -> Response:
-    """Return an answer in events: previews of every step, then the result; for `source` see `provenance.say`.
+    """Return an answer in events: previews of steps, then the result; for `source` see `provenance.say`.
 
-    What is wrong before the first step is told as an error of its own, not inside the stream.
+    Whatever goes wrong from here on is an event, too: the head of the answer is sent at once.
     """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[bytes | asyncio.Future[Answer]] = asyncio.Queue()
 
     def previewing(model: MaskGIT) -> Answer:
+        assert isinstance(model, SharedModel), "of the service"
+        started, allowance = time.monotonic(), outputs.Allowance(_PREVIEW_SHARE)
+
         def told(step: int, indices: Tensor, tokens: Tensor) -> None:
-            if queue.qsize() < _MAX_PREVIEWS:
-                for index, grid in zip(indices.tolist(), tokens, strict=True):
+            for index, grid in zip(indices.tolist(), tokens, strict=True):
+                if queue.qsize() < _MAX_PREVIEWS and allowance.allows(time.monotonic() - started):
+                    before = model.seconds_called
                     image = outputs.preview(model.decode_tokens(grid[None]), source)
+                    allowance.spend(model.seconds_called - before)
                     data = {"step": step, "index": index, "image": image}
                     loop.call_soon_threadsafe(queue.put_nowait, outputs.event("preview", data))
 
         return work(model, told)
 
     service: Service = http.app.state.service
-    accepted = service.submit(previewing, images=count, pixels=pixels, timeout=timeout, client=_client(http))
+    accepted = service.submit(previewing, client=_client(http), **cost)
     done = asyncio.wrap_future(accepted.future)
     done.add_done_callback(lambda future: future.cancelled() or future.exception() or None)
     done.add_done_callback(queue.put_nowait)
     gone = asyncio.create_task(_gone(http))
     gone.add_done_callback(lambda _: accepted.ticket.cancel())
-    first = await queue.get()
-    if first is done:
-        _result(done)
 
     async def events() -> AsyncIterator[bytes]:
-        item = first
         try:
-            while isinstance(item, bytes):
+            while True:
+                try:
+                    item = await asyncio.wait_for(queue.get(), _HEARTBEAT)
+                except TimeoutError:
+                    yield b": still working\n\n"
+                    continue
+                if not isinstance(item, bytes):
+                    yield _last_event(item)
+                    return
                 yield item
-                item = await queue.get()
-            yield _last_event(item)
         finally:
             accepted.ticket.cancel()
             gone.cancel()
 
-    return StreamingResponse(events(), media_type=EVENTS, headers={"cache-control": "no-store"})
+    return StreamingResponse(events(), media_type=EVENTS, headers=_STREAM_HEADERS)
 
 
 def _last_event(done: "asyncio.Future[Answer]") -> bytes:
@@ -253,7 +272,7 @@ def _result(done: "asyncio.Future[Answer]") -> Answer:
     if isinstance(error, (ServiceError, *_CLIENTS_FAULTS)):
         raise error
     log.error("A request failed.", exc_info=error)
-    raise FailedError("The server failed at this request; its log says why.") from error
+    raise FailedError("The server failed on this request; its log says why.") from error
 
 
 async def _gone(http: Request) -> None:
@@ -320,5 +339,5 @@ async def _tell_http_error(http: Request, error: Exception) -> Response:
 
 
 async def _tell_mistake(http: Request, error: Exception) -> Response:
-    fault = FailedError("The server failed at this request; its log says why.")
+    fault = FailedError("The server failed on this request; its log says why.")
     return Response(error_body(fault), fault.status, media_type=JSON)

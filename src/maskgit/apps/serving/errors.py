@@ -1,4 +1,4 @@
-"""Why a service does not answer a request as asked: each fault has an HTTP status and a name for programs."""
+"""Why a service does not answer a request as asked: each error has an HTTP status and a type for programs."""
 
 from typing import ClassVar
 
@@ -6,11 +6,11 @@ from maskgit.errors import MaskGITError
 
 
 class ServiceError(MaskGITError):
-    """The base of what ends a request.
+    """The base of all errors that end a request.
 
     Attributes:
         status: of HTTP.
-        kind: a word that programs can go by.
+        kind: the type that programs go by.
         retry_after: seconds after which to try again, or None.
     """
 
@@ -20,31 +20,24 @@ class ServiceError(MaskGITError):
 
 
 class InvalidRequestError(ServiceError):
-    """The request is not one that is understood."""
+    """The request is invalid."""
 
     status = 422
     kind = "invalid_request"
 
 
 class UnauthorizedError(ServiceError):
-    """The key is missing or wrong."""
+    """The API key is missing or wrong."""
 
     status = 401
     kind = "unauthorized"
 
 
 class ForeignError(ServiceError):
-    """The server is called by another's name, or used by another site's page."""
+    """The host name is not the server's, or another site's page sent the request."""
 
     status = 403
     kind = "foreign"
-
-
-class NotAcceptableError(ServiceError):
-    """The client accepts nothing that can be made."""
-
-    status = 406
-    kind = "not_acceptable"
 
 
 class SlowBodyError(ServiceError):
@@ -55,21 +48,21 @@ class SlowBodyError(ServiceError):
 
 
 class TooLargeError(ServiceError):
-    """A body or a picture is larger than allowed."""
+    """A body, an image or a result is larger than allowed."""
 
     status = 413
     kind = "too_large"
 
 
 class UnsupportedTypeError(ServiceError):
-    """The body is of a type that is not read."""
+    """The body's content type is not supported."""
 
     status = 415
     kind = "unsupported_type"
 
 
 class OverloadedError(ServiceError):
-    """There is no place in the queue."""
+    """The queue is full."""
 
     status = 429
     kind = "overloaded"
@@ -80,28 +73,28 @@ class OverloadedError(ServiceError):
 
 
 class ClientGoneError(ServiceError):
-    """The client left before its answer; nobody reads this."""
+    """The client disconnected before its answer."""
 
     status = 499
     kind = "client_gone"
 
 
 class FailedError(ServiceError):
-    """The model failed at this request."""
+    """The server failed on this request."""
 
     status = 500
     kind = "internal"
 
 
 class UnavailableError(ServiceError):
-    """The service is not ready yet, or about to stop."""
+    """The service is not ready yet, or is shutting down."""
 
     status = 503
     kind = "unavailable"
 
 
 class DeadlineError(ServiceError):
-    """The request was not done in time."""
+    """The request was not finished in time."""
 
     status = 504
     kind = "deadline"

@@ -4,6 +4,7 @@ These functions run in a request's own thread, or wherever else somebody has a m
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,13 @@ from maskgit import images
 from maskgit.apps.serving import schemas
 from maskgit.apps.serving.errors import InvalidRequestError, TooLargeError
 from maskgit.apps.serving.inputs import picture_size
+from maskgit.apps.serving.options import Limits
 from maskgit.apps.serving.outputs import Recipe
-from maskgit.apps.serving.service import Limits
+from maskgit.editing.outpaint import count_windows
 from maskgit.editing.photos import open_picture
 from maskgit.errors import RegionError
 from maskgit.foundation.checks import check_count
+from maskgit.images import reading as imagefiles
 from maskgit.networks.classes import class_query
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Callback, Output
@@ -107,12 +110,12 @@ def detokenize(model: MaskGIT, body: schemas.Detokenize, told: Callback | None) 
 
 
 MAKERS = {
-    "generate": Maker(schemas.Generate, generate, "Make new images of a class."),
-    "edit": Maker(schemas.Edit, edit, "Replace what is in boxes of a photo by a class."),
-    "inpaint": Maker(schemas.Inpaint, inpaint, "Fill in a painted part of a photo."),
-    "outpaint": Maker(schemas.Outpaint, outpaint, "Go on with a photo beyond its edges."),
-    "reconstruct": Maker(schemas.Reconstruct, reconstruct, "Show what the tokenizer keeps of a picture."),
-    "detokenize": Maker(schemas.Detokenize, detokenize, "Show the picture of tokens."),
+    "generate": Maker(schemas.Generate, generate, "Generate images of a class."),
+    "edit": Maker(schemas.Edit, edit, "Replace boxes of a photo with a class."),
+    "inpaint": Maker(schemas.Inpaint, inpaint, "Inpaint the masked part of a photo."),
+    "outpaint": Maker(schemas.Outpaint, outpaint, "Extend a photo beyond its edges."),
+    "reconstruct": Maker(schemas.Reconstruct, reconstruct, "Encode an image to tokens and decode it again."),
+    "detokenize": Maker(schemas.Detokenize, detokenize, "Decode tokens to an image."),
 }
 
 
@@ -136,10 +139,12 @@ def check_limits(body: schemas.Request, limits: Limits, image_size: int) -> int:
     if isinstance(body, schemas.Sampled):
         if body.num_images > limits.max_images:
             raise InvalidRequestError(
-                f"num_images may be up to {limits.max_images} here, but is {body.num_images}."
+                f"num_images may be at most {limits.max_images} on this server, but is {body.num_images}."
             )
         if (body.steps or 0) > limits.max_steps:
-            raise InvalidRequestError(f"steps may be up to {limits.max_steps} here, but are {body.steps}.")
+            raise InvalidRequestError(
+                f"steps may be at most {limits.max_steps} on this server, but is {body.steps}."
+            )
     pixels = 0
     for picture in (getattr(body, "image", None), getattr(body, "mask", None)):
         if isinstance(picture, bytes):
@@ -162,13 +167,44 @@ def check_limits(body: schemas.Request, limits: Limits, image_size: int) -> int:
     return pixels
 
 
+def count_steps(model: MaskGIT, body: schemas.Request) -> int:
+    """Return the decoding steps of all images of a request together; 1 if it decodes none.
+
+    Args:
+        model: is asked about its config alone.
+        body: the request; see `check_limits` for its size.
+
+    Raises:
+        ConfigError, RegionError: a setting or class is not allowed.
+    """
+    if not isinstance(body, schemas.Sampled):
+        return 1
+    config = model.sampler_config(**body.settings())
+    label, start, windows = getattr(body, "class_", None), 0, 1
+    if not (isinstance(body, schemas.Inpaint) and label == "guess"):
+        model.label(label)
+    if isinstance(body, schemas.Edit):
+        start = config.steps // 6 if body.start_step is None else body.start_step
+    elif isinstance(body, schemas.Inpaint):
+        start = body.start_step
+    elif isinstance(body, schemas.Outpaint):
+        with imagefiles.opened(body.image, 2**64) as (_, image):
+            width, height = image.size
+        sides = {
+            name: getattr(body, name) for name in ("left", "right", "top", "bottom", "canvas", "position")
+        }
+        # What is wrong with the sides is told once the image is decoded and its orientation known.
+        with suppress(RegionError):
+            windows = count_windows(model, width, height, **sides)
+    return body.num_images * max(1, min(config.steps, model.vocabulary.num_tokens) - start) * windows
+
+
 def _check_results(body: schemas.Sampled, pixels: int, largest: int) -> int:
     """Return the pixels of all results of a request."""
     pixels *= body.num_images
     if pixels > largest:
         raise TooLargeError(
-            f"The results would have {pixels:,} pixels, but {largest:,} are the limit; ask for fewer or "
-            "smaller ones."
+            f"The results would have {pixels:,} pixels, but the limit is {largest:,}; ask for fewer or smaller images."
         )
     return pixels
 

@@ -12,7 +12,6 @@ from starlette.requests import Request as HttpRequest
 from maskgit.apps.serving import schemas
 from maskgit.apps.serving.errors import (
     InvalidRequestError,
-    NotAcceptableError,
     TooLargeError,
     UnsupportedTypeError,
 )
@@ -36,7 +35,7 @@ async def read_body(http: HttpRequest, schema: type[Body]) -> Body:
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in (FORM, JSON, ""):
-        raise UnsupportedTypeError(f"The body must be {JSON} or {FORM}, but is {kind:.80}.")
+        raise UnsupportedTypeError(f"The Content-Type must be {JSON} or {FORM}, but is {kind:.80}.")
     body = await http.body()
 
     def parse() -> Body:
@@ -61,8 +60,7 @@ def _check_amount(text: bytes) -> None:
     values = text.count(b",") + text.count(b"[") + text.count(b"{")
     if values > schemas.MAX_VALUES or text.count(b'"') > 2 * schemas.MAX_TEXTS:
         raise InvalidRequestError(
-            f"The body holds more than {schemas.MAX_VALUES:,} values or {schemas.MAX_TEXTS:,} texts; no request needs "
-            "so many."
+            f"The body holds more than {schemas.MAX_VALUES:,} values or {schemas.MAX_TEXTS:,} texts, the limits."
         )
 
 
@@ -77,7 +75,7 @@ async def _read_form(http: HttpRequest, body: bytes) -> dict[str, Any]:
         async with HttpRequest(http.scope, receive).form(max_files=2, max_fields=_MAX_PARTS) as form:
             for name, value in form.multi_items():
                 if name in values:
-                    raise InvalidRequestError(f"The form has the field {name[:80]!r} twice.")
+                    raise InvalidRequestError(f"The form has the field {name[:80]!r} twice; send it once.")
                 values[name] = await value.read() if isinstance(value, UploadFile) else _value(value)
     except HTTPException as error:
         raise InvalidRequestError(f"The form cannot be read: {str(error.detail).rstrip('.')}.") from error
@@ -103,41 +101,17 @@ def _say(error: ValidationError) -> str:
     return "; ".join(said[:_MAX_SAID]) + (f"; and {more} more." if more > 0 else ".")
 
 
-def negotiate(accept: str | None, stream: bool) -> str:
-    """Return the media type to answer in: JSON, a picture's, or events.
+def answer_type(accept: str | None, stream: bool) -> str:
+    """Return the media type to answer in: the first one in an Accept header that is made here, else JSON.
 
     Args:
-        accept: the header; None accepts everything.
-        stream: whether the request asks for events.
-
-    Raises:
-        NotAcceptableError: the client accepts none of these.
+        accept: the header, if there is one; weights (q=) are not read.
+        stream: whether the request itself asks for events.
     """
     if stream:
         return EVENTS
-    offered = (JSON, *PICTURES, EVENTS)
-    asked = []
-    for part in (accept or "*/*").split(","):
-        kind, _, parameters = part.partition(";")
-        quality = _quality(parameters)
-        if quality > 0:
-            asked.append((quality, kind.strip().lower()))
-    for _, kind in sorted(asked, key=lambda pair: -pair[0]):
-        for offer in offered:
-            if kind in (offer, "*/*", offer.partition("/")[0] + "/*"):
-                return offer
-    raise NotAcceptableError(f"Accept one of {', '.join(offered)}.")
-
-
-def _quality(parameters: str) -> float:
-    for parameter in parameters.split(";"):
-        name, _, value = parameter.partition("=")
-        if name.strip().lower() == "q":
-            try:
-                return float(value)
-            except ValueError:
-                return 0.0
-    return 1.0
+    asked = [part.partition(";")[0].strip().lower() for part in (accept or "").split(",")]
+    return next((kind for kind in asked if kind in (JSON, EVENTS, *PICTURES)), JSON)
 
 
 def picture_size(data: bytes, max_pixels: int) -> tuple[int, int]:
@@ -152,7 +126,6 @@ def picture_size(data: bytes, max_pixels: int) -> tuple[int, int]:
         width, height = image.size
     if width * height > max_pixels:
         raise TooLargeError(
-            f"The picture has {width} × {height} pixels, but {max_pixels:,} are the limit; "
-            "make it smaller first."
+            f"The image has {width} × {height} pixels, but the limit is {max_pixels:,} pixels; scale it down first."
         )
     return width, height

@@ -26,7 +26,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "maskgit_request_seconds",
-            "From a request's head to its whole answer.",
+            "Time from a request's head to the end of its answer.",
             ["path"],
             buckets=_BUCKETS,
             registry=self.registry,
@@ -47,17 +47,17 @@ class _Worked(Collector):
         stats = self._service.stats
         for name, about, value in (
             ("images", "Images finished.", stats.images),
-            ("steps", "Steps of the batch.", stats.steps),
+            ("steps", "Decoding steps of the batch.", stats.steps),
             ("failures", "Images that failed.", stats.failures),
-            ("halvings", "How often memory ran out.", stats.halvings),
+            ("halvings", "Times that memory ran out.", stats.halvings),
         ):
             yield CounterMetricFamily(f"maskgit_{name}", about, value)
         for name, about, number in (
             ("accepted_images", "Images accepted and not answered yet.", self._service.num_accepted),
-            ("batch_rows", "Images in the batch.", stats.rows),
-            ("waiting_images", "Images waiting for the batch.", stats.waiting),
-            ("seconds_per_image", "Lately, while there was work.", stats.seconds_per_image),
-            ("ready", "1 if requests are taken.", float(self._service.ready)),
+            ("batch_rows", "Images being decoded.", stats.rows),
+            ("waiting_images", "Images that have not begun.", stats.waiting),
+            ("seconds_per_step", "Recent time for a decoding step of one image.", stats.seconds_per_step),
+            ("ready", "1 if requests are accepted.", float(self._service.ready)),
         ):
             yield GaugeMetricFamily(f"maskgit_{name}", about, number)
 

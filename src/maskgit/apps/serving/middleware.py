@@ -94,9 +94,11 @@ class KeyGate:
             scope["maskgit.client"] = address if key is None else f"key {key}"
             await self.app(scope, receive, send)
             return
-        log.warning("%s showed no valid key.", address)
+        log.warning("%s sent no valid key.", address)
         await refuse(
-            UnauthorizedError("Send a valid key as the header `Authorization: Bearer KEY`."), receive, send
+            UnauthorizedError("Send a valid API key in the header `Authorization: Bearer KEY`."),
+            receive,
+            send,
         )
 
     def _known(self, header: bytes) -> int | None:
@@ -160,20 +162,20 @@ class BodyGate:
                     if size + len(part) > self.max_bytes:
                         raise self._too_large()
                     if self._held + len(part) > _BODIES_AT_ONCE * self.max_bytes:
-                        raise OverloadedError("Too many bodies arrive at once; come again later.", 1)
+                        raise OverloadedError("Too many request bodies are arriving at once; retry later.", 1)
                     parts.append(part)
                     size, self._held = size + len(part), self._held + len(part)
             body, size = b"".join(parts), 0
             return body
         except TimeoutError:
             raise SlowBodyError(
-                f"The body did not arrive within {self.seconds:g} seconds; send it faster."
+                f"The body did not arrive within {self.seconds:g} seconds; send it faster, or send a smaller image."
             ) from None
         finally:
             self._held -= size
 
     def _too_large(self) -> TooLargeError:
-        return TooLargeError(f"The body is larger than {self.max_bytes:,} bytes; send a smaller picture.")
+        return TooLargeError(f"The body is larger than {self.max_bytes:,} bytes; send a smaller image.")
 
 
 def route_path(scope: MutableMapping[str, Any]) -> str:
@@ -220,7 +222,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
         raise ConfigError(f"The key file {path} cannot be read: {error}.") from error
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not keys:
-        raise ConfigError(f"The key file {path} holds no keys; write one a line.")
+        raise ConfigError(f"The key file {path} holds no keys; write one per line.")
     for number, key in enumerate(keys, 1):
         # The key itself is not shown.
         if not key.isascii() or not key.isprintable() or " " in key:

@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from maskgit.apps.cli.flags import PREFIX, Network
 from maskgit.apps.serving.errors import ForeignError, ServiceError
 from maskgit.apps.serving.middleware import App, Receive, Send, header, refuse
+from maskgit.apps.serving.options import PREFIX, Network
 from maskgit.foundation.proxies import is_loopback
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -151,7 +151,7 @@ class OriginGate:
         name = urlsplit(f"//{host}").hostname if _HOST.fullmatch(host) else None
         if name is None or not self._allows(name):
             return ForeignError(
-                f"The server is not called {host!r:.200}; whoever runs it may allow that with --allowed-hosts."
+                f"The server does not answer to the host name {host!r:.200}; its operator can allow it with --allowed-hosts."
             )
         origin = header(scope, b"origin").decode("latin-1").lower()
         site = header(scope, b"sec-fetch-site")
@@ -162,7 +162,7 @@ class OriginGate:
         if own and origin != "null":
             return None
         return ForeignError(
-            f"A page of {origin!r:.200} may not use this server; whoever runs it may allow that with --cors-origins."
+            f"Pages of {origin!r:.200} may not use this server; its operator can allow them with --cors-origins."
         )
 
     def _allows(self, name: str) -> bool:

@@ -23,6 +23,22 @@ class Answer(NamedTuple):
     media_type: str = JSON
 
 
+class Allowance:
+    """Decides which previews are made: after the first, only as many as take a small share of a request's time."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._spent = 0.0
+
+    def allows(self, elapsed: float) -> bool:
+        """Return whether another preview may be made, seconds after the request began."""
+        return self._spent <= self._share * elapsed
+
+    def spend(self, seconds: float) -> None:
+        """Count the time that a preview has taken."""
+        self._spent += seconds
+
+
 class Recipe(NamedTuple):
     """What decided the pictures of a request.
 

@@ -35,6 +35,11 @@ class SharedModel(MaskGIT):
         self._ticket = ticket
 
     @property
+    def seconds_called(self) -> float:
+        """Seconds that the worker's thread has spent on this request alone: encoding, decoding, guessing."""
+        return self._ticket.called
+
+    @property
     def device(self) -> torch.device:
         """Where tensors are put in a request's thread: only the worker uses another device than the CPU."""
         return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What requests and answers hold, as OpenAPI shows it; the model itself checks what a value may be."""
+"""What requests and answers hold, as OpenAPI shows it; the model itself checks values against one another."""
 
 import base64
 import binascii
@@ -7,13 +7,14 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from maskgit.apps.settings import SETTINGS
+
 Format = Literal["png", "jpeg", "webp"]
-MAX_SEED, MAX_INDEX = 2**64 - 1, 2**40 - 1
-# What no request needs more of, whatever the model and the server's own limits, which may be lower: a day; the
-# images of the longest queue; steps, sides, classes and codes as in configs of models; pixels as of the largest photo.
-MAX_SECONDS, MAX_IMAGES, MAX_STEPS = 86_400, 4096, 10_000
+# Upper bounds for any model; the server's own limits may be lower: a day; the images of the longest queue; steps,
+# sides, classes and codes as in models' configs; pixels of the largest photo.
+MAX_SECONDS, MAX_IMAGES, MAX_STEPS = 86_400, 4096, SETTINGS["steps"].high
 MAX_GRID, MAX_CODES, MAX_PIXELS = 256, 65_536, 10**9
-# More boxes are a mask.
+# For more than this, send a mask.
 MAX_BOXES = 256
 # Characters of a class's name, and of a setting's, such as power-cosine:2.5,0.1,1; options of a policy.
 MAX_NAME, MAX_WORD, MAX_OPTIONS = 200, 100, 16
@@ -35,7 +36,7 @@ def _decoded(value: Any) -> Any:
         # MIME breaks lines after 76 letters.
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError("must be a file's bytes as base64, or a data: URL") from error
+        raise ValueError("must be an image file as base64 or as a data: URL") from error
 
 
 def _mask(value: Any) -> Any:
@@ -43,10 +44,19 @@ def _mask(value: Any) -> Any:
     return value if value == "alpha" else _decoded(value)
 
 
+def _setting(name: str, default: Any = None, **bounds: Any) -> Any:
+    """Return a field described by `settings.SETTINGS`; `bounds` replace its range where a request's is narrower."""
+    about = SETTINGS[name]
+    ends = {"ge": about.low, "le": about.high} | bounds
+    return Field(
+        default, description=about.help, **{key: end for key, end in ends.items() if end is not None}
+    )
+
+
 File = Annotated[
     bytes,
     BeforeValidator(_decoded),
-    WithJsonSchema({"type": "string", "contentEncoding": "base64", "description": "A picture, base64."}),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "description": "Image file, base64."}),
 ]
 Mask = Annotated[
     bytes | Literal["alpha"],
@@ -54,35 +64,34 @@ Mask = Annotated[
     WithJsonSchema(
         {
             "type": "string",
-            "description": 'A black and white picture, base64, white where it is to be made new; or "alpha".',
+            "description": 'Black and white image, base64, white where to inpaint; or "alpha" for the photo\'s '
+            "transparent parts.",
         }
     ),
 ]
-# What a number may be where only the policy knows what it is for.
+# Bounds of a number whose meaning only the policy knows.
 Number = Annotated[int, Field(ge=-(2**63), lt=2**64)] | Annotated[float, Field(ge=-1e18, le=1e18)]
 Word = Annotated[str, Field(max_length=MAX_WORD)]
 _NameOrNumber = Annotated[int, Field(ge=0, lt=MAX_CODES)] | Annotated[str, Field(max_length=MAX_NAME)] | None
-_ABOUT_CLASS = "A class's name or number (name:… or number:… says which); null is no class"
+_ABOUT_CLASS = "Class name or number (name:NAME or number:NUMBER if ambiguous); null is no class"
 Class = Annotated[_NameOrNumber, Field(alias="class", description=f"{_ABOUT_CLASS}.")]
 GuessableClass = Annotated[
     _NameOrNumber,
-    Field(alias="class", description=f'{_ABOUT_CLASS}, "guess" the one that the model finds likeliest.'),
+    Field(alias="class", description=f'{_ABOUT_CLASS}, "guess" lets the model choose the likeliest.'),
 ]
 Pixel = Annotated[int, Field(ge=-MAX_PIXELS, le=MAX_PIXELS)]
-# A list ends at its first fault: those of a long one would fill the memory.
+# A list ends at its first error: the errors of a long one would fill the memory.
 Box = Annotated[
     list[Pixel], Field(min_length=4, max_length=4, fail_fast=True, description="left, top, width, height")
 ]
 Pair = Annotated[list[Pixel], Field(min_length=2, max_length=2, fail_fast=True)]
-StartStep = Annotated[int, Field(ge=0, lt=MAX_STEPS, description="The step to begin decoding at.")]
-Feather = Annotated[float | None, Field(ge=0, le=MAX_PIXELS, description="Radius of the soft edge.")]
-Side = Annotated[int, Field(ge=0, le=MAX_PIXELS, description="Pixels to add.")]
+Side = Annotated[int, Field(le=MAX_PIXELS)]
 Table = Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], Field(max_length=MAX_STEPS, fail_fast=True)]
 Row = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_CODES)]], Field(max_length=MAX_GRID, fail_fast=True)]
 
 
 class Request(BaseModel):
-    """What every request may say."""
+    """Fields of every request."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=False)
 
@@ -90,38 +99,39 @@ class Request(BaseModel):
         None,
         gt=0,
         le=MAX_SECONDS,
-        description="Seconds after which nobody needs the answer; at most the server's.",
+        description="Seconds to wait for the answer, up to the server's own limit.",
     )
 
 
 class Shown(Request):
-    """What a request that makes pictures may say."""
+    """Fields of every request that returns images."""
 
-    format: Format = Field("png", description="Of pictures inside JSON.")
-    return_tokens: bool = Field(False, description="Give the pictures' tokens, too.")
+    format: Format = Field("png", description="File format of the images in a JSON answer.")
+    return_tokens: bool = Field(False, description="Also return the images' tokens.")
 
 
 class Sampled(Shown):
-    """What a request that decodes tokens may say; a setting that is not given is the model's own."""
+    """Fields of every request that decodes tokens; the sampler's settings default to the model's own."""
 
-    num_images: int = Field(1, ge=1, le=MAX_IMAGES)
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="With the index, decides an image.")
-    first_index: int = Field(0, ge=0, le=MAX_INDEX, description="Index of the first image.")
+    num_images: int = _setting("num_images", 1, le=MAX_IMAGES)
+    seed: int = _setting("seed", 0)
+    first_index: int = _setting("first_index", 0)
     stream: bool = Field(False, description="Answer with server-sent events: previews, then the result.")
-    steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    policy: Word | None = Field(None, description="Which tokens stay after a step.")
-    policy_options: dict[Word, bool | Number | Word] | None = Field(None, max_length=MAX_OPTIONS)
-    mask_schedule: Word | None = None
-    temperature: float | None = Field(None, ge=0, le=1e6)
-    temperature_schedule: Word | None = None
-    choice_temperature: float | None = Field(None, ge=0, le=1e6)
-    choice_schedule: Word | None = None
-    guidance_scale: float | None = Field(None, ge=0, le=1000)
-    guidance_schedule: Word | None = None
-    force_guidance: bool | None = None
-    tables: dict[Word, Table | None] | None = Field(
-        None, max_length=MAX_OPTIONS, description="Values for each step."
+    priority: Literal["normal", "low"] = _setting("priority", "normal")
+    steps: int | None = _setting("steps")
+    policy: Word | None = _setting("policy")
+    policy_options: dict[Word, bool | Number | Word] | None = _setting(
+        "policy_options", max_length=MAX_OPTIONS
     )
+    mask_schedule: Word | None = _setting("mask_schedule")
+    temperature: float | None = _setting("temperature")
+    temperature_schedule: Word | None = _setting("temperature_schedule")
+    choice_temperature: float | None = _setting("choice_temperature")
+    choice_schedule: Word | None = _setting("choice_schedule")
+    guidance_scale: float | None = _setting("guidance_scale")
+    guidance_schedule: Word | None = _setting("guidance_schedule")
+    force_guidance: bool | None = _setting("force_guidance")
+    tables: dict[Word, Table | None] | None = _setting("tables", max_length=MAX_OPTIONS)
 
     def settings(self) -> dict[str, Any]:
         """Return the sampler's settings that were given, by their names in `SamplerConfig`."""
@@ -129,7 +139,7 @@ class Sampled(Shown):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-_NOT_SETTINGS = {*Shown.model_fields, "num_images", "seed", "first_index", "stream"}
+_NOT_SETTINGS = {*Shown.model_fields, "num_images", "seed", "first_index", "stream", "priority"}
 
 
 class Generate(Sampled):
@@ -139,77 +149,72 @@ class Generate(Sampled):
 
 
 class Edit(Sampled):
-    """What is in boxes of a photo, replaced by a class."""
+    """Boxes of a photo, replaced by a class."""
 
     image: File
     boxes: list[Box] = Field(
         min_length=1,
         max_length=MAX_BOXES,
         fail_fast=True,
-        description="In pixels of the photo as it is seen.",
+        description="Areas to replace, in pixels of the photo as displayed.",
     )
     class_: Class
-    rule: Literal["cover", "official"] = "cover"
-    start_step: StartStep | None = None
-    feather: Feather = None
+    rule: Literal["cover", "official"] = _setting("rule", "cover")
+    start_step: int | None = _setting("start_step")
+    feather: float | None = _setting("feather", le=MAX_PIXELS)
 
 
 class Inpaint(Sampled):
-    """A painted part of a photo, filled in."""
+    """The masked part of a photo, inpainted."""
 
     image: File
     mask: Mask
     class_: GuessableClass = "guess"
-    invert: bool = Field(False, description="Make new what the mask does not mark.")
-    share: float = Field(0.0, ge=0, le=1)
-    dilate: int = Field(0, ge=0, le=MAX_GRID)
-    start_step: StartStep = 0
-    feather: Feather = None
+    invert: bool = _setting("invert", False)
+    share: float = _setting("share", 0.0)
+    dilate: int = _setting("dilate", 0, le=MAX_GRID)
+    start_step: int = _setting("start_step", 0)
+    feather: float | None = _setting("feather", le=MAX_PIXELS)
 
 
 class Outpaint(Sampled):
-    """A photo, gone on with beyond its edges."""
+    """A photo, extended beyond its edges."""
 
     image: File
-    left: Side = 0
-    right: Side = 0
-    top: Side = 0
-    bottom: Side = 0
-    canvas: Pair | None = Field(None, description="In place of amounts, width and height of the result.")
-    position: Pair | None = Field(None, description="Where the photo is in the canvas.")
+    left: Side = _setting("left", 0)
+    right: Side = _setting("right", 0)
+    top: Side = _setting("top", 0)
+    bottom: Side = _setting("bottom", 0)
+    canvas: Pair | None = _setting("canvas")
+    position: Pair | None = _setting("position")
     class_: Class = None
-    feather: Annotated[
-        float | None,
-        Field(
-            ge=0, le=MAX_PIXELS, description="Pixels inside the photo over which it fades into what is new."
-        ),
-    ] = None
+    feather: float | None = _setting("inner_feather", le=MAX_PIXELS)
 
 
 class Reconstruct(Shown):
-    """What the tokenizer keeps of a picture."""
+    """An image, encoded to tokens and decoded again."""
 
     image: File
 
 
 class Tokenize(Request):
-    """A picture's tokens."""
+    """An image to encode to tokens."""
 
     image: File
 
 
 class Detokenize(Shown):
-    """The picture of tokens."""
+    """Tokens to decode to an image."""
 
     tokens: list[Row] = Field(
-        max_length=MAX_GRID, fail_fast=True, description="Rows of the token grid, from the top."
+        max_length=MAX_GRID, fail_fast=True, description="Rows of the token grid, top row first."
     )
 
 
 class Picture(BaseModel):
-    """One picture of an answer."""
+    """One image of an answer."""
 
-    image: str = Field(description="The file, base64.")
+    image: str = Field(description="Image file, base64.")
     media_type: str
     seed: int | None = None
     index: int | None = None
@@ -224,60 +229,64 @@ class ClassName(BaseModel):
 
 
 class Pictures(BaseModel):
-    """The answer of what makes pictures."""
+    """The answer to a request for images."""
 
     model: str
-    settings: dict[str, Any] = Field(description="What made them, as in the PNG files' metadata.")
+    settings: dict[str, Any] = Field(
+        description="Settings that the images were made with, as in the PNG files' metadata."
+    )
     class_guess: ClassName | None = None
     images: list[Picture]
-    notes: list[str] = Field([], description="What is worth saying of how the request was understood.")
+    notes: list[str] = Field([], description="Remarks on how the request was understood.")
 
 
 class Tokens(BaseModel):
-    """The answer of `tokenize`."""
+    """The answer to `tokenize`."""
 
     model: str
     tokens: list[list[int]]
 
 
 class ModelCard(BaseModel):
-    """What a model is."""
+    """A model that is served."""
 
     name: str
     image_size: int
     grid_size: int
     num_codes: int
     num_classes: int
-    without_class: bool = Field(description="Whether it can generate without a class, and be guided.")
-    sampler: dict[str, Any] = Field(description="The settings used where a request gives none.")
+    without_class: bool = Field(
+        description="Whether the model can generate without a class, and so be guided."
+    )
+    sampler: dict[str, Any] = Field(description="Default sampler settings.")
 
 
 class Models(BaseModel):
-    """The answer of `models`."""
+    """The answer to `models`."""
 
     models: list[ModelCard]
 
 
 class Classes(BaseModel):
-    """The answer of `classes`."""
+    """The answer to `classes`."""
 
     classes: list[ClassName]
 
 
 class Health(BaseModel):
-    """The answer of `healthz` and `readyz`."""
+    """The answer to `healthz` and `readyz`."""
 
     status: str
 
 
 class Fault(BaseModel):
-    """Why there is no answer."""
+    """What went wrong."""
 
-    type: str = Field(description="A word that programs can go by.")
-    message: str = Field(description="A sentence for people.")
+    type: str = Field(description="Error type, for programs.")
+    message: str = Field(description="What went wrong and what to do, for people.")
 
 
 class ErrorAnswer(BaseModel):
-    """The body of every answer that is an error."""
+    """The body of every error."""
 
     error: Fault

@@ -10,9 +10,9 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from maskgit.apps.cli.flags import Network
 from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.connections import Patient
+from maskgit.apps.serving.options import Network
 from maskgit.apps.serving.service import Service
 from maskgit.errors import ConfigError
 
@@ -38,7 +38,7 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{host}:{port} cannot be listened on ({reason}); choose another --port or --host."
+            f"Cannot listen on {host}:{port} ({reason}); choose another --port or --host."
         ) from error
 
 

@@ -10,64 +10,22 @@ service.close()
 
 import math
 import threading
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from maskgit.apps.cli.flags import Marking
 from maskgit.apps.serving.errors import InvalidRequestError, OverloadedError, UnavailableError
+from maskgit.apps.serving.options import Limits
 from maskgit.apps.serving.request_model import SharedModel
 from maskgit.apps.serving.worker import Stats, Ticket, Worker
-from maskgit.foundation.checks import Config, check_count, check_range
 from maskgit.foundation.forks import resets
 from maskgit.foundation.version import __version__
 from maskgit.pipeline import MaskGIT
 
 T = TypeVar("T")
-MAX_QUEUE = 4096
-MAX_SECONDS = 86_400
 _MAX_RETRY_AFTER = 300
-
-
-@dataclass(frozen=True)
-class Limits(Config):
-    """How much is taken at once, and how much a request may ask for.
-
-    Attributes:
-        queue_size: images that are accepted and not answered yet; a request counts as its images.
-        max_batch: images made together.
-        max_images: images of one request.
-        max_per_client: images that one client has accepted and not answered yet; None is the whole queue.
-        max_steps: steps of one image.
-        max_pixels: pixels of a picture that is sent, and of all pictures in one answer.
-        max_body: bytes of a request.
-        body_seconds: in which a request's body must have arrived.
-        timeout: seconds in which a request must be answered, unless it asks for less.
-    """
-
-    queue_size: int = 64
-    max_batch: int = 16
-    max_images: int = 16
-    max_per_client: int | None = None
-    max_steps: int = 256
-    max_pixels: int = 25_000_000
-    max_body: int = 32 * 2**20
-    body_seconds: float = 30.0
-    timeout: float = 120.0
-
-    def validate(self) -> None:
-        check_count("queue_size", self.queue_size, 1, MAX_QUEUE)
-        check_count("max_batch", self.max_batch, 1, MAX_QUEUE)
-        check_count("max_images", self.max_images, 1, MAX_QUEUE)
-        if self.max_per_client is not None:
-            check_count("max_per_client", self.max_per_client, 1, MAX_QUEUE)
-        check_count("max_steps", self.max_steps, 1, 10_000)
-        check_count("max_pixels", self.max_pixels, 1, 10**9)
-        check_count("max_body", self.max_body, 1, 2**32)
-        check_range("body_seconds", self.body_seconds, 0.01, MAX_SECONDS)
-        check_range("timeout", self.timeout, 0.01, MAX_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -116,17 +74,13 @@ class Service:
         self._pool: ThreadPoolExecutor | None = None
         self._changed = threading.Condition()
         self._draining = False
-        self._images, self._pixels = 0, 0
         self._tickets: set[Ticket] = set()
-        self._clients: Counter[str] = Counter()
         resets(self)
 
     def after_fork(self) -> None:
         """Forget what the parent's threads were about."""
         self._changed = threading.Condition()
         self._pool, self._tickets = None, set()
-        self._images, self._pixels = 0, 0
-        self._clients = Counter()
 
     @property
     def model(self) -> MaskGIT:
@@ -141,7 +95,8 @@ class Service:
     @property
     def num_accepted(self) -> int:
         """Images that are accepted and not answered yet."""
-        return self._images
+        with self._changed:
+            return sum(ticket.images for ticket in self._tickets)
 
     @property
     def ready(self) -> bool:
@@ -173,9 +128,11 @@ class Service:
         work: Callable[[MaskGIT], T],
         *,
         images: int = 1,
+        steps: int = 1,
         pixels: int = 0,
         timeout: float | None = None,
         client: str = "",
+        low: bool = False,
     ) -> Accepted[T]:
         """Accept a request.
 
@@ -183,59 +140,80 @@ class Service:
             work: what it asks of the model, run in a thread of its own; the images that it makes share
                 batches with those of other requests.
             images: how many it makes.
-            pixels: of the pictures that it holds in memory.
+            steps: decoding steps of all its images together.
+            pixels: of the images that it holds in memory.
             timeout: seconds, at most those of the limits.
-            client: who asks, by key or address.
+            client: who asks, by key or address; clients share the batches fairly.
+            low: whether all other requests go first.
 
         Returns:
             The answer to come; its exceptions are those of `work`, and `ServiceError`.
 
         Raises:
             InvalidRequestError: it asks for more than the whole queue.
-            OverloadedError: there is no place; its retry_after says when to come again.
-            UnavailableError: the service is not ready yet, or about to stop.
+            OverloadedError: the queue is full; its retry_after says when to try again.
+            UnavailableError: the service is not ready yet, or is shutting down.
         """
         limits = self.limits
         most = min(limits.queue_size, limits.max_per_client or limits.queue_size)
         if images > most:
             raise InvalidRequestError(
-                f"{images} images are more than the {most} that may be asked for; ask for fewer at a time."
+                f"{images} images are more than the {most} that one client may have in the queue; ask for fewer at a time."
             )
-        ticket = Ticket(min(timeout or limits.timeout, limits.timeout))
+        if steps > limits.queue_steps:
+            raise InvalidRequestError(
+                f"{images} images with {steps:,} decoding steps in total are more than the {limits.queue_steps:,} steps "
+                "that the queue holds; ask for fewer images or steps."
+            )
+        seconds = min(timeout or limits.timeout, limits.timeout)
+        ticket = Ticket(seconds, client=client, images=images, steps=steps, pixels=pixels, low=low)
         with self._changed:
             if not self.ready or self._pool is None:
                 if isinstance(self._worker.failure, UnavailableError):
                     raise self._worker.failure
-                state = "stopping" if self._draining else "not ready yet"
-                raise UnavailableError(f"The server is {state}; send the request to another one, or later.")
-            if self._images + images > limits.queue_size:
-                raise OverloadedError(
-                    f"{self._images} of the queue's {limits.queue_size} places are taken, and {images} more would be needed; "
-                    "come again later.",
-                    self.retry_after(),
-                )
-            # A single large picture is always taken.
-            if self._pixels and self._pixels + pixels > 4 * limits.max_pixels:
-                raise OverloadedError(
-                    f"Pictures of {self._pixels:,} pixels are worked on, and with these there would be more than the "
-                    f"{4 * limits.max_pixels:,} that are held at once; come again later.",
-                    self.retry_after(),
-                )
-            if self._clients[client] + images > most:
-                raise OverloadedError(
-                    f"You have asked for {self._clients[client]} images that are not made yet, and {most} are the "
-                    "limit; wait for them.",
-                    self.retry_after(),
-                )
-            self._clients[client] += images
-            self._images, self._pixels = self._images + images, self._pixels + pixels
+                state = "shutting down" if self._draining else "not ready yet"
+                raise UnavailableError(f"The server is {state}; retry later.")
+            why = self._why_full(ticket, self._tickets)
+            if why is not None:
+                raise OverloadedError(f"{why}; retry later.", self._retry_after(ticket))
             self._tickets.add(ticket)
-            return Accepted(self._pool.submit(self._run, work, ticket, images, pixels, client), ticket)
+            return Accepted(self._pool.submit(self._run, work, ticket), ticket)
 
-    def retry_after(self) -> int:
-        """Return in how many seconds what is accepted will be done, by the speed of late; at least 1."""
-        seconds = self._images * self.stats.seconds_per_image
-        return max(1, min(_MAX_RETRY_AFTER, math.ceil(seconds)))
+    def _why_full(self, new: Ticket, accepted: Iterable[Ticket]) -> str | None:
+        """Return why there is no place for a request beside those that are accepted, or None."""
+        limits, accepted = self.limits, list(accepted)
+        images, pixels = sum(t.images for t in accepted), sum(t.pixels for t in accepted)
+        if images + new.images > limits.queue_size:
+            return f"The queue is full: {images} of {limits.queue_size} images are taken, and this request needs {new.images}"
+        steps = sum(t.steps_left for t in accepted)
+        if steps + new.steps > limits.queue_steps:
+            return (
+                f"The queue is full: {steps:,} of {limits.queue_steps:,} decoding steps are taken, and this request needs "
+                f"{new.steps:,}"
+            )
+        # A single large image is always taken.
+        if pixels and pixels + new.pixels > 4 * limits.max_pixels:
+            return (
+                f"The queue is full: it holds images of {pixels:,} pixels, and with this request's would exceed "
+                f"{4 * limits.max_pixels:,}"
+            )
+        own = sum(t.images for t in accepted if t.requester.client == new.requester.client)
+        if limits.max_per_client is not None and own + new.images > limits.max_per_client:
+            return f"You have {own} unfinished images in the queue, and the limit per client is {limits.max_per_client}"
+        return None
+
+    def _retry_after(self, new: Ticket) -> int:
+        """Return in how many seconds there will be a place for a request, at the recent rate.
+
+        Requests get equal shares, so that those with fewer steps left end first.
+        """
+        left = sorted(self._tickets, key=lambda ticket: ticket.steps_left)
+        made = 0
+        for number, ticket in enumerate(left, 1):
+            made = sum(t.steps_left for t in left[:number]) + len(left[number:]) * ticket.steps_left
+            if self._why_full(new, left[number:]) is None:
+                break
+        return max(1, min(_MAX_RETRY_AFTER, math.ceil(made * self.stats.seconds_per_step)))
 
     def drain(self) -> None:
         """Refuse new requests from now on."""
@@ -245,15 +223,13 @@ class Service:
     def wait_idle(self, seconds: float | None = None) -> bool:
         """Wait until nothing is accepted that is not answered; return whether that is so."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._images, seconds)
+            return self._changed.wait_for(lambda: not self._tickets, seconds)
 
     def cancel_all(self) -> None:
         """Cancel what is accepted."""
         with self._changed:
             for ticket in self._tickets:
-                ticket.cancel(
-                    UnavailableError("The server was told to stop at once; send the request to another one.")
-                )
+                ticket.cancel(UnavailableError("The server was told to stop at once; retry later."))
 
     def close(self, *, finish: bool = True) -> None:
         """End the service.
@@ -268,18 +244,15 @@ class Service:
             self._pool.shutdown()
         self._worker.close()
 
-    def _run(self, work: Callable[[MaskGIT], T], ticket: Ticket, images: int, pixels: int, client: str) -> T:
+    def _run(self, work: Callable[[MaskGIT], T], ticket: Ticket) -> T:
         try:
             ticket.check()
             made = work(SharedModel(self._worker, ticket))
-            self._worker.answered(images)
+            self._worker.answered(ticket)
             return made
         finally:
             # What is left of its work is dropped.
             ticket.cancel()
             with self._changed:
                 self._tickets.discard(ticket)
-                self._images, self._pixels = self._images - images, self._pixels - pixels
-                # Those who have nothing are forgotten.
-                self._clients -= Counter({client: images})
                 self._changed.notify_all()

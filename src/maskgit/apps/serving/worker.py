@@ -3,15 +3,16 @@
 Shapes: as in `maskgit.engine.batching`.
 """
 
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from maskgit.apps.serving.errors import (
 from maskgit.engine.batch_sizes import equal_sizes, ran_out_of_memory
 from maskgit.engine.batching import Batcher, Job, News
 from maskgit.engine.graphs import fixed_sizes
+from maskgit.engine.turns import Requester
 from maskgit.foundation.forks import resets
 from maskgit.pipeline import MaskGIT
 
@@ -34,19 +36,49 @@ log = logging.getLogger(__name__)
 
 # The past counts this much less with each step, when the speed is estimated.
 _FADING = 0.99
+# Steps that tell the speed.
+_TELLING = 4
+_NUMBERS = itertools.count()
 
 
 class Ticket:
     """A request's right to be worked for: it ends at its deadline, or when it is cancelled."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        client: str = "",
+        images: int = 1,
+        steps: int = 1,
+        pixels: int = 0,
+        low: bool = False,
+    ) -> None:
+        """Issue a ticket.
+
+        Args:
+            seconds: to the deadline.
+            client: who asks, by key or address.
+            images, steps, pixels: images to make, decoding steps of all of them, and pixels held in memory.
+            low: whether other requests go first.
+        """
         self.seconds = seconds
+        self.images, self.steps, self.pixels = images, steps, pixels
+        self.made = 0
+        # Seconds that the model's thread gave to its calls.
+        self.called = 0.0
+        self.requester = Requester(client, next(_NUMBERS), low)
         self.deadline = time.monotonic() + seconds
         self._cancelled: ServiceError | None = None
 
     def cancel(self, fault: ServiceError | None = None) -> None:
         """End it, because of a fault if it is not that the client left."""
         self._cancelled = self._cancelled or fault or ClientGoneError("The request was cancelled.")
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that are still to be made; what takes none, or more than was expected, counts as one."""
+        return max(1, self.steps - self.made)
 
     def left(self) -> float:
         """Return the seconds to the deadline, at least 0."""
@@ -55,7 +87,7 @@ class Ticket:
     def late(self) -> DeadlineError:
         """Return the fault of a request that was not done in time."""
         return DeadlineError(
-            f"The request was not done within {self.seconds:g} seconds; ask for less, or allow more time."
+            f"The request was not finished within {self.seconds:g} seconds; ask for less, or allow more time."
         )
 
     def fault(self) -> ServiceError | None:
@@ -78,10 +110,10 @@ class Stats:
     Attributes:
         images, steps, failures: jobs that are finished, steps of the batch, jobs that failed; a job is an image, or a
             window of a larger one.
-        rows: images in the batch now.
-        waiting: images that wait for a place in it.
+        rows: images that are being decoded.
+        waiting: images that have not begun.
         halvings: how often memory ran out.
-        seconds_per_image: of the thread's time, for an image that was asked for, lately.
+        seconds_per_step: recent time of the thread for a step of one image.
     """
 
     images: int = 0
@@ -90,7 +122,7 @@ class Stats:
     rows: int = 0
     waiting: int = 0
     halvings: int = 0
-    seconds_per_image: float = 1.0
+    seconds_per_step: float = 0.1
 
 
 @dataclass(eq=False)
@@ -100,6 +132,32 @@ class _Filling:
     jobs: list[Job]
     ticket: Ticket
     news: "SimpleQueue[News | ServiceError]" = field(default_factory=SimpleQueue)
+
+
+class _Call(NamedTuple):
+    """A function to be run in the model's thread for a request."""
+
+    function: Callable[[], Any]
+    ticket: Ticket
+    done: "Future[Any]"
+
+    def answer(self) -> None:
+        """Run it if its ticket is good, and hand its result or its error over."""
+        fault = self.ticket.fault()
+        if fault is not None:
+            self.done.set_exception(fault)
+            return
+        started = time.perf_counter()
+        try:
+            result = self.function()
+        # It belongs to the thread that called.
+        except Exception as error:
+            if ran_out_of_memory(error):
+                error = FailedError("The server has too little memory for this request; ask for less.")
+            self.done.set_exception(error)
+            return
+        self.ticket.called += time.perf_counter() - started
+        self.done.set_result(result)
 
 
 class Worker:
@@ -119,7 +177,7 @@ class Worker:
         self.failure: Exception | None = None
         self._changed = threading.Condition()
         self._closing = False
-        self._calls: deque[tuple[Callable[[], Any], Ticket, Future[Any]]] = deque()
+        self._calls: deque[_Call] = deque()
         self._fillings: deque[_Filling] = deque()
         self._owners: dict[Job, _Filling] = {}
         self._busy, self._made = 0.0, 0.0
@@ -164,7 +222,7 @@ class Worker:
         done: Future[T] = Future()
         with self._changed:
             self._check_open()
-            self._calls.append((function, ticket, done))
+            self._calls.append(_Call(function, ticket, done))
             self._changed.notify()
         return done.result()
 
@@ -196,7 +254,7 @@ class Worker:
                 raise news
             if news.error is not None:
                 raise FailedError(
-                    "The model failed at this request; the server's log says why."
+                    "The model failed on this request; the server's log says why."
                 ) from news.error
             if told is not None:
                 told(news)
@@ -204,18 +262,23 @@ class Worker:
                 results[news.job] = news
         return [results[job] for job in jobs]
 
-    def answered(self, images: int) -> None:
-        """Hear how many images a request asked for whose answer is ready, to estimate the speed."""
+    def answered(self, ticket: Ticket) -> None:
+        """Hear whose answer is ready, to estimate the speed: a request without steps counts as one."""
+        if not ticket.made:
+            self._count(1)
+
+    def _count(self, steps: int) -> None:
         with self._changed:
-            self._made += images
-            if self._made > 1:
-                self.stats.seconds_per_image = self._busy / self._made
+            self._made += steps
+            # Few steps say little.
+            if self._made >= _TELLING:
+                self.stats.seconds_per_step = self._busy / self._made
 
     def _check_open(self) -> None:
         if isinstance(self.failure, UnavailableError):
             raise self.failure
         if self._closing or self.failure is not None:
-            raise UnavailableError("The server is stopping; send the request to another one.")
+            raise UnavailableError("The server is shutting down; retry later.")
 
     def _run(self) -> None:
         try:
@@ -224,7 +287,7 @@ class Worker:
         except Exception as error:
             if ran_out_of_memory(error):
                 error = FailedError(
-                    f"Memory ran out at batches of {self.batcher.max_batch}; choose a smaller --max-batch."
+                    f"Out of memory with batches of {self.batcher.max_batch}; choose a smaller --max-batch."
                 )
             self.failure = error
             self.ready.set()
@@ -235,8 +298,8 @@ class Worker:
                 self._turn()
             # The batcher has its own answer to whatever fails in the networks: this is a mistake of ours.
             except Exception:
-                log.exception("A step failed; the requests in it are given up.")
-                self._give_up(FailedError("The server failed at this request; its log says why."))
+                log.exception("A step failed; its requests are abandoned.")
+                self._give_up(FailedError("The server failed on this request; its log says why."))
 
     def _wait(self) -> bool:
         """Wait for work; return whether there is any, False at the end."""
@@ -247,7 +310,6 @@ class Worker:
 
     def _warm_up(self) -> None:
         """Run everything once, so that the first request does not pay for it, and find out what is broken."""
-        started = time.perf_counter()
         model, engine = self.model, self.model.engine
         counts: tuple[int, ...] = (1,)
         if engine is not None and (engine.compile or engine.graphs):
@@ -262,35 +324,43 @@ class Worker:
         # The largest first: what is too large is known at once, and the others fit into its memory.
         for count in reversed(counts):
             for config in (own, replace(own, guidance_scale=1.0)):
+                started = time.perf_counter()
                 for index in range(count):
                     self.batcher.add(Job(sequence, config, index=index))
-                self._finish_warm_up()
+                steps = self._finish_warm_up()
+                # The first round pays for what is compiled, and what follows for one image alone.
+                if count == counts[-1]:
+                    self.stats.seconds_per_step = (time.perf_counter() - started) / max(1, steps)
         model.encode_pixels(torch.zeros(1, 3, model.config.image_size, model.config.image_size))
-        self.stats.seconds_per_image = time.perf_counter() - started
 
-    def _finish_warm_up(self) -> None:
+    def _finish_warm_up(self) -> int:
+        """Return how many steps of images were made."""
+        steps = 0
         while len(self.batcher):
-            for news in self.batcher.step():
+            brought = self.batcher.step()
+            steps += len(self.batcher.stepped)
+            for news in brought:
                 if news.error is not None:
                     raise news.error
                 if news.pixels is not None and not news.pixels.isfinite().all():
                     raise FailedError(
-                        "The model makes NaN: its weights, or the type computed in, are broken."
+                        "The model computes NaN: its weights are damaged, or the precision does not suit it."
                     )
+        return steps
 
     def _turn(self) -> None:
         """Run what was called for, and make a step."""
         started = time.perf_counter()
         with self._changed:
-            calls, self._calls = self._calls, deque()
+            calls = self._take_calls()
             fillings, self._fillings = self._fillings, deque()
-        for function, ticket, done in calls:
-            _answer(function, ticket, done)
+        for call in calls:
+            call.answer()
         self._count_halvings()
         for filling in fillings:
             for job in filling.jobs:
                 self._owners[job] = filling
-                self.batcher.add(job)
+                self.batcher.add(job, filling.ticket.requester)
         for filling in set(self._owners.values()):
             fault = filling.ticket.fault()
             if fault is not None:
@@ -302,9 +372,20 @@ class Worker:
             self._made *= _FADING
         self.stats.rows, self.stats.waiting = self.batcher.num_rows, self.batcher.num_waiting
 
+    def _take_calls(self) -> list[_Call]:
+        """Take a call of each client: those of one wait for one another, not for those of all."""
+        taken: dict[Hashable, _Call] = {}
+        for call in self._calls:
+            taken.setdefault(call.ticket.requester.client, call)
+        self._calls = deque(call for call in self._calls if taken[call.ticket.requester.client] is not call)
+        return list(taken.values())
+
     def _step(self) -> None:
         all_news = self.batcher.step()
         stats = self.stats
+        for job in self.batcher.stepped:
+            self._owners[job].ticket.made += 1
+        self._count(len(self.batcher.stepped))
         finished = sum(news.last and news.error is None for news in all_news)
         stats.images, stats.steps = stats.images + finished, stats.steps + 1
         self._count_halvings()
@@ -322,7 +403,7 @@ class Worker:
         if self.batcher.halvings > self.stats.halvings:
             self.stats.halvings = self.batcher.halvings
             log.warning(
-                "Memory ran out: from now on batches have at most %d rows, and %d images are decoded at once.",
+                "Out of memory: from now on, batches have at most %d rows, and %d images are decoded at once.",
                 self.batcher.sizes[-1],
                 self.batcher.decode_size,
             )
@@ -336,18 +417,3 @@ class Worker:
     def _give_up(self, fault: ServiceError) -> None:
         for filling in set(self._owners.values()):
             self._drop(filling, fault)
-
-
-def _answer(function: Callable[[], Any], ticket: Ticket, done: "Future[Any]") -> None:
-    """Run a call whose ticket is good, and hand its result or its error over."""
-    fault = ticket.fault()
-    if fault is not None:
-        done.set_exception(fault)
-        return
-    try:
-        done.set_result(function())
-    # It belongs to the thread that called.
-    except Exception as error:
-        if ran_out_of_memory(error):
-            error = FailedError("The server has not enough memory for this request; make it smaller.")
-        done.set_exception(error)

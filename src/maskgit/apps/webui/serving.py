@@ -6,9 +6,10 @@ from contextlib import closing, suppress
 import uvicorn
 from fastapi import FastAPI
 
-from maskgit.apps.cli.flags import Marking, Model, Network
+from maskgit.apps.cli.flags import Marking, Model
 from maskgit.apps.serving.connections import Patient
 from maskgit.apps.serving.network import place
+from maskgit.apps.serving.options import Network
 from maskgit.apps.webui.page import mount
 from maskgit.errors import ConfigError
 from maskgit.pipeline import MaskGIT
