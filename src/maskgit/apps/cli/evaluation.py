@@ -178,7 +178,7 @@ def stats(
         overwrite: Replace an existing file.
     """
     if out.suffix != ".npz":
-        raise OutputError(f"--out must end in .npz, but is {out}.")
+        raise OutputError(f"--out must end in .npz, but is {out}; choose another name.")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} already exists; choose another name, or add --overwrite.")
     from maskgit.data.picture_sets import open_pictures
