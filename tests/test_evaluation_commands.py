@@ -180,7 +180,7 @@ def test_wrong_places_are_told(place, tmp_path, capsys):
         ((*to_statistics, "--feature-size", 64, *report), "different feature nets"),
         ((*to_statistics, "--reconstruction", *report), "not statistics"),
         ((*to_images, "--reconstruction", "--curve", "steps=1", *report), "--curve applies to samples only"),
-        ((*to_images, "--lpips", "alex", *report), "say --reconstruction"),
+        ((*to_images, "--lpips", "alex", *report), "add --reconstruction"),
         ((*to_statistics, "--labels", "dataset", *report), "give --training-data"),
         ((*to_statistics, "--curve", "stepz=1,2", *report), "Did you mean 'steps'"),
         ((*to_statistics, "--curve", "steps", *report), "takes KEY=A,B"),
