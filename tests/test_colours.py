@@ -236,7 +236,7 @@ def test_a_broken_profile_is_said_and_left_out(profile, reason, tmp_path):
     array = noise(5, 6)
     path = tmp_path / "odd.png"
     Image.fromarray(array).save(path, icc_profile=profile)
-    with pytest.warns(PictureWarning, match=rf"odd\.png .*{reason}.*taken as sRGB"):
+    with pytest.warns(PictureWarning, match=rf"odd\.png .*{reason}.*read as sRGB"):
         assert np.array_equal(read(path), array)
 
 
@@ -252,7 +252,7 @@ def test_colours_that_nobody_knows_are_said():
         seen, notes = said(lambda name=name, body=body: read(with_chunks(plain, (name, body))))
         assert np.array_equal(seen, array)
         assert len(notes) == 1
-        assert "taken as sRGB" in notes[0]
+        assert "read as sRGB" in notes[0]
 
 
 # Large chunks
@@ -359,7 +359,7 @@ def test_data_of_fewer_bits_are_scaled_as_the_file_says(channels, bits):
     seen, notes = said(lambda: read(deep_png(array, (b"sBIT", bytes([bits] * channels)))))
     colours = array[..., : channels - (channels in (2, 4))].astype(float)
     assert np.abs(seen - 255 * colours / top).max() <= 0.5
-    assert any(f"{bits}-bit numbers in 16 bits" in text for text in notes)
+    assert any(f"{bits}-bit values in 16 bits" in text for text in notes)
 
 
 def test_data_that_are_spread_already_are_not_scaled_again():
@@ -379,7 +379,7 @@ def test_dark_data_that_say_nothing_are_taken_at_their_word(channels, tmp_path):
     if channels in (2, 4):
         array[..., -1] = 65_535
     (tmp_path / "scan.png").write_bytes(deep_png(array))
-    with pytest.warns(PictureWarning, match=r"scan\.png end below 4,096, .*taken as 16 bits"):
+    with pytest.warns(PictureWarning, match=r"scan\.png are below 4,096, .*read as 16-bit"):
         assert read(tmp_path / "scan.png").max() <= 16
 
 
@@ -415,7 +415,7 @@ def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(mode, progressive, missi
     data = encoded(image, "JPEG", progressive=progressive, quality=92)
     path = tmp_path / "phone.jpg"
     path.write_bytes(data[:-missing])
-    with pytest.warns(PictureWarning, match=r"phone\.jpg lacks the marker at its end"):
+    with pytest.warns(PictureWarning, match=r"phone\.jpg lacks its end marker"):
         assert np.array_equal(read(path), read(data))
 
 

@@ -50,7 +50,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced_unasked(tmp_path, monkeyp
     for link in (os.link, refuse_links):
         monkeypatch.setattr(os, "link", link)
         with (
-            pytest.raises(OutputError, match="is there already"),
+            pytest.raises(OutputError, match="exists already"),
             replacing(path, overwrite=False) as temporary,
         ):
             temporary.write_bytes(b"ours")

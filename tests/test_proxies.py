@@ -148,7 +148,7 @@ def test_downloads_from_elsewhere_go_through_the_proxy(variable, tmp_path, monke
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "ALL_PROXY", "all_proxy"])
 def test_downloads_name_a_proxy_that_they_cannot_use(variable, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, SOCKS[0])
-    with pytest.raises(DownloadError, match=r"http proxies alone.*HTTPS_PROXY"):
+    with pytest.raises(DownloadError, match=r"only through HTTP proxies.*HTTPS_PROXY"):
         download.fetch("https://models.invalid/model", folder=tmp_path)
 
 

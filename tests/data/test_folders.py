@@ -239,9 +239,7 @@ def test_avif_is_read_where_pillow_can(tmp_path, monkeypatch):
     Image.new("RGB", (SIDE, SIDE), (200, 200, 200)).save(root / "dog" / "2.avif", quality=100)
     assert packed(root, tmp_path / "out") == evaluated(root) == {0: "cat", 1: "dog", 200: "dog"}
     monkeypatch.setattr("PIL.AvifImagePlugin.SUPPORTED", False)
-    with pytest.raises(
-        DataError, match=r"2\.avif is of the format AVIF; to read it, pip install --upgrade pillow"
-    ):
+    with pytest.raises(DataError, match=r"2\.avif is an AVIF file; to read it, pip install --upgrade pillow"):
         pack_images(root, tmp_path / "again", size=SIDE)
 
 
@@ -251,7 +249,7 @@ def test_heic_is_named_with_what_to_install(tmp_path, monkeypatch, brand):
     root = write(tmp_path / "data", "cat/0.png", "dog/1.png")
     (root / "dog" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + b"\0" * 100)
     with pytest.raises(
-        DataError, match=r"1 of the 3 .*IMG_1\.HEIC is of the format HEIC; .* pip install pillow-heif"
+        DataError, match=r"1 of the 3 .*IMG_1\.HEIC is an HEIC file; .* pip install pillow-heif"
     ):
         pack_images(root, tmp_path / "out", size=SIDE)
     assert packed(root, tmp_path / "out", max_bad_share=0.5) == {0: "cat", 1: "dog"}

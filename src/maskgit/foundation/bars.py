@@ -1,4 +1,4 @@
-"""Bars that show how far a work is, on a terminal alone."""
+"""Progress bars, on terminals only."""
 
 import sys
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ from tqdm import tqdm
 
 
 def bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> "tqdm[Any]":
-    """Return a `tqdm` bar that goes to standard error if that is a terminal, and is gone at its end.
+    """Return a `tqdm` bar on standard error, if that is a terminal, which disappears at the end.
 
     Args:
-        iterable: what it counts, if it is to be iterated over.
-        shown: False keeps it off a terminal, too.
-        **options: further ones of `tqdm`.
+        iterable: what to iterate over and count, if anything.
+        shown: False hides it even on a terminal.
+        **options: passed to `tqdm`.
     """
     given: dict[str, Any] = {"leave": False, "disable": None if shown and sys.stderr else True}
     return tqdm(iterable, **given | options)

@@ -1,7 +1,7 @@
-"""What callers give, checked and converted once at the public border.
+"""Arguments from callers, checked and converted once at the public boundary.
 
-Numbers come as Python's, as numpy's and torch's scalars, and as arrays and tensors without dimensions, on any
-device; inside the package they are Python's. True and False are no numbers, and neither is text.
+Numbers may be Python's, NumPy's or torch's scalars, or arrays and tensors without dimensions, on any device; inside the
+package they are Python's. Booleans and strings are not numbers.
 """
 
 import dataclasses
@@ -14,21 +14,21 @@ from typing import Any, Self
 
 from maskgit.errors import ConfigError, unknown_name
 
-# Seeds are below.
+# Seeds are below this.
 NUM_SEEDS = 2**64
 
 
 def plain(value: Any) -> Any:
-    """Return a value with the numbers in it as Python's: a scalar, or a list, tuple or dict of such.
+    """Return a value with all numbers in it as Python's: a scalar, or a list, tuple or dict of scalars.
 
-    Arrays and tensors become lists of their rows. Whatever else there is stays as it is.
+    Arrays and tensors become nested lists. Anything else stays as it is.
     """
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         made = [plain(item) for item in value]
         return made if isinstance(value, list) else tuple(made)
-    # What numpy and torch have in common; neither is imported for this.
+    # Common to NumPy and torch, neither of which is imported for this.
     if isinstance(getattr(value, "shape", None), tuple) and hasattr(value, "tolist"):
         return value.tolist()
     return value
@@ -38,7 +38,7 @@ def check_whole(name: str, value: Any) -> int:
     """Return a whole number of any integer type as an int.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a whole number.
     """
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, numbers.Integral):
@@ -47,10 +47,10 @@ def check_whole(name: str, value: Any) -> int:
 
 
 def check_number(name: str, value: Any) -> float:
-    """Return a number of any real type: an int as an int, anything else as a float, of the same value.
+    """Return a number of any real type: an integer as an int, anything else as a float.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a number.
     """
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
@@ -59,7 +59,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Return True or False of any such type as a bool.
+    """Return a boolean of any type as a bool.
 
     Raises:
         ConfigError: it is neither.
@@ -74,7 +74,7 @@ def check_range(name: str, value: Any, low: float, high: float) -> float:
     """Return a number as `check_number` does.
 
     Raises:
-        ConfigError: it is none, or not between low and high (which a NaN never is).
+        ConfigError: it is not a number between low and high; NaN never is.
     """
     number = check_number(name, value)
     if not low <= number <= high:
@@ -86,7 +86,7 @@ def check_count(name: str, value: Any, low: int, high: int) -> int:
     """Return a whole number as `check_whole` does.
 
     Raises:
-        ConfigError: it is none, or not between low and high.
+        ConfigError: it is not a whole number between low and high.
     """
     number = check_whole(name, value)
     check_range(name, number, low, high)
@@ -97,7 +97,7 @@ def check_seed(value: Any) -> int:
     """Return a seed, in [0, 2⁶⁴), as an int.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is out of range or not a whole number.
     """
     return check_count("seed", value, 0, NUM_SEEDS - 1)
 
@@ -110,10 +110,10 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def _converted(name: str, value: Any, expected: Any) -> Any:
-    """Return a field's value in its type.
+    """Return a field's value converted to its type.
 
     Raises:
-        ConfigError: it is of another one.
+        ConfigError: it cannot be converted.
     """
     origin = typing.get_origin(expected)
     if origin in (typing.Union, types.UnionType):
@@ -144,7 +144,7 @@ _NUMBERS: dict[Any, Callable[[str, Any], Any]] = {int: check_whole, float: check
 
 @dataclass(frozen=True)
 class Config:
-    """The base of all configs: types are checked when one is made, and JSON goes both ways."""
+    """The base of all configs: types are checked on construction, and configs convert to and from JSON."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -153,7 +153,7 @@ class Config:
         self.validate()
 
     def validate(self) -> None:
-        """Raise a `ConfigError` if values are out of range or do not fit together."""
+        """Raise a `ConfigError` if values are out of range or inconsistent."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON values."""

@@ -1,4 +1,4 @@
-"""Compiled functions that say so when they are compiled no more."""
+"""Compiled functions that warn when they stop being compiled."""
 
 import copy
 import warnings
@@ -16,15 +16,15 @@ LIMIT = (
 class Compiled:
     """A function or a network's forward, compiled by `torch.compile` as one graph.
 
-    Dynamo compiles a function anew for other shapes, types and networks, up to a limit, beyond which it would run the
-    plain function without a word. Here that, and what cannot be compiled, is told by a warning.
+    Dynamo recompiles a function for other shapes, dtypes and networks up to a limit, beyond which it silently runs the
+    plain function. This class warns about that, and about functions that cannot be compiled.
     """
 
     def __init__(self, plain: Callable[..., Any], **options: Any) -> None:
-        """Describe it; nothing is compiled before the first call.
+        """Wrap a function; nothing is compiled before the first call.
 
         Args:
-            plain: what is compiled.
+            plain: the function.
             **options: as for `torch.compile`.
         """
         self.plain = plain
@@ -38,12 +38,12 @@ class Compiled:
         try:
             return self._compiled(*args, **kwargs)
         except Exception as error:
-            # None of these is promised by torch.
+            # torch promises none of these names.
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             full = type(error).__name__ == "FailOnRecompileLimitHit"
             reason = LIMIT if full else " ".join(str(error).split())[:200]
-        # What is wrong with its arguments, it says itself.
+        # If its arguments are wrong, this raises the error.
         made = self.plain(*args, **kwargs)
         self.stopped = True
         name = getattr(self.plain, "__qualname__", type(self.plain).__name__)

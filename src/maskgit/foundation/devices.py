@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from maskgit.errors import ConfigError, unknown_name
 from maskgit.foundation.forks import check_process
 
-# What callers name them by.
+# How callers name them.
 Device = str | int | torch.device
 Dtype = str | torch.dtype | np.dtype | type[np.generic]
 
@@ -28,7 +28,7 @@ DTYPES = {
 
 
 def is_dtype(value: object) -> TypeGuard[Dtype]:
-    """Return whether a value names a type, which then need not be one that networks compute in."""
+    """Return whether a value names any dtype, whether or not networks compute in it."""
     if isinstance(value, str):
         return isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
     return isinstance(value, torch.dtype | np.dtype) or (
@@ -37,17 +37,17 @@ def is_dtype(value: object) -> TypeGuard[Dtype]:
 
 
 def choose_dtype(value: Any) -> torch.dtype | None:
-    """Return the type that a caller names.
+    """Return the dtype that a caller names.
 
     Args:
-        value: a `torch.dtype`, numpy's, or a name in `DTYPES`, with or without "torch." before it. None and "auto"
-            leave the choice to what is done with it.
+        value: a `torch.dtype` or a NumPy one, or a name in `DTYPES`, with or without "torch." before it. None and
+            "auto" leave the choice to the caller.
 
     Returns:
-        The type, or None for no choice.
+        The dtype, or None if the choice is left open.
 
     Raises:
-        ConfigError: it is none that networks compute in.
+        ConfigError: networks do not compute in it.
     """
     if value is None or (isinstance(value, str) and value == "auto"):
         return None
@@ -60,18 +60,18 @@ def choose_dtype(value: Any) -> torch.dtype | None:
     if name in DTYPES:
         return DTYPES[name]
     if is_dtype(name):
-        raise ConfigError(f"Networks compute in floating point, in {', '.join(DTYPES)}, but not in {name}.")
+        raise ConfigError(f"Networks compute in {', '.join(DTYPES)}, not in {name}.")
     raise unknown_name("dtype", name, ("auto", *DTYPES))
 
 
 def choose_device(name: Device = "auto") -> torch.device:
-    """Return the device of a name, after checking that it is there.
+    """Return the named device, after checking that it is available.
 
     Args:
         name: "auto" (CUDA, else MPS, else the CPU), or what `torch.device` takes, such as "cuda:1" or 0.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: the device is not available.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -104,7 +104,7 @@ def own_device(name: Device = "auto") -> torch.device:
         name: as for `choose_device`.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: the device is not available.
     """
     chosen = choose_device(name)
     if chosen.type != "cuda":
@@ -128,19 +128,19 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def copies_aside(device: torch.device) -> bool:
-    """Return whether a device copies to and from pinned memory while the host goes on.
+    """Return whether a device copies to and from pinned memory asynchronously.
 
-    MPS shares the host's memory and has little to gain; what it does aside could be read too early.
+    MPS shares the host's memory and would gain little, and an asynchronous result could be read too early.
     """
     return device.type not in ("cpu", "mps")
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Bring a tensor to a device without waiting for what that is busy with.
+    """Copy a tensor to a device without waiting for the device's pending work.
 
     Args:
-        tensor: where it is. What lies in pinned memory already is not copied twice.
-        device: where to.
+        tensor: on any device. Pinned memory is not copied twice.
+        device: the destination.
     """
     if not copies_aside(device):
         return tensor.to(device)
@@ -148,10 +148,10 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Landing:
-    """Tensors on their way to the CPU, behind all that their device was asked for before."""
+    """Tensors on their way to the CPU, queued after their device's pending work."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        """Send them off.
+        """Start the copies.
 
         Args:
             tensors: on one device.
@@ -163,16 +163,16 @@ class Landing:
         if aside:
             module: Any = torch.get_device_module(device)
             self._event = module.Event()
-            # The stream of their own device, which need not be the current one.
+            # Their own device's stream; that device need not be the current one.
             self._event.record(module.current_stream(device))
 
     @property
     def landed(self) -> bool:
-        """Whether they are there."""
+        """Whether the copies are complete."""
         return self._event is None or self._event.query()
 
     def wait(self) -> list[Tensor]:
-        """Return them on the CPU, once they are there."""
+        """Wait for the copies and return them, on the CPU."""
         if self._event is not None:
             self._event.synchronize()
         return self._parts
@@ -180,7 +180,7 @@ class Landing:
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Let networks be built on the meta device: nothing is allocated, and no initial weights are drawn."""
+    """Build networks on the meta device: nothing is allocated, and no initial weights are drawn."""
     with torch.device("meta"), _NoDraws():
         yield
 
@@ -189,7 +189,7 @@ _DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
 
 class _NoDraws(TorchFunctionMode):
-    """Skips random initialization, for which torch would load its compiler on the meta device, for 0.7 s."""
+    """Skips random initialization, for which torch would load its compiler on the meta device, in 0.7 s."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

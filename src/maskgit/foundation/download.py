@@ -1,4 +1,4 @@
-"""Fetching files by URL into a cache: resumed when cut off, checked against what came the first time."""
+"""Downloads into a cache: resumed when interrupted, and verified against the checksum of the first download."""
 
 import hashlib
 import http.client
@@ -28,7 +28,7 @@ def cache_dir() -> Path:
     """Return the cache: $MASKGIT_CACHE, or `maskgit` in the user's cache folder.
 
     Raises:
-        OutputError: the user has no home, and no variable names a folder.
+        OutputError: the user has no home folder, and no environment variable names a cache.
     """
     named = os.environ.get("MASKGIT_CACHE")
     if named:
@@ -38,36 +38,37 @@ def cache_dir() -> Path:
         return (Path(base) if base else Path.home() / ".cache") / "maskgit"
     except RuntimeError as error:
         raise OutputError(
-            "This user has no home folder for the cache; name a folder that can be written with the environment "
-            "variable MASKGIT_CACHE."
+            "This user has no home folder for the cache; set the environment variable MASKGIT_CACHE to a writable "
+            "folder."
         ) from error
 
 
 @contextmanager
 def naming_the_cache() -> Iterator[None]:
-    """Say of what cannot be written in the cache which variable moves it."""
+    """Add to errors about the cache which environment variable moves it."""
     try:
         yield
     except OutputError as error:
-        raise OutputError(f"{error} The environment variable MASKGIT_CACHE names the cache.") from error
+        raise OutputError(
+            f"{error} Set the environment variable MASKGIT_CACHE to use another cache folder."
+        ) from error
 
 
 def fetch(url: str, *, folder: Path | None = None) -> Path:
     """Return the local copy of a URL, downloading it the first time.
 
-    A download that was cut off goes on where it stopped. The file's SHA-256 is recorded on first use and
-    compared whenever the file is fetched or used again. One process downloads while others that want the same
-    file wait for it.
+    An interrupted download is resumed. The file's SHA-256 is recorded the first time and compared whenever the file
+    is fetched or used again. While one process downloads, others that want the same file wait.
 
     Args:
         url: https, or http to this machine.
-        folder: where files are kept; None is `downloads` in the cache.
+        folder: where files are kept; None means `downloads` in the cache.
 
     Returns:
         The file's path.
 
     Raises:
-        DownloadError: the URL cannot be reached or is refused, or its content is not what it was before.
+        DownloadError: the URL cannot be reached or is refused, or its content has changed.
         OutputError: the cache cannot be written, or the disk is full.
     """
     _check_url(url)
@@ -77,7 +78,7 @@ def fetch(url: str, *, folder: Path | None = None) -> Path:
             return fetch(url, folder=folder)
     path = cached(url, folder)
     record = _record(path)
-    # What is whole is only read, so that it may lie where nothing can be written.
+    # A complete file is only read, so that the cache may be read-only.
     if not (path.exists() and record.exists()):
         with _lock(path, f"the download of {url}"):
             if not path.exists():
@@ -89,8 +90,8 @@ def fetch(url: str, *, folder: Path | None = None) -> Path:
         with _lock(path, f"the download of {url}"):
             path.unlink(missing_ok=True)
         raise DownloadError(
-            f"{url} is not what was fetched before (SHA-256 {digest}, recorded {known}), so it was thrown away. "
-            f"If the change is meant, delete {record} and try again."
+            f"{url} is not the file that was downloaded before (SHA-256 {digest}, recorded {known}), and was deleted. "
+            f"If the change is intended, delete {record} and try again."
         )
     return path
 
@@ -142,11 +143,11 @@ def _check_url(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
     local = is_loopback(parts.hostname or "")
     if not (parts.scheme == "https" or (parts.scheme == "http" and local)):
-        raise DownloadError(f"{url} is refused: only https URLs are fetched.")
+        raise DownloadError(f"{url} is refused: only https URLs are allowed.")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to URLs that could have been asked for."""
+    """Follows redirects only to URLs that are allowed themselves."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         _check_url(newurl)
@@ -154,7 +155,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Proxies(urllib.request.ProxyHandler):
-    """Sends each request, redirected ones too, through the proxy for its URL, if there is one."""
+    """Sends each request, including redirects, through the proxy for its URL, if there is one."""
 
     def __init__(self) -> None:
         super().__init__(dict.fromkeys(("http", "https"), ""))
@@ -168,7 +169,7 @@ class _Proxies(urllib.request.ProxyHandler):
             return None
         if urllib.parse.urlsplit(proxy).scheme not in ("http", "https"):
             raise DownloadError(
-                "Files are downloaded through http proxies alone, but the environment names another kind for "
+                "Files are downloaded only through HTTP proxies, but the environment names another kind for "
                 f"{req.type} URLs; set {req.type.upper()}_PROXY=http://HOST:PORT, or add the host to NO_PROXY."
             )
         return super().proxy_open(req, proxy, type)
@@ -182,34 +183,34 @@ def _download(url: str, path: Path) -> None:
         try:
             total = _transfer(url, partial, start)
         except _NoRestError:
-            # Nothing is left to send, or the file has become another: begin anew, and let the checksum decide.
+            # Nothing is left to send, or the file has changed: start again, and let the checksum decide.
             partial.unlink(missing_ok=True)
             total = _transfer(url, partial, 0)
         if total is not None and partial.stat().st_size != total:
-            raise DownloadError(f"{url} was cut off; run the same command again to go on.")
+            raise DownloadError(f"{url} was interrupted; run the same command again to resume.")
         os.replace(partial, path)
     except urllib.error.HTTPError as error:
-        raise DownloadError(f"{url} answered {error.code} {error.reason}; try again later.") from error
+        raise DownloadError(f"{url} responded with {error.code} {error.reason}; try again later.") from error
     except DownloadError:
         raise
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise DownloadError(
-            f"{url} cannot be reached ({reason}); run the same command again to go on."
+            f"{url} cannot be reached ({reason}); run the same command again to resume."
         ) from error
     except OSError as error:
         raise output_error(path, error) from error
 
 
 class _NoRestError(Exception):
-    """The server does not send the rest of a file that was begun."""
+    """The server does not send the rest of a partly downloaded file."""
 
 
 def _transfer(url: str, partial: Path, start: int) -> int | None:
-    """Append what is missing to `partial`; return the whole file's size if the server tells it.
+    """Append what is missing to `partial`; return the size of the whole file if the server gives it.
 
     Raises:
-        _NoRestError: a part is there, and the server does not send what follows it.
+        _NoRestError: part of the file is there, and the server does not send the rest.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "maskgit"})
     if start:
@@ -222,22 +223,20 @@ def _transfer(url: str, partial: Path, start: int) -> int | None:
             raise _NoRestError from error
         raise
     with answer:
-        if answer.status != 206:  # the server sends it all, whatever was asked
+        if answer.status != 206:  # the server sends the whole file regardless
             start = 0
         elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
             if start:
                 raise _NoRestError
-            raise DownloadError(
-                f"{url} answered with a part of the file where all was asked for; try again later."
-            )
+            raise DownloadError(f"{url} responded with only part of the file; try again later.")
         length = answer.headers.get("Content-Length") or ""
         total = start + int(length) if re.fullmatch("[0-9]{1,18}", length) else None
         free = shutil.disk_usage(partial.parent).free
         if total is not None and total > MAX_BYTES:
-            raise DownloadError(f"{url} has {total} bytes, more than the {MAX_BYTES} that are allowed.")
+            raise DownloadError(f"{url} has {total} bytes, more than the limit of {MAX_BYTES}.")
         if total is not None and total - start > free:
             raise DownloadError(
-                f"{url} needs {total - start} bytes in {partial.parent}, where {free} are free."
+                f"{url} needs {total - start} bytes in {partial.parent}, where only {free} are free."
             )
         with (
             partial.open("ab" if start else "wb") as file,
@@ -247,5 +246,5 @@ def _transfer(url: str, partial: Path, start: int) -> int | None:
                 file.write(piece)
                 shown.update(len(piece))
                 if file.tell() > MAX_BYTES:
-                    raise DownloadError(f"{url} sends more than the {MAX_BYTES} bytes that are allowed.")
+                    raise DownloadError(f"{url} sends more than the limit of {MAX_BYTES} bytes.")
     return total

@@ -30,11 +30,11 @@ def write_bytes(path: str | Path, data: bytes, *, overwrite: bool = True) -> Non
 
 @contextmanager
 def replacing(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Give a temporary path beside `path`, and move it there once the block has ended well.
+    """Yield a temporary path beside `path`, and move the file there once the block has ended without an error.
 
     Args:
-        path: the file to write; ~ is the user's home, and of a symbolic link it is what the link points to.
-        overwrite: whether a file that is there may be replaced, also one that appears during the block.
+        path: the file to write; ~ is the user's home, and a symbolic link is followed to its target.
+        overwrite: whether a file that is there may be replaced, including one that appears during the block.
 
     Raises:
         OutputError: the folder cannot be made or written, the disk is full, or the file is there and may not be
@@ -45,8 +45,8 @@ def replacing(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         name = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
-        # Made with the permissions that any new file gets here, which tempfile's lack. The umask itself cannot be
-        # read without changing it for all threads.
+        # Created with the permissions of any new file, unlike tempfile's. The umask itself cannot be read without
+        # changing it for all threads.
         os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         temporary = name
         yield temporary
@@ -62,18 +62,18 @@ def replacing(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _place(temporary: Path, path: Path) -> None:
-    """Give a file its name unless that is taken, in one step where the file system can."""
+    """Rename a file unless the name is taken, atomically where the file system can."""
     try:
         os.link(temporary, path)
     except FileExistsError as error:
         raise OutputError(
-            f"{path} is there already; choose another name or allow it to be overwritten."
+            f"{path} exists already; choose another name or allow it to be overwritten."
         ) from error
     except OSError:
         # Some file systems have no hard links.
         if path.exists():
             raise OutputError(
-                f"{path} is there already; choose another name or allow it to be overwritten."
+                f"{path} exists already; choose another name or allow it to be overwritten."
             ) from None
         os.replace(temporary, path)
 
@@ -87,13 +87,13 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 
 def expand_argument(argument: str) -> str:
-    """Return a command line's argument with the ~ of a path replaced, as in --out=~/frogs, which shells leave."""
+    """Return a command-line argument with the ~ of a path expanded, as in --out=~/frogs, which shells leave alone."""
     flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return f"{flag}{equals}{expand(value)}" if value == "~" or value.startswith("~/") else argument
 
 
 def destination(path: str | Path) -> Path:
-    """Return where something that is to replace `path` goes: ~ is the user's home, and links are followed."""
+    """Return the path that a replacement of `path` is written to: ~ is expanded and a symbolic link is followed."""
     path = expand(path)
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
@@ -231,12 +231,12 @@ def _check_replaceable(path: Path, names: tuple[str, ...], overwrite: bool) -> s
         named = foreign[0] if foreign else sorted(held)[0]
         raise OutputError(f"{path} holds {named}, which is not part of a model; choose another folder.")
     if held and not overwrite:
-        raise OutputError(f"{path} is there already; choose another folder, or say --overwrite.")
+        raise OutputError(f"{path} exists already; choose another folder, or add --overwrite.")
     return held
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make a folder, and a file in it that is gone again, so that long work is not done for nothing.
+    """Check that a folder can be made and written to, before long work begins.
 
     Raises:
         OutputError: it cannot be made or written.
@@ -251,7 +251,7 @@ def check_writable(folder: str | Path) -> None:
 
 
 def output_error(path: str | Path, error: OSError) -> OutputError:
-    """Return the error that tells a user why `path` cannot be written."""
+    """Return an error that tells the user why `path` cannot be written."""
     if isinstance(error, OutputError):
         return error
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

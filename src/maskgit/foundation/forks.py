@@ -1,11 +1,11 @@
-"""What is put right when a process forks: threads do not come along, and a lock that one of them held stays held.
+"""Repairs after a fork: threads do not survive it, and a lock that one of them held stays held.
 
-A parallel region of GNU OpenMP, which torch's CPU builds use, waits in a forked child for the threads that its
-parent had, for ever. They are given back before a fork, and both processes start new ones when they need them;
-where the runtime cannot do so, the child computes in one thread. CUDA cannot be mended, and is refused.
+In a forked child, a parallel region of GNU OpenMP, which torch's CPU builds use, would wait forever for the threads of
+its parent. They are released before a fork, and both processes start new ones when they need them; where the runtime
+cannot do so, the child computes in one thread. CUDA cannot be repaired, and is refused.
 
-Importing this module is enough for that; an object that has locks, threads or connections of its own asks for
-more by `resets`.
+Importing this module is enough for that; an object that has locks, threads or connections of its own registers with
+`resets`.
 """
 
 import ctypes
@@ -24,10 +24,10 @@ _PAUSE_HARD = 2
 
 
 class AfterFork(Protocol):
-    """What has something to put right."""
+    """An object with something to repair."""
 
     def after_fork(self) -> None:
-        """Put it right, in the child, in which only this thread runs."""
+        """Repair it, in the child, where only this thread runs."""
         ...
 
 
@@ -40,11 +40,11 @@ def resets(thing: AfterFork) -> None:
 
 
 def give_back_threads() -> bool:
-    """Give back the threads that GNU OpenMP keeps for this one, and return whether a child could compute.
+    """Release the threads that GNU OpenMP keeps for this one, and return whether a forked child could compute.
 
-    LLVM's and Intel's runtimes see to forks themselves.
+    LLVM's and Intel's runtimes handle forks themselves.
     """
-    # torch loads its runtime for the whole process.
+    # torch loads its OpenMP runtime for the whole process.
     library: Any = ctypes.CDLL(None)
     if not hasattr(library, "GOMP_parallel") or hasattr(library, "kmp_set_defaults"):
         return True
@@ -57,7 +57,7 @@ def check_process(device: "torch.device") -> None:
     """Raise a `ConfigError` if a device was used before this process was forked, and cannot be used in it."""
     if device.type == "cuda" and _cuda_stayed_behind:
         raise ConfigError(
-            "CUDA was used before this process was forked, and cannot be used in it; start processes by "
+            "CUDA was used before this process was forked, and cannot be used in it; start processes with "
             'multiprocessing\'s method "spawn", or load the model after the fork.'
         )
 

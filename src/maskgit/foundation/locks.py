@@ -1,4 +1,4 @@
-"""Files by which processes, and threads, keep out of each other's way."""
+"""Lock files, by which processes and threads exclude each other."""
 
 import json
 import logging
@@ -44,12 +44,12 @@ def waits_for(what: str) -> Busy:
 def locked(path: Path, busy: Busy) -> Iterator[None]:
     """Hold a lock during the block, waiting until whoever holds it lets go.
 
-    What is done under a lock may have been done while it was waited for, so the block looks again. The lock is
-    the operating system's: one whose process was killed is free. A file system that knows no locks gives none.
+    The work may have been done by someone else while this process waited, so the block should check again. The lock
+    is the operating system's: it is freed when its process is killed. File systems without locks exclude nobody.
 
     Args:
-        path: the lock's file, beside what it guards; its folder is made if needed, and it is gone afterwards.
-        busy: called once, with the holder in words, if the lock is held; it may raise rather than wait.
+        path: the lock's file, beside what it guards; its folder is made if needed, and the file is removed afterwards.
+        busy: called once with a description of the holder if the lock is held; it may raise an error rather than wait.
 
     Raises:
         OutputError: the file cannot be made.
@@ -68,7 +68,7 @@ def locked(path: Path, busy: Busy) -> Iterator[None]:
 
 
 def _library_lock(path: Path, busy: Busy) -> Any:
-    # Comes with torch; where there is `fcntl` we do without, for it does not tell who holds a lock.
+    # A dependency of torch. Not used where there is `fcntl`, because it does not tell who holds a lock.
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
@@ -81,7 +81,7 @@ def _library_lock(path: Path, busy: Busy) -> Any:
 
 
 class _Flock:
-    """A file with `flock`, which names its holder and is removed at the end."""
+    """A lock file that names its holder and is removed at the end."""
 
     def __init__(self, path: Path, busy: Busy) -> None:
         self._path = path
@@ -94,7 +94,7 @@ class _Flock:
                         told = True
                         busy(_holder(path))
                     fcntl.flock(handle, fcntl.LOCK_EX)
-                # The former holder removed its file, and a newer one may stand there.
+                # The previous holder removed its file, and there may be a new one.
                 if _is_at(handle, path):
                     break
             except BaseException:
@@ -120,7 +120,7 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, flags, 0o666)
     except PermissionError:
-        # Another user's, which can be waited for all the same.
+        # Another user's, which can still be waited for.
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
@@ -146,6 +146,6 @@ def _holder(path: Path) -> str:
     try:
         about = json.loads(path.read_text("utf-8"))
         return f"process {int(about['process'])} on {about['host']!s:.80}"
-    # Just being written or removed, or another's.
+    # It is just being written or removed, or is another user's.
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

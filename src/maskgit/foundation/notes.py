@@ -1,4 +1,4 @@
-"""What is worth saying and no error: how a picture was understood, or a hint at a likely mistake."""
+"""Notes to the user that are not errors: how an image was interpreted, or a hint at a likely mistake."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,14 +9,14 @@ _listener: ContextVar[Callable[[str], object] | None] = ContextVar("maskgit_note
 
 
 class PictureWarning(UserWarning):
-    """A picture was understood in a way that its owner should know of."""
+    """An image was interpreted in a way that its owner should know about."""
 
 
 def note(text: str) -> None:
-    """Say a sentence to whoever listens in this thread or task, or else as a `PictureWarning`."""
+    """Pass a sentence to the listener of this thread or task, or else issue a `PictureWarning`."""
     told = _listener.get()
     if told is None:
-        # Of the caller of the function that found it out, as far as one number can say.
+        # Attributed to the caller of the function that calls `note`, as far as one number can.
         warnings.warn(text, PictureWarning, stacklevel=3)
     else:
         told(text)
@@ -24,7 +24,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def listening(told: Callable[[str], object]) -> Iterator[None]:
-    """Call `told` with every note of this thread or task, in place of a warning, until the block ends."""
+    """Call `told` with every note of this thread or task, instead of a warning, until the block ends."""
     token = _listener.set(told)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Float32 that stays whole on a GPU, whatever the process has set.
+"""Float32 without TensorFloat-32 on a GPU, whatever the settings of the process.
 
-A GPU may round the inputs of float32 products to TensorFloat-32, which keeps 10 of their 23 bits: torch lets it do so
-in convolutions unless it is told otherwise, and in matrix products where it is told to. Codes and logits then differ
-from other machines'.
+A GPU may round the inputs of float32 products to TensorFloat-32, which keeps 10 of their 23 mantissa bits. In torch this
+is on by default for convolutions and off by default for matrix products. With it, codes and logits differ from those of
+other machines.
 
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, TensorFloat-32.
 """
@@ -22,11 +22,11 @@ from maskgit.foundation.compiled import is_compiled
 
 @contextmanager
 def whole_float32(device: torch.device, network: nn.Module | None = None) -> Iterator[None]:
-    """Keep float32 whole in what this thread computes on a device by a network, unless that is compiled.
+    """Compute in full float32 in this thread, unless the network is compiled.
 
-    Convolutions are told one by one, so that no other thread notices. Matrix products can be told for the whole
-    process alone: that is done only where the process has allowed TensorFloat-32 for them, and taken back when the
-    last thread leaves.
+    Convolutions are switched one by one, so that no other thread is affected. Matrix products can only be switched for
+    the whole process: that is done if the process allows TensorFloat-32 for them, and undone when the last thread
+    leaves.
     """
     if device.type != "cuda" or (network is not None and is_compiled(network)):
         yield

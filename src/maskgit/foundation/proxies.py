@@ -1,7 +1,7 @@
-"""Which proxy a request goes through, as the environment says: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY.
+"""The proxy for a request, from the environment: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY.
 
-The names may be written in small letters, which win, as in other programs. One rule is ours: what this machine
-says to itself never leaves it.
+Lower-case names are accepted and take precedence, as in other programs. In addition, requests to this machine itself never
+use a proxy.
 """
 
 import ipaddress
@@ -15,7 +15,7 @@ _SOCKS_PACKAGE = "socksio"
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host is this machine itself, however it is written; no name is looked up."""
+    """Return whether a host is this machine itself, in any notation; no name is resolved."""
     host = host.strip("[]").rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -32,10 +32,10 @@ def proxy_for(url: str) -> str | None:
     """Return the URL of the proxy for a request, or None for none.
 
     Args:
-        url: what is asked for, with a scheme and a host.
+        url: the request's, with a scheme and a host.
 
     Raises:
-        ConfigError: the environment names a proxy that is not one.
+        ConfigError: the environment names a proxy that cannot be parsed.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -55,21 +55,21 @@ def proxy_for(url: str) -> str | None:
     except ValueError:
         readable = False
     if not readable:
-        # What the variable holds may be a password.
+        # The value may contain a password.
         raise ConfigError(
-            f"The proxy for {parts.scheme} URLs (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY) cannot be read; write it like "
+            f"The proxy for {parts.scheme} URLs (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY) cannot be parsed; write it like "
             "http://proxy.example:3128, or add the host to NO_PROXY."
         )
     return proxy
 
 
 def missing_socks(error: ImportError) -> ConfigError | None:
-    """Return what to do about an import that failed only because a SOCKS proxy is set; None if it is another."""
+    """Return what to do about an import that failed only because a SOCKS proxy is set; None for other imports."""
     if _SOCKS_PACKAGE not in str(error):
         return None
     return ConfigError(
         f"The environment names a SOCKS proxy, which needs the package {_SOCKS_PACKAGE}: install it with "
-        "pip install 'httpx[socks]', or unset ALL_PROXY, HTTP_PROXY and HTTPS_PROXY (in small letters, too)."
+        "pip install 'httpx[socks]', or unset ALL_PROXY, HTTP_PROXY and HTTPS_PROXY (also in lower case)."
     )
 
 
@@ -86,7 +86,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _in_network(host: str, proxies: dict[str, str]) -> bool:
-    """Return whether NO_PROXY names a network, such as 10.0.0.0/8, that holds the host, or the host in brackets."""
+    """Return whether NO_PROXY names a network that contains the host, such as 10.0.0.0/8, or the host in brackets."""
     address = _address(host)
     for entry in proxies.get("no", "").replace(",", " ").split():
         try:

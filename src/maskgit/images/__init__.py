@@ -1,4 +1,4 @@
-"""Images: untrusted files, arrays, sheets; the only owner of ranges, sizes and file formats."""
+"""Images: untrusted files, arrays, contact sheets. All ranges, sizes and file formats are handled here."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when first used, so that files are read without torch.
+    # Loaded on first use, so that files can be read without torch.
     if name not in __all__:
         raise AttributeError(f"module 'maskgit.images' has no attribute {name!r}")
     import importlib

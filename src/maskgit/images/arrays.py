@@ -1,4 +1,4 @@
-"""Files, PIL pictures and arrays ↔ float (B, 3, H, W) in [0, 1]: the only owner of ranges, sizes and formats.
+"""Conversion between files, PIL pictures, arrays and float (B, 3, H, W) in [0, 1]; contact sheets.
 
 Shapes: B batch, H × W pixels, C channels; rows from the top, columns from the left, colours red, green, blue.
 Tensors are sRGB: a picture in other colours is converted (see `profiles`).
@@ -24,13 +24,13 @@ from maskgit.images.reading import MAX_PIXELS, Source, decoding, opened, to_rgb
 
 
 def to_array(image: Tensor) -> np.ndarray:
-    """Turn one picture's tensor into an array that `to_tensor` takes, channels last.
+    """Convert the tensor of one picture to an array that `to_tensor` accepts, channels last.
 
     Args:
-        image: (H, W), (C, H, W) or (1, C, H, W), of a type and range that `to_tensor` allows, or bfloat16.
+        image: (H, W), (C, H, W) or (1, C, H, W), of a dtype and range that `to_tensor` accepts, or bfloat16.
 
     Returns:
-        (H, W) or (H, W, C), floats as float32; another shape is left to `to_tensor` to refuse.
+        (H, W) or (H, W, C), floats as float32; other shapes are left for `to_tensor` to refuse.
     """
     image = image.detach().cpu()
     if image.ndim == 4:
@@ -41,21 +41,21 @@ def to_array(image: Tensor) -> np.ndarray:
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
-    """Turn one picture into a tensor.
+    """Convert one picture to a tensor.
 
     Args:
-        image: a PIL image of any mode, taken as its pixels lie, or an array (H, W) or (H, W, C) with C = 1
-            (grey), 3 (RGB) or 4 (RGB and alpha, laid over white): uint8 in [0, 255], uint16 in [0, 65535] or
+        image: a PIL image of any mode, whose orientation is not applied, or an array (H, W) or (H, W, C) with C = 1
+            (grey), 3 (RGB) or 4 (RGB and alpha, composited over white): uint8 in [0, 255], uint16 in [0, 65535] or
             float in [0, 1].
 
     Returns:
         float32 (1, 3, H, W), RGB in [0, 1].
 
     Raises:
-        ImageError: the type, shape or range is another one.
+        ImageError: the dtype, shape or range is not supported.
     """
     if isinstance(image, Image.Image):
-        # An image that was opened elsewhere may not have been read from its file yet.
+        # An image opened by the caller may not have been read from its file yet.
         with decoding("The image"):
             values = np.asarray(to_rgb(image)).astype(np.float32) / 255
     elif isinstance(image, np.ndarray):
@@ -75,8 +75,8 @@ def _from_array(array: np.ndarray) -> np.ndarray:
         values = array.astype(np.float32)
         if not (values.min() >= 0 and values.max() <= 1):
             raise ImageError(
-                f"A float array must be within [0, 1], but runs from {values.min()} to {values.max()}; "
-                "divide or clip it first."
+                f"A float array must be within [0, 1], but ranges from {values.min()} to {values.max()}; "
+                "scale or clip it first."
             )
     else:
         raise ImageError(f"An array must be of type uint8, uint16 or float, but is {array.dtype}.")
@@ -91,13 +91,13 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """Round images to 8 bits.
 
     Args:
-        images: float (B, 3, H, W), RGB nominally in [0, 1]; what lies outside is clamped.
+        images: float (B, 3, H, W), RGB, nominally in [0, 1]; other values are clamped.
 
     Returns:
         uint8 (B, H, W, 3), the nearest of 256 levels.
 
     Raises:
-        ImageError: the shape or type is another one, or a value is NaN or infinite.
+        ImageError: the shape or dtype is wrong, or a value is NaN or infinite.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ImageError(
@@ -107,13 +107,13 @@ def to_uint8(images: Tensor) -> np.ndarray:
     images = images.detach().float()
     if not images.isfinite().all():
         raise ImageError(
-            "Images hold NaN or infinite values: the weights, or the type computed in, are broken."
+            "Images hold NaN or infinite values: the weights are broken, or their dtype is too narrow."
         )
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Turn images into PIL ones of mode RGB.
+    """Convert images to PIL images of mode RGB.
 
     Args:
         images: as in `to_uint8`.
@@ -128,14 +128,13 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """Cut the largest central square out of a picture and resize it.
+    """Crop the largest central square of a picture and resize it.
 
-    A picture that is square already comes out as the official `read_image_from_url` makes it; that function
-    stretches the others.
+    For square pictures this matches the official `read_image_from_url`, which stretches all others.
 
     Args:
         image: a PIL image of any mode.
-        size: pixels a side.
+        size: pixels per side.
 
     Returns:
         A PIL image of mode RGB, size × size, resized with Pillow's antialiased bicubic filter.
@@ -147,7 +146,7 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     """
     size = check_count("size", size, 1, 65_536)
     side = min(image.size)
-    # Whole pixels, so that a picture which only needs cutting is not blurred.
+    # Whole pixels, so that a picture that only needs cropping is not blurred.
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -162,7 +161,7 @@ def save_png(
     mark: bool = True,
     sign: Sign | None = None,
 ) -> None:
-    """Write a PNG, whole or not at all, with the settings that made it.
+    """Write a PNG with the settings that made it; the file appears whole or not at all.
 
     Args:
         path: a name that ends in .png; missing folders are made.
@@ -172,42 +171,42 @@ def save_png(
         mark, sign: as for `encode`.
 
     Raises:
-        ConfigError: the settings are no JSON values, or too long.
+        ConfigError: the settings are not JSON values, or are too long.
         OutputError: the file cannot be written, or exists and may not be replaced.
     """
     path = files.expand(path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give the name of a file in it, such as {path / 'image.png'}.")
     if path.suffix.lower() != ".png":
-        raise OutputError(f"{path} must end in .png, the only format that pictures are written in.")
+        raise OutputError(f"{path} must end in .png, the only format that is written.")
     if not overwrite and path.exists():
         raise OutputError(f"{path} exists already; choose another name or allow it to be overwritten.")
     files.write_bytes(path, encode(image, settings=settings, mark=mark, sign=sign), overwrite=overwrite)
 
 
 def read_settings(source: Source) -> dict[str, Any]:
-    """Return the settings that `save_png` stored in a picture; its pixels are not decoded.
+    """Return the settings that `save_png` stored in a picture, without decoding its pixels.
 
     Args:
         source: as in `read_image`.
 
     Returns:
-        JSON values, which are whatever the file's author put there: check them before use.
+        JSON values from whoever wrote the file: check them before use.
 
     Raises:
-        ImageError: there are none, or the file cannot be read.
+        ImageError: the file has none, or cannot be read.
     """
     with opened(source, MAX_PIXELS) as (name, image):
         text = image.info.get(SETTINGS_KEY)
         if not isinstance(image, PngImageFile) or not isinstance(text, str):
-            raise ImageError(f"{name} holds no settings; only PNG files that maskgit wrote do.")
+            raise ImageError(f"{name} holds no settings; only PNG files written by maskgit do.")
         return files.parse_json(
             text, f"{name}: the text of its settings", ImageError, limit=MAX_SETTINGS_CHARS
         )
 
 
 def overlay_mask(image: Tensor, token_mask: Tensor) -> Image.Image:
-    """Show where an image's tokens are masked, as a red tint.
+    """Tint an image red where its tokens are masked.
 
     Args:
         image: float (1, 3, H, W) in [0, 1].
@@ -217,7 +216,7 @@ def overlay_mask(image: Tensor, token_mask: Tensor) -> Image.Image:
         A PIL image of mode RGB, W × H.
 
     Raises:
-        ImageError: a shape is another one.
+        ImageError: a shape is wrong.
     """
     picture = to_uint8(image)[0]
     height, width = picture.shape[:2]
@@ -229,7 +228,7 @@ def overlay_mask(image: Tensor, token_mask: Tensor) -> Image.Image:
     ):
         raise ImageError(
             f"A mask of shape {tuple(token_mask.shape)} does not fit images of shape {tuple(image.shape)}; "
-            "one image is shown, whose sides are multiples of the mask's."
+            "give one image, whose sides are multiples of the mask's."
         )
     rows, columns = token_mask.shape
     mask = token_mask.cpu().numpy().repeat(height // rows, 0).repeat(width // columns, 1)
@@ -252,18 +251,18 @@ def contact_sheet(
     """Lay images out in a grid on white, row by row.
 
     Args:
-        images: float (B, 3, H, W) in [0, 1], or PIL images; smaller ones stand in the middle of their cell. If
-            these say what they are (`maskgit.images.provenance`), so does the sheet.
-        columns: images a row; None makes the sheet nearly square.
+        images: float (B, 3, H, W) in [0, 1], or PIL images, centred in their cells. The sheet takes their source type
+            (`maskgit.images.provenance`).
+        columns: images per row; None makes the sheet nearly square.
         padding: white pixels around each image.
-        captions: a line under each image, cut to its width; None for no captions.
-        scale: how many times each pixel is repeated; None enlarges small images to 128 pixels a side or more.
+        captions: a line under each image, truncated to its width; None for no captions.
+        scale: how many times each pixel is repeated; None enlarges small images to at least 128 pixels per side.
 
     Returns:
         A PIL image of mode RGB.
 
     Raises:
-        ConfigError: a setting is out of range, or the captions are not as many as the images.
+        ConfigError: a setting is out of range, or the numbers of captions and images differ.
         ImageError: there are no images, or the sheet would have more than 100 million pixels.
     """
     source = None if isinstance(images, Tensor) else source_of(images)
@@ -285,8 +284,7 @@ def contact_sheet(
     size = (columns * step_x + padding, math.ceil(len(pictures) / columns) * step_y + padding)
     if size[0] * size[1] > MAX_PIXELS:
         raise ImageError(
-            f"The sheet would have {size[0]} × {size[1]} pixels, more than {MAX_PIXELS:,}; "
-            "lay out fewer images."
+            f"The sheet would have {size[0]} × {size[1]} pixels, more than {MAX_PIXELS:,}; use fewer images."
         )
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
@@ -306,14 +304,14 @@ def contact_sheet(
 
 
 def _columns(count: int) -> int:
-    # A full grid where one is at most three times as wide as high, else the least square that holds them.
+    # A full grid if one is at most three times as wide as high, else the smallest square that fits.
     side = math.isqrt(count - 1) + 1
     full = [c for c in range(side, count + 1) if count % c == 0 and c * c <= 3 * count]
     return full[0] if full else side
 
 
 def shorten(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
-    """Return text on one line that is at most `width` pixels wide in a font, cut with "…" where it must be."""
+    """Return text on one line, truncated with "…" to at most `width` pixels in a font."""
     text = " ".join(text.split())
     if draw.textlength(text, font) <= width:
         return text

@@ -1,4 +1,4 @@
-"""Pictures as files' bytes, with all that is known of them: settings, metadata, and what they are."""
+"""Encoding pictures as files with their settings, metadata and provenance."""
 
 import io
 import json
@@ -24,27 +24,27 @@ def encode(
     mark: bool = True,
     sign: Sign | None = None,
 ) -> bytes:
-    """Return a picture as a file's bytes, with what is known of it.
+    """Return a picture as the bytes of a file, with its metadata.
 
-    Its `info` may hold an "icc_profile", "exif" and "xmp", as a photo's does that was edited, and what the
-    picture is (`KEY`), as those of `Output.to_pil` do.
+    Its `info` may hold an "icc_profile", "exif" and "xmp", as an edited photo's does, and its source type
+    (`maskgit.images.provenance.KEY`), as the images from `Output.to_pil` do.
 
     Args:
-        image: a PIL image of any mode, written as RGB, or as RGBA if it is that; a JPEG shows transparency over
-            white.
+        image: a PIL image of any mode, written as RGB, or as RGBA if its mode is RGBA; in a JPEG, transparency is
+            composited over white.
         form: png, jpeg or webp.
-        settings: JSON values, which a PNG holds as `save_png` says.
-        mark: whether to say in XMP what the picture is, and this tool's name.
-        sign: makes a signed file of the file, if the picture says what it is.
+        settings: JSON values, stored in a PNG as by `save_png`.
+        mark: whether to write the source type and this tool's name to XMP.
+        sign: signs the file, if the picture has a source type.
 
     Raises:
-        ConfigError: the settings are no JSON values, or too long.
-        OutputError: files of this kind cannot be so large, or the file cannot be signed.
+        ConfigError: the settings are not JSON values, or are too long.
+        OutputError: the picture is too large for this format, or the file cannot be signed.
     """
     if max(image.size) > _SIDES[form]:
         raise OutputError(
-            f"The picture has {image.width} × {image.height} pixels, but a {form} has at most {_SIDES[form]:,} a "
-            "side; ask for png."
+            f"The picture has {image.width} × {image.height} pixels, but {form} allows at most {_SIDES[form]:,} per "
+            "side; use png."
         )
     source = image.info.get(KEY)
     picture = keep_alpha(image)
@@ -73,19 +73,19 @@ def encode(
 
 
 _QUALITY = {"jpeg": 95, "webp": 90}
-# Pixels: what libjpeg and libwebp write.
+# Pixels per side that libjpeg and libwebp can write.
 _SIDES = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
-# Bytes of one segment of a JPEG, without its length and the name of XMP.
+# Bytes in one segment of a JPEG, without its length and the XMP identifier.
 _SEGMENT, _XMP_SEGMENT = 65_533, 65_533 - 29
 
 
 def _fit_segments(known: dict[str, bytes], source: str | None) -> None:
-    """Make metadata fit into a JPEG, whose segments are short."""
+    """Drop metadata that do not fit into a segment of a JPEG."""
     if len(known.get("exif", b"")) > _SEGMENT:
-        note("The picture's EXIF metadata are too long for a JPEG, and are left out.")
+        note("The picture's EXIF metadata are too long for a JPEG and are left out.")
         del known["exif"]
     if len(known.get("xmp", b"")) > _XMP_SEGMENT:
-        note("The picture's XMP metadata are too long for a JPEG, and are left out.")
+        note("The picture's XMP metadata are too long for a JPEG and are left out.")
         known["xmp"] = b"" if source is None else packet(source)
 
 

@@ -1,4 +1,4 @@
-"""JPEG files that lack their end: which of them hold their whole picture all the same."""
+"""JPEG files without an end marker: which of them still hold the whole picture."""
 
 import io
 import re
@@ -6,15 +6,15 @@ import re
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-# Bytes; such a file is read once more, whole, and larger ones are refused.
+# Bytes; such a file is read again as a whole, and larger ones are refused.
 MAX_JPEG = 2**28
 
 
 def without_end(image: JpegImageFile) -> Image.Image | None:
-    """Return a JPEG that lacks its end marker alone, or None if some of its picture is missing, too."""
+    """Return a JPEG that lacks only its end marker, or None if part of its picture is missing as well."""
     file = image.fp
     if file is None:
-        # It was read to its end, and something in it is wrong.
+        # It was read to its end, so something else is wrong with it.
         return None
     file.seek(0)
     data = file.read(MAX_JPEG + 1)
@@ -23,7 +23,7 @@ def without_end(image: JpegImageFile) -> Image.Image | None:
     # The last byte may be the first half of the marker.
     data = data.removesuffix(b"\xff")
     end = b"\xff\xd9"
-    # Whatever stands after a whole picture, no pixel changes; where data are missing, these are taken for them.
+    # Bytes after a complete picture change no pixel; where data are missing, they are decoded in their place.
     readings = []
     for filler in (b"", b"\x55" * 256, b"\xaa" * 256):
         with JpegImageFile(io.BytesIO(data + filler + end)) as reading:
@@ -55,7 +55,7 @@ def _all_scans(data: bytes) -> bool:
             for i in range(segment[0]):
                 for coefficient in range(first, min(last, 63) + 1) if progressive else range(64):
                     found[segment[1 + 2 * i], coefficient] = bits & 15 if progressive else 0
-            # The scan's own data end at the next marker.
+            # The scan's data end at the next marker.
             following = _MARKER.search(data, place)
             place = following.start() if following else len(data)
     return bool(wanted) and all(found.get((c, k)) == 0 for c in wanted for k in range(64))

@@ -1,4 +1,4 @@
-"""What PNG files say that Pillow does not pass on, and what in them would stop it though nothing is wrong.
+"""Information in PNG files that Pillow does not expose, and harmless contents that would make it fail.
 
 Source: W3C, Portable Network Graphics (PNG) Specification, third edition.
 """
@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 from maskgit.foundation.notes import note
 from maskgit.images.profiles import MAX_PROFILE
 
-# Texts that somebody reads, and how long they may be; Pillow refuses a file for any packed one that is longer.
+# Text chunks that are used, and their maximum length; Pillow refuses a file with any compressed text that is longer.
 TEXTS = (b"maskgit", b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif")
 MAX_TEXT = 2**20
 _END = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
@@ -24,12 +24,12 @@ _CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
 
 
 class Facts(NamedTuple):
-    """What a PNG file says beside its pixels.
+    """What a PNG file holds besides its pixels.
 
     Attributes:
         profile: its ICC profile, or None.
-        bits: significant bits of each channel, grey or red, green and blue, then alpha, or None.
-        code_points: of its colours (ITU-T H.273): primaries, transfer function, or None.
+        bits: the significant bits of each channel (grey, or red, green and blue, then alpha), or None.
+        code_points: its colour primaries and transfer function (ITU-T H.273), or None.
     """
 
     profile: bytes | None = None
@@ -38,7 +38,7 @@ class Facts(NamedTuple):
 
 
 class _Parts(io.RawIOBase):
-    """Parts of a file, one after the other, as a file of its own."""
+    """Spans of a file, concatenated and read as a file."""
 
     def __init__(self, file: BinaryIO, spans: list[tuple[int, int]], tail: bytes) -> None:
         self._file, self._spans, self._tail = file, spans, tail
@@ -74,9 +74,9 @@ class _Parts(io.RawIOBase):
 
 
 def readable_png(file: BinaryIO, name: str) -> tuple[BinaryIO, Facts]:
-    """Return a PNG file as Pillow can read it, and what it says.
+    """Return a PNG file in a form that Pillow can read, and the facts in it.
 
-    Texts that nobody asks for and profiles are left out of it; an end marker that is missing is put in.
+    Unused text chunks and the profile are left out; a missing end marker is added.
 
     Args:
         file: at its start.
@@ -107,11 +107,11 @@ def readable_png(file: BinaryIO, name: str) -> tuple[BinaryIO, Facts]:
     if b"IEND" not in seen:
         rest = file.seek(0, io.SEEK_END) - stop
         if b"IDAT" in seen and rest < 12:
-            note(f"{name} lacks the marker at its end; its picture is whole.")
+            note(f"{name} lacks its end marker, but the picture is complete.")
             tail = _END
         else:
             _extend(spans, stop, stop + rest)
-    # Before the pixels, where Pillow reads them with the header.
+    # Texts go before the pixels, where Pillow reads them with the header.
     header = spans[0][0], min(spans[0][1], 33)
     spans = [header, *texts.values(), (header[1], spans[0][1]), *spans[1:]]
     file.seek(0)
@@ -119,7 +119,7 @@ def readable_png(file: BinaryIO, name: str) -> tuple[BinaryIO, Facts]:
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Give each whole chunk's kind, and where its data begin and how long they are, up to the end marker."""
+    """Yield the type, start and length of each complete chunk, up to the end marker."""
     size = file.seek(0, io.SEEK_END)
     place = 8
     while True:
@@ -151,7 +151,7 @@ def _read(file: BinaryIO, start: int, length: int, limit: int) -> bytes | None:
 
 
 def _wanted(file: BinaryIO, kind: bytes, start: int, length: int) -> bytes | None:
-    """Return a text's key if somebody reads it and it is not too long."""
+    """Return a text chunk's key if it is used and not too long."""
     data = _read(file, start, length, 2 * MAX_TEXT)
     if data is None:
         return None
@@ -169,7 +169,7 @@ def _wanted(file: BinaryIO, kind: bytes, start: int, length: int) -> bytes | Non
 
 
 def _inflated(packed: bytes, limit: int) -> bytes | None:
-    """Return what is packed, or None if it is damaged or longer than the limit."""
+    """Return the decompressed data, or None if they are damaged or longer than the limit."""
     inflating = zlib.decompressobj()
     try:
         data = inflating.decompress(packed, limit + 1)
@@ -182,24 +182,24 @@ def _profile(chunk: bytes | None, name: str) -> bytes | None:
     packed = (chunk or b"").partition(b"\0")[2][1:]
     profile = _inflated(packed, MAX_PROFILE) if packed else None
     if not profile:
-        note(f"{name} has a damaged or very large colour profile; its colours are taken as sRGB.")
+        note(f"{name} has a damaged or very large colour profile; its colours are read as sRGB.")
     return profile
 
 
 def is_deep(image: ImageFile.ImageFile) -> bool:
-    """Return whether a PNG that is not decoded yet has 16 bits a channel and more than grey."""
+    """Return whether an undecoded PNG has 16 bits per channel and is not plain grey."""
     return bool(image.tile) and str(image.tile[0].args) in _LOW
 
 
-# What Pillow is told to take the lower instead of the upper bytes: of grey with alpha, all four.
+# Raw modes with which Pillow reads the lower instead of the upper bytes; for grey with alpha, all four.
 _LOW = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "RGBA"}
 
 
 def deep_numbers(image: PngImageFile) -> np.ndarray:
-    """Return a PNG's 16-bit numbers, uint16 (H, W, 2, 3 or 4), of which Pillow gives the upper 8 bits.
+    """Return a PNG's 16-bit values, uint16 (H, W, 2, 3 or 4), of which Pillow reads only the upper 8 bits.
 
     Args:
-        image: not decoded yet, 16 bits a channel; see `is_deep`. It can be decoded afterwards.
+        image: undecoded, with 16 bits per channel; see `is_deep`. It can be decoded afterwards.
     """
     assert image.fp is not None
     layout = str(image.tile[0].args)

@@ -1,7 +1,7 @@
-"""What a picture's numbers mean as colours: ICC profiles, PNG's colour chunks, EXIF's colour space.
+"""Colour spaces of pictures: ICC profiles, PNG's colour chunks, EXIF's colour space.
 
-The model knows sRGB alone. Colours are converted relative to white, with black laid on black (relative
-colorimetric with black point compensation), in both directions: what lies in both spaces comes back.
+The model works in sRGB. Colours are converted with relative colorimetric intent and black point compensation in both
+directions, so colours that exist in both spaces survive a round trip.
 Sources: ICC.1:2022; W3C PNG, third edition, §11.3.2; ITU-T H.273; DCF 2.0; IEC 61966-2-1.
 """
 
@@ -17,10 +17,9 @@ from PIL import ExifTags, Image, ImageCms
 
 from maskgit.foundation.notes import note
 
-# Bytes; the largest that cameras, scanners and printers come with have some three million.
+# Bytes; the largest profiles of cameras, scanners and printers have about three million.
 MAX_PROFILE = 2**23
-# Levels of 255 by which a profile may differ from sRGB and be it all the same: variants of sRGB differ by
-# rounding.
+# Levels (of 255) by which a profile may differ from sRGB and still count as sRGB: its variants differ by rounding.
 SAME = 2
 
 # x and y of red, green, blue and white.
@@ -35,10 +34,10 @@ _SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
 _BT709_CURVE = (1 / 0.45, 1 / 1.099, 0.099 / 1.099, 1 / 4.5, 0.081)
 _TRANSFERS = {1: _BT709_CURVE, 4: (2.2,), 6: _BT709_CURVE, 8: (1.0,), 13: _SRGB_CURVE, 14: _BT709_CURVE}
 _ADOBE_GAMMA = 563 / 256
-# Gammas within so much of 1 / 2.2 stand for sRGB's curve, as libpng takes them: programs of before 1997 and
-# many of today write nothing better.
+# A gamma this close to 1 / 2.2 is read as sRGB's curve, as in libpng: old programs, and many current ones, write
+# nothing more precise.
 _GAMMA_THRESHOLD = 0.05
-# What modes hold that are no RGB; their profiles come before all else.
+# Modes that are not RGB; their profiles take precedence.
 _INKS = {"CMYK": "CMYK", "LAB": "Lab"}
 
 
@@ -47,27 +46,27 @@ class BrokenError(Exception):
 
 
 def profile_of(image: Image.Image, mode: str, name: str) -> bytes | None:
-    """Return the ICC profile of a picture's numbers, None for sRGB or where nothing is said.
+    """Return a picture's ICC profile; None for sRGB, or if the picture does not specify its colours.
 
     Args:
         image: its `info` may hold "icc_profile", PNG's "code_points", "srgb", "gamma" and "chromaticity".
-        mode: RGB, L, CMYK or LAB, of its numbers.
-        name: for notes, where what is said cannot be understood.
+        mode: the mode of its pixels: RGB, L, CMYK or LAB.
+        name: for notes about colour information that cannot be used.
 
     Returns:
-        Of grey, an RGB profile in which equal red, green and blue look as that grey does.
+        For grey, an RGB profile in which equal red, green and blue look like that grey.
     """
     try:
         profile = _said(image, mode)
         if profile is None:
             return None
         if mode in _INKS:
-            # It is tried here, where what is wrong can be said.
+            # Tried here, where an error can be reported.
             _converters(profile, mode)
             return profile
         return None if _is_srgb(profile) else profile
     except BrokenError as error:
-        note(f"{name} {error}; its colours are taken as sRGB.")
+        note(f"{name} {error}; its colours are read as sRGB.")
         return None
 
 
@@ -79,7 +78,7 @@ def _said(image: Image.Image, mode: str) -> bytes | None:
         if primaries and curve:
             return matrix_profile(primaries, curve)
         raise BrokenError(
-            f"is in colours that are not known here (primaries {points[0]}, transfer {points[1]})"
+            f"uses colours that are not supported (primaries {points[0]}, transfer {points[1]})"
         )
     icc = info.get("icc_profile")
     if isinstance(icc, bytes) and icc:
@@ -94,13 +93,13 @@ def _said(image: Image.Image, mode: str) -> bytes | None:
 
 
 def _checked(icc: bytes, mode: str) -> bytes:
-    """Return a profile that fits a mode; of grey, turned into one of RGB."""
+    """Return a profile that fits a mode; a grey one is converted to RGB."""
     if len(icc) > MAX_PROFILE:
         raise BrokenError(f"has a colour profile of {len(icc):,} bytes, above {MAX_PROFILE:,}")
     space, wanted = icc[16:20].decode("latin-1").strip(), _INKS.get(mode, "RGB")
     if mode == "L" and space == "GRAY":
         return _grey_as_rgb(icc)
-    # Grey with a profile of colours is a mistake that many programs make, and no doubt of what is meant.
+    # Grey with an RGB profile is a mistake that many programs make; the meaning is clear.
     if space != wanted:
         raise BrokenError(f"has a colour profile for {space!r:.10}, though its pixels are {mode}")
     return icc
@@ -134,7 +133,7 @@ def _from_chunks(gamma: Any, chromaticity: Any) -> bytes | None:
 
 
 def _exif_says_adobe(image: Image.Image) -> bool:
-    """Return whether EXIF says Adobe RGB: by its colour space, or as cameras do, by interoperability."""
+    """Return whether EXIF specifies Adobe RGB, by its colour space or, as cameras do, its interoperability index."""
     if "exif" not in image.info:
         return False
     try:
@@ -143,20 +142,20 @@ def _exif_says_adobe(image: Image.Image) -> bool:
         space = taken.get(ExifTags.Base.ColorSpace)
         has_index = ExifTags.IFD.Interop in taken
         index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) if has_index else None
-    # Broken metadata say nothing.
+    # The metadata are broken.
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, struct.error):
         return False
     return space == 2 or (space != 1 and isinstance(index, str) and index.strip("\0 ") == "R03")
 
 
 class _Converters(NamedTuple):
-    """Transforms between a profile and sRGB; `back` is None where the profile is for reading alone."""
+    """Transforms between a profile and sRGB; `back` is None if the profile can only be converted from."""
 
     forth: ImageCms.ImageCmsTransform
     back: ImageCms.ImageCmsTransform | None
 
 
-# Few, since a transform of a profile with tables has some megabytes, and its key up to eight.
+# Few, because a transform of a profile with tables takes some megabytes, and its key up to eight.
 @lru_cache(maxsize=8)
 def _converters(icc: bytes, mode: str) -> _Converters:
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
@@ -167,7 +166,7 @@ def _converters(icc: bytes, mode: str) -> _Converters:
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
         raise BrokenError("has a broken colour profile") from error
     except ImportError as error:
-        raise BrokenError("has a colour profile, which this Pillow was built without a reader of") from error
+        raise BrokenError("has a colour profile, which this build of Pillow cannot read") from error
     try:
         back = ImageCms.buildTransform(srgb, own, "RGB", mode, relative, flags)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -197,7 +196,7 @@ def _apply(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.I
 
 
 def can_be_written(icc: bytes) -> bool:
-    """Return whether colours can be brought into a profile of `profile_of`, and not only out of it."""
+    """Return whether colours can be converted to a profile from `profile_of`, and not only from it."""
     return _converters(icc, "RGB").back is not None
 
 
@@ -206,10 +205,10 @@ def to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
 
     Args:
         image: mode RGB, RGBA, CMYK or LAB.
-        icc: of its numbers, as `profile_of` returns it; None leaves it as it is.
+        icc: its profile, as `profile_of` returns it; None leaves the picture as it is.
 
     Returns:
-        RGB, or RGBA with the alpha as it was.
+        RGB, or RGBA with unchanged alpha.
     """
     if icc is None:
         return image
@@ -252,7 +251,7 @@ def matrix_profile(
         name: what the profile is called.
 
     Raises:
-        BrokenError: the primaries span no colours.
+        BrokenError: the primaries do not span a colour space.
     """
     matrix, adapted = _matrix(primaries)
     if isinstance(curve, tuple):
@@ -277,11 +276,11 @@ def _matrix(primaries: tuple[tuple[float, ...], ...]) -> tuple[np.ndarray, np.nd
         matrix = columns[:, :3] * np.linalg.solve(columns[:, :3], white)
         cones = (_BRADFORD @ _D50) / (_BRADFORD @ white)
     except (ZeroDivisionError, ValueError, np.linalg.LinAlgError) as error:
-        raise BrokenError("names primary colours that span no space") from error
+        raise BrokenError("names primary colours that do not span a colour space") from error
     adapted = np.linalg.inv(_BRADFORD) @ (cones[:, None] * _BRADFORD)
     matrix = adapted @ matrix
     if not (np.isfinite(matrix).all() and np.abs(matrix).max() < 100 and np.linalg.det(matrix) > 1e-3):
-        raise BrokenError("names primary colours that span no space")
+        raise BrokenError("names primary colours that do not span a colour space")
     return matrix, adapted
 
 
@@ -307,7 +306,7 @@ def _assembled(tags: Mapping[bytes, bytes]) -> bytes:
     start = 132 + 12 * len(tags)
     places: dict[bytes, int] = {}
     for tag, value in tags.items():
-        # What is equal stands there once.
+        # Equal values are stored once.
         if value not in places:
             places[value] = start + len(data)
             data += value + bytes(-len(value) % 4)

@@ -1,4 +1,4 @@
-"""What a file says of where its picture comes from: IPTC's digital source type and this tool's name, in XMP.
+"""Provenance metadata: IPTC's digital source type and this tool's name, in XMP.
 
 Sources: IPTC Photo Metadata Standard 2025.1, Digital Source Type; ISO 16684-1 (XMP) and XMP Specification
 part 3, for the place in each kind of file.
@@ -16,28 +16,28 @@ from maskgit.foundation.notes import note
 from maskgit.foundation.version import __version__
 
 _SCHEME = "http://cv.iptc.org/newscodes/digitalsourcetype/"
-# A picture that the model made, and one that it made a part of or began from.
+# A picture made by the model, and one made from a photo.
 GENERATED: Final = _SCHEME + "trainedAlgorithmicMedia"
 EDITED: Final = _SCHEME + "compositeWithTrainedAlgorithmicMedia"
-# Where a PIL image's `info` says which of them it is; writers go by it.
+# The key in a PIL image's `info` that holds one of them, for writers.
 KEY = "digital_source_type"
-# Makes a signed file of a file: its bytes, its media type, and `GENERATED` or `EDITED`.
+# Signs a file, given its bytes, its media type, and `GENERATED` or `EDITED`.
 Sign = Callable[[bytes, str, str], bytes]
 TOOL = f"maskgit {__version__}"
 
-# Bytes of XMP that are read, and marks in it: what is parsed takes some hundred times as much memory.
+# Limits on bytes of XMP and on markup in it: parsed XMP takes about a hundred times as much memory.
 MAX_XMP, MAX_PARTS = 2**20, 50_000
 
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _XMP = "http://ns.adobe.com/xap/1.0/"
 _IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 _OURS = ((_IPTC, "DigitalSourceType"), (_XMP, "CreatorTool"))
-# What is not true any more of a photo that was turned upright and edited; small copies show what is gone.
+# Properties that are no longer true of a photo that was turned upright and edited; thumbnails show the original.
 _STALE = (("http://ns.adobe.com/tiff/1.0/", "Orientation"), (_XMP, "Thumbnails"))
 
 
 def say(pictures: Iterable[Image.Image], source: str | None) -> None:
-    """Let pictures say what they are.
+    """Mark pictures with their source type.
 
     Args:
         source: `GENERATED` or `EDITED`; None changes nothing.
@@ -48,18 +48,17 @@ def say(pictures: Iterable[Image.Image], source: str | None) -> None:
 
 
 def source_of(pictures: Sequence[Image.Image]) -> str | None:
-    """Return what a picture made of several is: edited if one is, or else generated if one is, or else None."""
+    """Return the source type of a picture composed of several: edited if any is, else generated if any is, else None."""
     said = {picture.info.get(KEY) for picture in pictures}
     return EDITED if EDITED in said else GENERATED if GENERATED in said else None
 
 
 def packet(source: str, own: bytes | None = None) -> bytes:
-    """Return XMP that says what a picture is and which tool made it.
+    """Return XMP with a picture's source type and the tool that made it.
 
     Args:
         source: `GENERATED` or `EDITED`.
-        own: the XMP that the picture had, kept beside it. Where that cannot be read, or is too large, it is left
-            out, which a note says.
+        own: the picture's own XMP, which is kept. If it cannot be read or is too large, it is dropped, with a note.
     """
     if own:
         try:
@@ -75,9 +74,9 @@ def packet(source: str, own: bytes | None = None) -> bytes:
 
 
 def refreshed(own: bytes) -> bytes:
-    """Return a photo's XMP without what is not true of it any more once it is read upright, to be edited.
+    """Return a photo's XMP without properties that no longer hold once the photo is turned upright and edited.
 
-    XMP that cannot be read comes back as none, which a note says.
+    XMP that cannot be read becomes empty, with a note.
     """
     if not any(name.encode() in own for _, name in _STALE):
         return own
@@ -103,10 +102,10 @@ def _attributes(source: str) -> str:
 
 def _merged(own: bytes, source: str) -> bytes:
     document, root = _parsed(own)
-    # All descriptions are of one thing, and so is ours.
+    # All descriptions are about the same resource, and so is ours.
     about = _remove(root, _OURS)
     added = document.createElementNS(_RDF, "rdf:Description")
-    # In a file that calls the name spaces otherwise, ours are named on the spot.
+    # The file may use other prefixes, so ours are declared here.
     for name, value in (
         ("xmlns:rdf", _RDF),
         ("rdf:about", about),
@@ -125,11 +124,11 @@ def _parsed(own: bytes) -> tuple[minidom.Document, minidom.Element]:
     if len(own) > MAX_XMP:
         raise _UnreadableError(f"have {len(own):,} bytes, above {MAX_XMP:,}")
     try:
-        # The standard allows UTF-8 alone in files of these kinds. Some end in the zero of C's strings.
+        # The standard allows only UTF-8 in these file formats. Some packets end with a C string's zero.
         text = own.rstrip(b"\0 \n").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _UnreadableError("are not UTF-8") from error
-    # Without a document type there are no entities, and none that expand.
+    # Without a document type there are no entities to expand.
     if "<!DOCTYPE" in text.upper() or text.count("<") + text.count("=") > MAX_PARTS:
         raise _UnreadableError("are not plain")
     try:
@@ -142,14 +141,14 @@ def _parsed(own: bytes) -> tuple[minidom.Document, minidom.Element]:
 
 def _text(document: minidom.Document) -> bytes:
     try:
-        # Without the declaration, which a packet has none of.
+        # Without the XML declaration, which a packet does not have.
         return document.toxml().partition("?>")[2].encode()
     except (RecursionError, ValueError) as error:
         raise _UnreadableError("are nested too deep") from error
 
 
 def _remove(root: minidom.Element, names: Sequence[tuple[str, str]]) -> str:
-    """Remove properties from all descriptions, and return what these are about."""
+    """Remove properties from all descriptions, and return what the descriptions are about."""
     about = ""
     for described in root.childNodes:
         if not isinstance(described, minidom.Element) or described.localName != "Description":
@@ -165,10 +164,10 @@ def _remove(root: minidom.Element, names: Sequence[tuple[str, str]]) -> str:
 
 
 def into_gif(data: bytes, xmp: bytes) -> bytes:
-    """Return a GIF with XMP in it, before its end.
+    """Return a GIF with XMP inserted before its end.
 
-    Source: XMP Specification part 3, 1.1.2: the packet stands there as it is, and a trailer leads readers of
-    blocks out of it wherever they come to stand.
+    Source: XMP Specification part 3, 1.1.2: the packet is stored verbatim, and a trailer leads readers of blocks out
+    of it from wherever they are.
     """
     assert data.endswith(b";"), "Pillow ends it"
     trailer = b"\1" + bytes(range(255, -1, -1)) + b"\0"

@@ -31,8 +31,8 @@ from maskgit.images.provenance import refreshed
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
 
-# The readers are called directly. `Image.open` would ask every plugin that some package has registered, warn
-# of large pictures before their size can be refused, and take a phone's JPEG with a depth map for two frames.
+# The readers are called directly. `Image.open` would try every plugin that some package has registered, warn
+# about large pictures before their size can be refused, and take a phone's JPEG with a depth map for two frames.
 _READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (rb"\x89PNG\r\n\x1a\n", PngImageFile),
     (rb"\xff\xd8\xff", JpegImageFile),
@@ -47,7 +47,7 @@ _FORMATS = "PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF or PPM"
 
 
 class _Optional(NamedTuple):
-    """A format that not every installation reads: its name, the reader's module and class, and what to install."""
+    """A format that not every installation can read: its name, the reader's module and class, and what to install."""
 
     name: str
     module: str
@@ -55,7 +55,7 @@ class _Optional(NamedTuple):
     package: str
 
 
-# What the file says first is its kind, or a family and then its kinds.
+# The first brand is the format itself, or a family followed by the compatible formats.
 _OPTIONAL: tuple[tuple[bytes, _Optional], ...] = (
     (
         rb".{4}ftyp(?:avi[fs]|(?:mif1|msf1).{4}(?:.{4})*?avi[fs])",
@@ -67,7 +67,7 @@ _OPTIONAL: tuple[tuple[bytes, _Optional], ...] = (
     ),
 )
 
-# What Pillow's readers raise on damaged files.
+# What Pillow's readers raise for damaged files.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -84,7 +84,7 @@ _DECODE_ERRORS = (
     Image.DecompressionBombWarning,
 )
 
-# What is known of a picture beside its pixels, and stays with it.
+# Metadata that stays with a picture.
 METADATA = ("icc_profile", "exif", "xmp")
 
 _TURNS = {
@@ -100,7 +100,7 @@ _TURNS = {
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a picture is read into an `ImageError` that calls it by `name`."""
+    """Turn any failure to read a picture into an `ImageError` that calls the picture `name`."""
     try:
         yield
     except MaskGITError:
@@ -116,7 +116,7 @@ def decoding(name: str) -> Iterator[None]:
 
 @contextmanager
 def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.ImageFile]]:
-    """Give a source's name and its picture, of which only the header has been read.
+    """Open a picture, reading only its header.
 
     Args:
         source: a path, a file's bytes, or a binary file that can seek.
@@ -126,7 +126,7 @@ def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.Ima
         The name for messages, and the picture; it can be decoded until the block ends.
 
     Raises:
-        ImageError: it cannot be read, is no picture of our formats, is damaged or too large.
+        ImageError: it cannot be read, is damaged or too large, or its format is not supported.
     """
     name = str(Path(source)) if isinstance(source, str | os.PathLike) else "The picture"
     with decoding(name), _binary(source) as file:
@@ -137,7 +137,7 @@ def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.Ima
             raise ImageError(f"{name} is empty; give a {_FORMATS} file.")
         reader = _reader(name, start)
         if reader is None:
-            raise ImageError(f"{name} is not a picture that can be read; convert it to {_FORMATS}.")
+            raise ImageError(f"{name} is not a picture in a supported format; convert it to {_FORMATS}.")
         facts = Facts()
         if reader is PngImageFile:
             file, facts = readable_png(file, name)
@@ -150,17 +150,17 @@ def opened(source: Source, max_pixels: int) -> Iterator[tuple[str, ImageFile.Ima
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(
-                f"{name} has {width} × {height} pixels, but {max_pixels:,} are the limit; "
+                f"{name} has {width} × {height} pixels, but the limit is {max_pixels:,}; "
                 "make it smaller first."
             )
         yield name, image
 
 
 def _reader(name: str, start: bytes) -> type[ImageFile.ImageFile] | None:
-    """Return what reads a file that begins so, or None.
+    """Return the reader for a file that begins with these bytes, or None.
 
     Raises:
-        ImageError: it can be read once something is installed.
+        ImageError: the format needs a package that is not installed.
     """
     for pattern, reader in _READERS:
         if re.match(pattern, start, re.DOTALL):
@@ -171,11 +171,11 @@ def _reader(name: str, start: bytes) -> type[ImageFile.ImageFile] | None:
                 module = importlib.import_module(optional.module)
             except ImportError:
                 module = None
-            # Pillow may be built without a format, and then says so here.
+            # Pillow may have been built without the format.
             if module is None or not getattr(module, "SUPPORTED", True):
                 raise ImageError(
-                    f"{name} is of the format {optional.name}; to read it, pip install {optional.package}, or "
-                    "convert it to PNG or JPEG."
+                    f"{name} is an {optional.name} file; to read it, pip install {optional.package}, or convert it to PNG "
+                    "or JPEG."
                 )
             return getattr(module, optional.reader)
     return None
@@ -188,10 +188,10 @@ def _binary(source: Source) -> Any:
 
 
 def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture as it is meant to be seen, in RGB and without metadata.
+    """Read a picture as it is meant to be displayed, in RGB and without metadata.
 
-    The EXIF orientation is applied, transparency is laid over white, grey becomes RGB, and 16 bits a channel
-    are scaled to 8. Nothing is decoded before the size that the file claims has been checked.
+    The EXIF orientation is applied, transparency is composited over white, grey becomes RGB, and 16 bits per channel
+    are scaled to 8. The size in the header is checked before anything is decoded.
 
     Args:
         source: a path, a file's bytes, or a binary file that can seek; PNG, JPEG, WebP, AVIF, GIF, BMP,
@@ -202,17 +202,17 @@ def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         A PIL image of mode RGB.
 
     Raises:
-        ImageError: it cannot be read, is no picture of these formats, is damaged, too large, or animated.
+        ImageError: it cannot be read, is damaged, too large or animated, or its format is not supported.
     """
     return read(source, max_pixels, to_rgb)
 
 
 def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
-    """Read a picture of one frame, turned the way it is meant to be seen.
+    """Read a picture of one frame, with its orientation applied.
 
     Args:
         source, max_pixels: as in `opened`.
-        convert: `to_rgb`, or `keep_alpha`, with which the picture's metadata stay in its `info`.
+        convert: `to_rgb`, or `keep_alpha`, which keeps the picture's metadata in its `info`.
 
     Raises:
         ImageError: as in `opened`, or it is animated.
@@ -220,7 +220,9 @@ def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], 
     with opened(source, max_pixels) as (name, image):
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
-            raise ImageError(f"{name} is animated or has pages ({frames} frames); extract one frame first.")
+            raise ImageError(
+                f"{name} is animated or has several pages ({frames} frames); extract one frame first."
+            )
         if isinstance(image, PngImageFile):
             _check_png_whole(image)
         decoded = _decoded(image, name)
@@ -237,7 +239,7 @@ def read(source: Source, max_pixels: int, convert: Callable[[Image.Image, str], 
 
 
 def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
-    """Return a picture with its pixels read, deep ones of colour brought to 8 bits."""
+    """Return a picture with its pixels read, and 16-bit colour reduced to 8 bits."""
     deep = image if isinstance(image, PngImageFile) and is_deep(image) else None
     if deep is not None and _needs_depth(deep):
         return _from_deep(deep, name)
@@ -249,7 +251,7 @@ def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
         whole = without_end(image)
         if whole is None:
             raise
-        note(f"{name} lacks the marker at its end; its picture is whole.")
+        note(f"{name} lacks its end marker, but the picture is complete.")
         return whole
     if deep and 0 < np.asarray(image.convert("RGB")).max() < 16:
         _say_dark(name)
@@ -257,7 +259,7 @@ def _decoded(image: ImageFile.ImageFile, name: str) -> Image.Image:
 
 
 def _check_png_whole(image: PngImageFile) -> None:
-    """Check that a PNG's pixel data is as long as its size asks for: Pillow leaves what is missing black.
+    """Check that a PNG has all the pixel data that its size requires: Pillow leaves missing pixels black.
 
     Source: the PNG specification (ISO/IEC 15948), sections 7.2, 8.2 and 11.2.2.
 
@@ -301,17 +303,17 @@ def _check_png_whole(image: PngImageFile) -> None:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, of a decoded picture; 1 if it is missing or broken."""
+    """Return the EXIF orientation of a decoded picture, 1 to 8; 1 if it is missing or invalid."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
     except _DECODE_ERRORS:
-        # Broken metadata says nothing about the orientation, and the pixels are sound.
+        # The metadata are broken, but the pixels are sound.
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
 def _upright_exif(image: Image.Image, name: str) -> bytes:
-    """Return a picture's EXIF for the picture turned upright, without its thumbnail and what describes a TIFF."""
+    """Return the EXIF of a picture turned upright, without its thumbnail and the tags that describe a TIFF."""
     try:
         exif = image.getexif()
         kept = Image.Exif()
@@ -322,7 +324,7 @@ def _upright_exif(image: Image.Image, name: str) -> bytes:
             kept[ExifTags.IFD.GPSInfo] = exif.get_ifd(ExifTags.IFD.GPSInfo)
         if ExifTags.IFD.Exif in exif:
             taken = dict(exif.get_ifd(ExifTags.IFD.Exif))
-            # It may be turned now, and what is made of it may be larger.
+            # The picture may have been rotated, and the result may be larger.
             for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
                 taken.pop(tag, None)
             if ExifTags.IFD.Interop in taken:
@@ -330,25 +332,25 @@ def _upright_exif(image: Image.Image, name: str) -> bytes:
             kept[ExifTags.IFD.Exif] = taken
         return kept.tobytes() if len(kept) else b""
     except _DECODE_ERRORS:
-        note(f"{name} has broken EXIF metadata, which are left out of what is made of it.")
+        note(f"{name} has broken EXIF metadata, which the result will not contain.")
         return b""
 
 
-# Tags of TIFF's own that say how pixels are stored, the orientation, and what stands elsewhere: IPTC and
-# Photoshop's data, the ICC profile, XMP.
+# TIFF tags for how pixels are stored, the orientation, and what is stored elsewhere: IPTC and Photoshop data, the
+# ICC profile, XMP.
 _OF_THE_FILE = {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 317, 320, 322, 323}
 _OF_THE_FILE |= {324, 325, 330, 338, 339, 347, 513, 514, 529, 530, 531, 532, 700, 33723, 34377, 34675}
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Return a picture turned the way it is meant to be seen, with its metadata removed."""
+    """Return a picture with an EXIF orientation applied and its metadata removed."""
     image = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
     image.info = {}
     return image
 
 
 def to_rgb(image: Image.Image, name: str = "The picture") -> Image.Image:
-    """Return a picture of any mode as sRGB, mode RGB: transparency over white, deep grey scaled to 8 bits."""
+    """Return a picture of any mode as sRGB, mode RGB: transparency over white, 16-bit grey scaled to 8 bits."""
     picture, profile = _in_own_colours(image, name)
     picture = to_srgb(picture, profile)
     if picture.mode == "RGBA":
@@ -367,16 +369,16 @@ def over_white(picture: Image.Image) -> Image.Image:
 def keep_alpha(image: Image.Image, name: str = "The picture") -> Image.Image:
     """Return a picture of any mode in RGBA if it has transparency, else in RGB, in its own colours.
 
-    Its `info` holds its metadata alone; an "icc_profile" is of the result's numbers, which are sRGB if there
-    is none. Where a profile is of no RGB, or for reading alone, the picture becomes sRGB.
+    Its `info` holds only metadata; an "icc_profile" describes the result, which is sRGB if there is none. A picture whose
+    profile is not RGB, or can only be converted from, becomes sRGB.
     """
     picture, profile = _in_own_colours(image, name)
     if profile is not None and not can_be_written(profile):
-        note(f"{name} has a colour profile that can be read and not written; what is made of it is sRGB.")
+        note(f"{name} has a colour profile that can only be converted from; the result will be sRGB.")
         picture, profile = to_srgb(picture, profile), None
     info: dict[str | tuple[int, int], Any] = {k: image.info[k] for k in ("exif", "xmp") if k in image.info}
     if isinstance(image, TiffImageFile):
-        # Its tags are EXIF's.
+        # Its tags are EXIF tags.
         info["exif"] = b"tags"
     if not isinstance(info.get("xmp", b""), bytes):
         del info["xmp"]
@@ -385,7 +387,7 @@ def keep_alpha(image: Image.Image, name: str = "The picture") -> Image.Image:
 
 
 def _in_own_colours(image: Image.Image, name: str) -> tuple[Image.Image, bytes | None]:
-    """Return a picture of any mode in RGB or RGBA, a copy, and the ICC profile of its numbers, None for sRGB."""
+    """Return a copy of a picture of any mode as RGB or RGBA, and its ICC profile; None means sRGB."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _shallow(image, name), profile_of(image, "L", name)
     if image.mode in ("CMYK", "LAB"):
@@ -394,7 +396,7 @@ def _in_own_colours(image: Image.Image, name: str) -> tuple[Image.Image, bytes |
     grey = image.mode in ("1", "L", "LA", "La")
     profile = profile_of(image, "L" if grey else "RGB", name)
     if image.mode == "La":
-        # Pillow turns only the coloured premultiplied mode into a plain one.
+        # Pillow converts only the coloured premultiplied mode.
         level, alpha = image.split()
         image = Image.merge("RGBa", (level, level, level, alpha))
     clear = image.has_transparency_data
@@ -403,7 +405,7 @@ def _in_own_colours(image: Image.Image, name: str) -> tuple[Image.Image, bytes |
 
 
 def _shallow(image: Image.Image, name: str) -> Image.Image:
-    """Return deep grey (16 bits, or floats) as 8 bits, mode RGB, or RGBA if one level of it is transparent.
+    """Return 16-bit or floating-point grey as 8 bits, mode RGB, or RGBA if one grey level is transparent.
 
     Pillow's own conversion clips instead of scaling.
     """
@@ -411,10 +413,10 @@ def _shallow(image: Image.Image, name: str) -> Image.Image:
     low, high = values.min(), values.max()
     if image.mode == "F":
         if not (low >= 0 and high <= 1):
-            raise ImageError(f"Floating-point grey must be within [0, 1], but runs from {low} to {high}.")
+            raise ImageError(f"Floating-point grey must be within [0, 1], but ranges from {low} to {high}.")
         return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
     if low < 0 or high > 65_535:
-        raise ImageError(f"Grey must be of 8 or 16 bits, within [0, 65535], but runs from {low} to {high}.")
+        raise ImageError(f"Grey must have 8 or 16 bits, within [0, 65535], but ranges from {low} to {high}.")
     grey = Image.fromarray(_eight_bits(values, _bits(image), name)).convert("RGB")
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -423,7 +425,7 @@ def _shallow(image: Image.Image, name: str) -> Image.Image:
 
 
 def _bits(image: Image.Image) -> int:
-    """Return the significant bits of deep grey, as its file says."""
+    """Return the significant bits of 16-bit grey according to its file."""
     if isinstance(image, TiffImageFile):
         # Pillow reads 12 bits as they are.
         stored = image.tag_v2.get(258, (16,))
@@ -435,12 +437,12 @@ def _bits(image: Image.Image) -> int:
 def _eight_bits(values: np.ndarray, bits: int, name: str) -> np.ndarray:
     """Return 16-bit numbers as the nearest of 256 levels, uint8.
 
-    Data of fewer bits ought to be spread over all 16, as PNG's standard has it; many programs only say how
-    many bits they wrote.
+    The PNG standard requires data with fewer bits to be scaled to all 16; many programs only record how many bits they
+    wrote.
 
     Args:
         values: whole numbers in [0, 65535].
-        bits: that are significant, as the file says.
+        bits: how many are significant according to the file.
         name: for notes.
     """
     numbers = np.arange(65_536)
@@ -452,9 +454,9 @@ def _eight_bits(values: np.ndarray, bits: int, name: str) -> np.ndarray:
         step = 65_535 / top
         used = np.zeros(len(numbers), np.bool_)
         used[values] = True
-        # How far numbers are from those that spread data can have.
+        # The distance to the values that scaled data can have.
         if np.abs(numbers - np.rint(numbers / step) * step)[used].max() >= 1:
-            note(f"{name} holds {bits}-bit numbers in 16 bits, as it says itself; {top:,} is taken as white.")
+            note(f"{name} declares {bits}-bit values in 16 bits; {top:,} is taken as white.")
             levels = np.minimum((numbers * 510 + top) // (2 * top), 255)
     elif bits == 16 and 0 < high < 4096:
         _say_dark(name)
@@ -463,18 +465,18 @@ def _eight_bits(values: np.ndarray, bits: int, name: str) -> np.ndarray:
 
 def _say_dark(name: str) -> None:
     note(
-        f"The numbers in {name} end below 4,096, as those of 12 bits do, and it does not say so; they are "
-        "taken as 16 bits, which is nearly black. Scale them to 65,535 first, or add an sBIT chunk."
+        f"All values in {name} are below 4,096, as in 12-bit data, but the file does not declare this; they are "
+        "read as 16-bit values, which is nearly black. Scale them to 65,535 first, or add an sBIT chunk."
     )
 
 
 def _needs_depth(image: PngImageFile) -> bool:
-    """Return whether the upper 8 bits of a picture of 16 bits a channel are not enough to understand it."""
+    """Return whether a picture with 16 bits per channel needs more than its upper 8 bits."""
     return "transparency" in image.info or min(image.info.get("significant_bits", (16,))) < 16
 
 
 def _from_deep(image: PngImageFile, name: str) -> Image.Image:
-    """Return a PNG of 16 bits a channel in 8, mode L, RGB, LA or RGBA."""
+    """Return a PNG with 16 bits per channel in 8 bits, mode L, RGB, LA or RGBA."""
     values = deep_numbers(image)
     colours = values.shape[2] - (values.shape[2] in (2, 4))
     said = image.info.get("significant_bits", ())
@@ -486,7 +488,7 @@ def _from_deep(image: PngImageFile, name: str) -> Image.Image:
     if colours == values.shape[2] and clear is not None:
         hidden = (values == np.array(clear)).all(2, keepdims=True)
         parts.append(np.where(hidden, 0, 255).astype(np.uint8))
-    # Its metadata may stand after its pixels.
+    # Metadata may follow the pixels.
     image.load()
     pixels = np.concatenate(parts, 2)
     result = Image.fromarray(pixels)
