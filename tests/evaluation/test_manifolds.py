@@ -6,7 +6,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from maskgit.errors import DataError
-from maskgit.evaluation.metrics import authenticity, density_coverage, precision_recall
+from maskgit.evaluation.metrics import Manifolds, authenticity, density_coverage, precision_recall
 from maskgit.evaluation.metrics.neighbours import nearest_neighbours
 
 
@@ -44,6 +44,18 @@ def test_authenticity_is_its_formula(chunk, repeated):
     assert 0.2 < np.mean(copies) < 0.8
     nearest = nearest_neighbours(generated, real)
     assert authenticity(real, generated, nearest=nearest) == authenticity(real, generated)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_scores_of_parts_are_those_of_the_parts_alone(chunk):
+    real, generated = sets()
+    found = Manifolds(real, generated, k=3, chunk=chunk)
+    rows = np.random.default_rng(1).permutation(53)[:30]
+    for part, scores in ((generated, found.scores()), (generated[rows], found.scores(rows))):
+        assert scores[:2] == precision_recall(real, part, k=3)
+        assert scores[2:] == density_coverage(real, part, k=3)
+    assert found.inside.mean() == found.scores().precision
+    assert found.balls.mean() / 3 == pytest.approx(found.scores().density)
 
 
 def test_features_may_be_float32_tensors_far_from_zero():

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskgit.errors import DataError
-from maskgit.evaluation.metrics import Gaussian, frechet_distance
+from maskgit.evaluation.metrics import Gaussian, Interval, frechet_distance, precision_recall
 from maskgit.evaluation.metrics.intervals import wilson_interval
 from maskgit.evaluation.scores.classwise import ClassJudge, Labelled, best_and_worst, labelled
-from maskgit.evaluation.scores.names import Names
+from maskgit.evaluation.scores.names import Baseline, Names, with_baselines
 from maskgit.evaluation.scores.scores import (
     distances,
-    interval_around,
+    distances_without,
+    extrapolated_distance,
     manifolds,
     reconstruction_scores,
     split_distance,
@@ -62,7 +63,7 @@ def test_scores_are_those_of_all_images_and_lie_within_their_intervals():
         real.mean(0), np.cov(real, rowvar=False), made.mean(0), np.cov(made.astype(float), rowvar=False)
     )
     assert by_name["fd_toy"].value == pytest.approx(expected)
-    scores += manifolds(made, reference(real), names, splits=8, device=toy_net().device)
+    scores += manifolds(made, reference(real), names, device=toy_net().device)
     assert [score.name for score in scores[2:]] == [
         "precision_toy",
         "recall_toy",
@@ -75,25 +76,76 @@ def test_scores_are_those_of_all_images_and_lie_within_their_intervals():
 
 
 def test_an_interval_is_as_wide_as_other_samples_differ():
-    # The distance of means alone: its spread over new samples is known by making them.
+    # Its spread over new samples is known by making them.
     rng = np.random.default_rng(1)
-    real = gaussian(rng.normal(size=(5000, 3)))
-    values, widths = [], []
-    for _ in range(60):
-        made = rng.normal(1.0, 1, size=(400, 3))
-        value = split_distance(made, real)
-        interval = interval_around(value, [split_distance(made[rows], real) for rows in split_rows(400, 10)])
-        values.append(value)
-        widths.append(interval.high - interval.low)
-    assert np.median(widths) == pytest.approx(3.92 * np.std(values), rel=0.35)
+    real = reference(rng.normal(size=(500, DIM)))
+    names, values, widths = Names("toy", toy_net()), [], []
+    for _ in range(40):
+        made = {"pooled": rng.normal(0.5, 1, size=(200, DIM))}
+        scores = distances(made, real, names, splits=10)[0]
+        scores += manifolds(made["pooled"], real, names, device=toy_net().device)
+        values.append([score.value for score in scores])
+        widths.append([score.interval.high - score.interval.low for score in scores])
+    assert np.median(widths, 0) == pytest.approx(3.92 * np.std(values, 0), rel=0.45)
+
+
+def test_images_that_count_twice_do_not_hide_from_recall():
+    # Halves without replacement: were rows drawn with it, balls of repeated samples would have no size.
+    rng = np.random.default_rng(0)
+    real, made = rng.normal(size=(100, DIM)), rng.normal(size=(80, DIM))
+    scores = manifolds(made, reference(real), Names("toy", toy_net()), device=toy_net().device)
+    recall = scores[1]
+    assert recall.interval.low < recall.value < recall.interval.high
+    assert recall.value == precision_recall(real.astype(np.float32), made).recall
+
+
+@pytest.mark.parametrize(("count", "groups"), [(40, 4), (400, 10)])
+def test_the_distances_without_a_group_are_those_of_the_others(count, groups):
+    rng = np.random.default_rng(0)
+    real, made = gaussian(rng.normal(size=(300, 30))), rng.normal(0.3, 1.2, size=(count, 30))
+    parts = np.array_split(rng.permutation(count), groups)
+    found = distances_without(made, real, parts)
+    for part, value in zip(parts, found, strict=True):
+        left = gaussian(np.delete(made, part, 0))
+        expected = frechet_distance(real.mean, real.covariance, left.mean, left.covariance)
+        assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_distance_of_infinitely_many_images_is_that_of_their_law():
+    # Two normal laws whose distance is known, of so few images that it is twice too large.
+    rng = np.random.default_rng(0)
+    real = Gaussian(np.zeros(100), np.eye(100), None)
+    made = rng.normal(0.1, 1.0, size=(2000, 100))
+    statistics = gaussian(made)
+    plain = frechet_distance(real.mean, real.covariance, statistics.mean, statistics.covariance)
+    assert plain > 2
+    assert extrapolated_distance(made, real) == pytest.approx(1.0, abs=0.15)
+    scores, _ = distances({"pooled": made[:, :DIM]}, reference(made[::2, :DIM]), Names("toy", toy_net()))
+    assert [score.name for score in scores] == ["fd_toy", "fd_infinity_toy", "kd_toy"]
+    assert scores[1].interval is None
+
+
+def test_parts_have_their_share_of_every_kind():
+    strata = np.arange(100, dtype=np.int32) % 5
+    for part in split_rows(100, 4, strata=strata):
+        assert np.bincount(strata[part]).tolist() == [5] * 5
+    parts = split_rows(100, 4, strata=strata)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(100))
 
 
 def test_few_images_have_no_interval():
     assert split_rows(31, 10) == []
     assert [len(part) for part in split_rows(35, 10)] == [18, 17]
     assert sorted(np.concatenate(split_rows(100, 3)).tolist()) == list(range(100))
-    assert interval_around(1.0, [1.0]) is None
-    assert interval_around(0.99, [0.5, 0.9, 0.7], high=1.0).high == 1.0
+
+
+def test_a_score_has_the_same_of_other_images_beside_it():
+    names = Names("toy", toy_net())
+    ours = [names.score("fd", 3.0, num_images=10), names.score("kd", 0.1, num_images=10)]
+    real = [names.score("fd", 1.0, Interval(0.5, 1.5), num_images=9)]
+    fd, kd = with_baselines(ours, {"real": real, "reconstructions": []})
+    assert (fd.value, fd.baselines) == (3.0, {"real": Baseline(1.0, Interval(0.5, 1.5), 9)})
+    assert kd == ours[1]
 
 
 @pytest.mark.parametrize(

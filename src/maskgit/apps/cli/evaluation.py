@@ -85,6 +85,8 @@ def _of_samples(
         samples.num_training,
         samples.curve_images,
         show_training=samples.show_training,
+        neighbours=samples.neighbours,
+        neighbour_images=samples.neighbour_images,
     )
     axes, device = samples.axes(), own_device(work.device)
     found = open_reference(reference, max_bad_share=work.max_bad_share)

@@ -52,6 +52,10 @@ class SampleFlags:
     """Also score every combination of these settings: steps=4,8,12 policy=confidence,halton."""
     curve_images: int = 1000
     """Images for each combination."""
+    neighbours: int = 3
+    """The k of precision, recall, density and coverage."""
+    neighbour_images: int = 2000
+    """At most how many samples and real images these four compare; recall and coverage depend on it."""
     keep_images: Literal["none", "npz", "png"] = "none"
     """Keep the samples in OUT/work/samples as arrays or PNG files."""
 

@@ -26,6 +26,7 @@ from maskgit.evaluation.metrics.frechet import (
     Gaussian,
     frechet_distance,
     frechet_report,
+    symmetric_root,
 )
 from maskgit.evaluation.metrics.intervals import (
     Interval,
@@ -39,6 +40,8 @@ from maskgit.evaluation.metrics.intervals import (
 )
 from maskgit.evaluation.metrics.manifolds import (
     DensityCoverage,
+    Manifolds,
+    ManifoldScores,
     PrecisionRecall,
     authenticity,
     density_coverage,
@@ -58,6 +61,8 @@ __all__ = [
     "Interval",
     "KernelDistance",
     "LinearProbe",
+    "ManifoldScores",
+    "Manifolds",
     "PrecisionRecall",
     "as_doubles",
     "as_vectors",
@@ -82,5 +87,6 @@ __all__ = [
     "splits_interval",
     "ssim",
     "student_quantile",
+    "symmetric_root",
     "wilson_interval",
 ]

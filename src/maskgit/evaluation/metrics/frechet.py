@@ -202,7 +202,7 @@ def frechet_report(a: Gaussian, b: Gaussian, names: tuple[str, str] = ("first", 
         )
     if not all(np.isfinite(part).all() for x in (a, b) for part in x[:2]):
         raise DataError("A mean or covariance holds values that are not finite: make the statistics again.")
-    (root_a, rank_a), (root_b, rank_b) = _root(a.covariance), _root(b.covariance)
+    (root_a, rank_a), (root_b, rank_b) = symmetric_root(a.covariance), symmetric_root(b.covariance)
     cross = np.linalg.svd(root_a @ root_b, compute_uv=False).sum()
     trace = float(np.trace(a.covariance + b.covariance))
     means = float(np.square(a.mean - b.mean).sum())
@@ -217,7 +217,7 @@ def frechet_report(a: Gaussian, b: Gaussian, names: tuple[str, str] = ("first", 
     return FrechetReport(means + covariances, means, covariances, tuple(cautions))
 
 
-def _root(covariance: Floats) -> tuple[Floats, int]:
+def symmetric_root(covariance: Floats) -> tuple[Floats, int]:
     """Return the symmetric root of a covariance, and its numerical rank."""
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     rank = int((values > values[-1] * len(values) * EPSILON).sum())

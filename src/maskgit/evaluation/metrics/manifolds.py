@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from maskgit.errors import DataError
@@ -116,6 +116,62 @@ def density_coverage(
         balls += hits.sum()
         covered[rows] |= hits.any(1)
     return DensityCoverage(balls.item() / (k * len(vectors.generated)), _share(covered))
+
+
+class ManifoldScores(NamedTuple):
+    """The four scores of `PrecisionRecall` and `DensityCoverage`."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+class Manifolds:
+    """All four scores of a set and of parts of it, from distances that are computed once and kept.
+
+    Attributes:
+        inside: bool (M,), whether each generated vector lies in a ball of the real ones: its share is precision.
+        balls: int64 (M,), how many it lies in: their mean divided by k is density.
+    """
+
+    def __init__(
+        self,
+        real: ArrayLike | Tensor,
+        generated: ArrayLike | Tensor,
+        *,
+        k: int = 3,
+        chunk: int = CHUNK,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Compute the distances, which take 8·M·(N + M) bytes; the arguments are `precision_recall`'s."""
+        self.k = check_whole("k", k)
+        pair = _Pair(real, generated, self.k, chunk, device)
+        count = len(pair.generated)
+        self._between = torch.empty(len(pair.real), count, dtype=torch.float64, device=pair.device)
+        for rows, columns, squares in pair.pieces(pair.real, pair.generated):
+            self._between[rows, columns] = squares
+        self._own = torch.empty(count, count, dtype=torch.float64, device=pair.device)
+        for rows, columns, squares in pair.pieces(pair.generated, pair.generated):
+            self._own[rows, columns] = squares
+        self._own.fill_diagonal_(torch.inf)
+        self._hits = self._between <= pair.radii(pair.real, self.k)[:, None]
+        self.inside = self._hits.any(0).cpu().numpy()
+        self.balls = self._hits.sum(0).cpu().numpy()
+
+    def scores(self, rows: NDArray[np.int64] | None = None) -> ManifoldScores:
+        """Return the scores of some generated vectors, more than k, or of all."""
+        hits, own, between = self._hits, self._own, self._between
+        if rows is not None:
+            chosen = torch.from_numpy(rows).to(own.device)
+            hits, own, between = hits[:, chosen], own[chosen][:, chosen], between[:, chosen]
+        radii = own.topk(self.k, largest=False).values.amax(1)
+        return ManifoldScores(
+            _share(hits.any(0)),
+            _share((between <= radii).any(1)),
+            int(hits.sum()) / (self.k * hits.shape[1]),
+            _share(hits.any(1)),
+        )
 
 
 def authenticity(

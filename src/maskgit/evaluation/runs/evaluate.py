@@ -53,6 +53,8 @@ class EvaluationConfig(Config):
         num_examples: pictures of each class that is shown.
         show_training: whether the page shows training images beside the samples that they are nearest to; a page
             that is published may not be free to.
+        neighbours: the neighbour that decides the radius of a ball, for precision, recall, density and coverage.
+        neighbour_images: of so many samples and real images these are, at most.
     """
 
     splits: int = 10
@@ -60,12 +62,16 @@ class EvaluationConfig(Config):
     curve_images: int = 1000
     num_examples: int = 4
     show_training: bool = True
+    neighbours: int = 3
+    neighbour_images: int = 2000
 
     def validate(self) -> None:
         check_range("splits", self.splits, 2, 1000)
         check_range("num_training", self.num_training, 2, 10_000_000)
         check_range("curve_images", self.curve_images, 2, 10_000_000)
         check_range("num_examples", self.num_examples, 1, 32)
+        check_range("neighbours", self.neighbours, 1, 1000)
+        check_range("neighbour_images", self.neighbour_images, 2, 20_000)
 
 
 @dataclass(frozen=True)
@@ -279,9 +285,17 @@ class SampleEvaluation:
     def _scores(
         self, arrays: Arrays, reference: ImageStatistics, names: Names
     ) -> tuple[list[Score], list[str]]:
-        splits = self.config.splits
-        scores, cautions = distances(arrays, reference, names, splits=splits)
-        scores += manifolds(arrays["pooled"], reference, names, splits=splits, device=self.net.device)
+        strata = self._strata(arrays)
+        scores, cautions = distances(arrays, reference, names, splits=self.config.splits, strata=strata)
+        scores += manifolds(
+            arrays["pooled"],
+            reference,
+            names,
+            device=self.net.device,
+            strata=strata,
+            k=self.config.neighbours,
+            num_images=self.config.neighbour_images,
+        )
         if self.net.published is False:
             cautions.append(
                 f"The feature net's weights are not the published ones of {self.features}: its scores "
@@ -295,7 +309,8 @@ class SampleEvaluation:
         points = []
         for settings in self._points():
             arrays = gather(units[curve_name(settings)]).arrays
-            scores, _ = distances(arrays, reference, names, splits=self.config.splits)
+            strata = self._strata(arrays)
+            scores, _ = distances(arrays, reference, names, splits=self.config.splits, strata=strata)
             scores += self._agreement(arrays, judge, names)
             points.append(Point(settings, scores))
         return points

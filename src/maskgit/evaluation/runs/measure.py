@@ -136,5 +136,5 @@ def compare_pictures(
         raise DataError(f"{pictures.name} holds fewer than two images: scores are of many.")
     against = reference.joined(measured)
     scores, cautions = distances(arrays, against, names, splits=splits)
-    scores += manifolds(np.asarray(arrays["pooled"]), against, names, splits=splits, device=net.device)
+    scores += manifolds(np.asarray(arrays["pooled"]), against, names, device=net.device)
     return Compared(scores, cautions + reference.cautions, skipped)

@@ -93,6 +93,12 @@ KINDS = {
         "lower",
         "Fréchet distance of the samples’ features to the reference’s.",
     ),
+    "fd_infinity": Kind(
+        "FD∞",
+        "FID∞",
+        "lower",
+        "The same of infinitely many samples, extrapolated: rough with few images a dimension.",
+    ),
     "sfd": Kind(
         "sFD",
         "sFID",
@@ -186,7 +192,7 @@ KINDS = {
 }
 # These do not depend on a feature net, and keep their names.
 PLAIN = frozenset(("psnr", "ssim", "codebook_usage", "perplexity", "lpips"))
-_INCEPTION = {"fd": "fid", "sfd": "sfid", "kd": "kid", "rfd": "rfid"}
+_INCEPTION = {"fd": "fid", "fd_infinity": "fid_infinity", "sfd": "sfid", "kd": "kid", "rfd": "rfid"}
 
 
 class Names:
