@@ -10,6 +10,7 @@ from maskgit.engine.batch_sizes import equal_sizes
 from maskgit.engine.batching import Batcher, Job
 from maskgit.engine.turns import Requester
 from maskgit.errors import ConfigError
+from maskgit.results import Draw
 
 MIXED = [
     ("frog", {"steps": 4}),
@@ -70,7 +71,7 @@ def test_an_edit_begins_later_and_keeps_what_is_known(pipe):
     for one in (job(pipe, steps=6), edit):
         batcher.add(one)
     made = finish(batcher)[0][edit]
-    assert torch.equal(made.tokens, pipe.fill(sequences, config, start_step=2, seed=4).tokens[0])
+    assert torch.equal(made.tokens, pipe.fill(sequences, config, Draw(seed=4), start_step=2).tokens[0])
     assert torch.equal(made.tokens[~mask], tokens[0][~mask])
 
 

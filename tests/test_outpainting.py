@@ -36,9 +36,9 @@ def spy(named, monkeypatch):
     seen = []
     fill_batches = MaskGIT.fill_batches
 
-    def recorded(self, sequences, config, **options):
-        made = join_outputs(list(fill_batches(self, sequences, config, **options)))
-        seen.append((sequences, options["first_index"], made.tokens))
+    def recorded(self, sequences, config, draw, **options):
+        made = join_outputs(list(fill_batches(self, sequences, config, draw, **options)))
+        seen.append((sequences, draw.first_index, made.tokens))
         yield made
 
     monkeypatch.setattr(MaskGIT, "fill_batches", recorded)

@@ -28,7 +28,7 @@ from maskgit.foundation.checks import check_choice, check_count, check_range, pl
 from maskgit.foundation.devices import Device, Dtype
 from maskgit.model import Label, Model, Picture
 from maskgit.pipeline import MaskGIT
-from maskgit.results import Output
+from maskgit.results import Draw, Output
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.loop import Decoded, decode_steps, free_tokens
 from maskgit.sampler.noise import ImageNoise, seed_words
@@ -237,9 +237,15 @@ class _Watched:
         return getattr(self.pipe.model, name)
 
     def fill_batches(
-        self, sequences: Tensor, config: SamplerConfig, *, start_step: int = 0, **_others: Any
+        self,
+        sequences: Tensor,
+        config: SamplerConfig,
+        draw: Draw,
+        *,
+        start_step: int = 0,
+        switch: tuple[int, Tensor] | None = None,
     ) -> Iterator[Output]:
-        """Do as `MaskGIT.fill_batches`, with these seeds in place of its own, all images together and no trace."""
+        """Do as `MaskGIT.fill_batches`, with the call's own seeds, all images together, and no trace."""
         pipe, model = self.pipe, self.pipe.model
         sequences = sequences.to(model.device)
         indices = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)

@@ -29,7 +29,7 @@ from maskgit.networks.classes import find_class
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
-from maskgit.results import Callback, Output
+from maskgit.results import Draw, Output
 from maskgit.sampler.config import SamplerConfig, StepTables
 from maskgit.sampler.guidance import PredictLogits
 from maskgit.sampler.loop import Forgetful, StepFunction, decode_step
@@ -256,15 +256,10 @@ class Model:
         self,
         sequences: Tensor,
         config: SamplerConfig,
+        draw: Draw,
         *,
         start_step: int = 0,
         switch: tuple[int, Tensor] | None = None,
-        seed: int = 0,
-        first_index: int = 0,
-        batch_size: int = 1,
-        return_steps: bool = False,
-        callback: Callback | None = None,
-        pixels: bool = True,
     ) -> Iterator[Output]:
         """Fill in masked sequences, batch by batch: the one method that decodes; see `maskgit.editing.fill`."""
         raise NotImplementedError

@@ -20,7 +20,7 @@ from maskgit.foundation.checks import check_count
 from maskgit.foundation.devices import Dtype
 from maskgit.images.provenance import EDITED
 from maskgit.model import Label, Model, Picture
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, join_outputs
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Draw, Output, join_outputs
 
 if TYPE_CHECKING:
     from maskgit.engine import Engine
@@ -94,32 +94,36 @@ class MaskGIT(Model):
 
         Source: paper §3.2; official inference.py, `generate_samples`.
         """
-        made = self.generate_batches(
-            labels,
-            num_images=num_images,
-            seed=seed,
-            first_index=first_index,
-            batch_size=batch_size,
-            return_steps=return_steps,
-            callback=callback,
-            **settings,
-        )
-        return join_outputs(list(made))
+        draw = Draw(seed, first_index, batch_size, return_steps, callback)
+        return join_outputs(list(self._generate(labels, num_images, draw, settings)))
 
     def generate_batches(
         self,
         labels: Label | Sequence[Label] | Tensor | np.ndarray,
         *,
         num_images: int = 1,
-        **options: Any,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        return_steps: bool = False,
+        callback: Callback | None = None,
+        **settings: Any,
     ) -> Iterator[Output]:
         """Give the `Output` of each batch as soon as it is there; arguments as those of `generate`."""
+        draw = Draw(seed, first_index, batch_size, return_steps, callback)
+        return self._generate(labels, num_images, draw, settings)
+
+    def _generate(
+        self,
+        labels: Label | Sequence[Label] | Tensor | np.ndarray,
+        num_images: int,
+        draw: Draw,
+        settings: dict[str, Any],
+    ) -> Iterator[Output]:
         num_images = check_count("num_images", num_images, 1, 1_000_000)
         numbers = [number for number in self.labels(labels) for _ in range(num_images)]
         sequences = self.vocabulary.sequence(torch.tensor(numbers, dtype=torch.int64))
-        named = ("seed", "first_index", "batch_size", "return_steps", "callback")
-        given = {name: options.pop(name) for name in named if name in options}
-        return self.fill_batches(sequences, self.sampler_config(**options), **given)
+        return self.fill_batches(sequences, self.sampler_config(**settings), draw)
 
     fill = filling.fill
     fill_batches = filling.fill_batches

@@ -1,4 +1,4 @@
-"""What the pipeline makes, and how it tells while it does.
+"""What a model is asked to draw, and what it gives back.
 
 Shapes: B images, T steps, h × w the token grid.
 """
@@ -12,21 +12,52 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit import images
+from maskgit.foundation.checks import check_count, check_seed
 from maskgit.images import provenance
 
 # Called with the step's number, the indices int64 (B,) of the images and their tokens int64 (B, h, w) so far.
 # One with a method `expect` hears before the first step how many calls more will come at most.
 Callback = Callable[[int, Tensor, Tensor], None]
-# So many images are decoded together when the caller does not say: enough to fill a GPU, little enough
-# memory.
+# Enough to keep a GPU busy, in little memory.
 DEFAULT_BATCH_SIZE = 16
 
 
-def announce(callback: Callback | None, num_calls: int) -> None:
-    """Tell a callback that wants to know it that so many calls more will come at most."""
-    expect = getattr(callback, "expect", None)
-    if expect is not None:
-        expect(num_calls)
+@dataclass(frozen=True)
+class Draw:
+    """Which images are drawn, how many at a time, and what is told of their making.
+
+    An image is a function of (weights, label, settings, seed, index), so any part of a draw can be made again: image
+    i of a draw is image 0 of one whose first_index is i higher.
+
+    Attributes:
+        seed: in [0, 2⁶⁴).
+        first_index: the index of the first image, in [0, 2⁶²]; the others count on from it.
+        batch_size: images decoded together, in [1, 65536].
+        return_steps: whether the `Trace` of every step is kept.
+        callback: called after each step, or None; see `Callback`.
+        pixels: whether tokens are decoded to images.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    seed: int = 0
+    first_index: int = 0
+    batch_size: int = DEFAULT_BATCH_SIZE
+    return_steps: bool = False
+    callback: Callback | None = None
+    pixels: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        object.__setattr__(self, "first_index", check_count("first_index", self.first_index, 0, 2**62))
+        object.__setattr__(self, "batch_size", check_count("batch_size", self.batch_size, 1, 65_536))
+
+    def announce(self, num_calls: int) -> None:
+        """Tell a callback that asks for it, by a method `expect`, how many calls more will come at most."""
+        expect = getattr(self.callback, "expect", None)
+        if expect is not None:
+            expect(num_calls)
 
 
 @dataclass(frozen=True)

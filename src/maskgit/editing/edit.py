@@ -25,7 +25,7 @@ from maskgit.foundation.checks import check_count, check_range, plain
 from maskgit.images import to_pil
 from maskgit.images.provenance import EDITED
 from maskgit.model import Label, Model, Picture
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, ClassGuess, Output
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, ClassGuess, Draw, Output
 from maskgit.sampler.config import SamplerConfig
 
 # In place of a label: the class that the model finds in what is known of the image.
@@ -73,6 +73,7 @@ def edit(
     Source: official inference.py, `p_edit_samples` and `composite_outputs`.
     """
     config = model.sampler_config(**settings)
+    draw = Draw(seed, first_index, batch_size, return_steps, callback)
     photo = photos.read_photo(image)
     listed = _list_boxes(boxes)
     painted = masks.paint_boxes(listed, photo.size)
@@ -87,14 +88,10 @@ def edit(
         None,
         label,
         config,
+        draw,
         feather=feather,
         num_images=num_images,
         start_step=config.steps // 6 if start_step is None else start_step,
-        seed=seed,
-        first_index=first_index,
-        batch_size=batch_size,
-        return_steps=return_steps,
-        callback=callback,
     )
 
 
@@ -144,6 +141,7 @@ def inpaint(
         ConfigError, ImageError, RegionError: an argument is not allowed, or nothing is known to guess from.
     """
     config = model.sampler_config(**settings)
+    draw = Draw(seed, first_index, batch_size, return_steps, callback)
     photo = photos.read_photo(image)
     painted = masks.read_mask(mask, photo, invert=invert)
     window = photos.window_around(painted, model.config.image_size)
@@ -157,14 +155,10 @@ def inpaint(
         painted,
         label,
         config,
+        draw,
         feather=feather,
         num_images=num_images,
         start_step=start_step,
-        seed=seed,
-        first_index=first_index,
-        batch_size=batch_size,
-        return_steps=return_steps,
-        callback=callback,
     )
 
 
@@ -176,11 +170,11 @@ def _renew(
     painted: np.ndarray | None,
     label: Label,
     config: SamplerConfig,
+    draw: Draw,
     *,
     feather: float | None,
     num_images: int,
     start_step: int,
-    **options: Any,
 ) -> Output:
     """Make a window's masked tokens new, and put it back into the photo with a soft edge."""
     size = model.config.image_size
@@ -195,7 +189,7 @@ def _renew(
     sequences = model.vocabulary.sequence(
         torch.full((num_images,), number), tokens.expand(num_images, -1, -1), token_mask
     )
-    made = fill(model, sequences, config, start_step=start_step, **options)
+    made = fill(model, sequences, config, draw, start_step=start_step)
 
     large, small = (
         photos.soft_weights(token_mask, painted, window, photo.size, side, radius * side / size)

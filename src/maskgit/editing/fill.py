@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgit.foundation.checks import check_count, check_seed, check_whole
+from maskgit.foundation.checks import check_whole
 from maskgit.foundation.devices import Landing, copies_aside, upload
 from maskgit.foundation.forks import check_process
 from maskgit.model import Model
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace, announce, join_outputs
+from maskgit.results import Draw, Output, Trace, join_outputs
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.loop import Decoded, decode_steps
 from maskgit.sampler.noise import ImageNoise
@@ -27,25 +27,19 @@ def fill(
     model: Model,
     sequences: Tensor,
     config: SamplerConfig,
+    draw: Draw | None = None,
     *,
     start_step: int = 0,
     switch: tuple[int, Tensor] | None = None,
-    seed: int = 0,
-    first_index: int = 0,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    return_steps: bool = False,
-    callback: Callback | None = None,
-    pixels: bool = True,
 ) -> Output:
     """Fill in masked sequences, a batch at a time, and turn the result into images.
 
     Args:
         sequences: int64 (B, S), as `Vocabulary.sequence` makes them.
         config: how they are decoded.
+        draw: which images these are; None is seed 0 from index 0.
         start_step: the step to begin decoding at.
         switch: (step, class tokens int64 (B,)) to go on with other classes from that step.
-        seed, first_index, batch_size, return_steps, callback: as for `generate`.
-        pixels: whether the tokens are decoded to images.
 
     Returns:
         `Output` with B images.
@@ -54,18 +48,7 @@ def fill(
         ConfigError: a setting is out of range.
     """
     # The model's own, which may be another one: a server's model fills in its worker's batches.
-    made = model.fill_batches(
-        sequences,
-        config,
-        start_step=start_step,
-        switch=switch,
-        seed=seed,
-        first_index=first_index,
-        batch_size=batch_size,
-        return_steps=return_steps,
-        callback=callback,
-        pixels=pixels,
-    )
+    made = model.fill_batches(sequences, config, draw or Draw(), start_step=start_step, switch=switch)
     return join_outputs(list(made))
 
 
@@ -73,45 +56,38 @@ def fill_batches(
     model: Model,
     sequences: Tensor,
     config: SamplerConfig,
+    draw: Draw,
     *,
     start_step: int = 0,
     switch: tuple[int, Tensor] | None = None,
-    seed: int = 0,
-    first_index: int = 0,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    return_steps: bool = False,
-    callback: Callback | None = None,
-    pixels: bool = True,
 ) -> Iterator[Output]:
     """Give the `Output` of each batch as soon as it is there; see `fill`.
 
     On a GPU the steps of a batch are under way before the pixels of the last are waited for, so that the
     device is busy while the caller writes them.
     """
-    batch_size = check_count("batch_size", batch_size, 1, 65_536)
-    first_index = check_count("first_index", first_index, 0, 2**62)
-    seed = check_seed(seed)
     check_process(model.device)
     start_step = check_whole("start_step", start_step)
     policy = make_policy(config.policy, config.policy_options)
-    known = return_steps or policy.reads_known
+    known = draw.return_steps or policy.reads_known
     steps = num_steps(config, model.vocabulary.num_tokens, remasks=policy.remasks, start_step=start_step)
-    announce(callback, steps * math.ceil(len(sequences) / batch_size))
+    draw.announce(steps * math.ceil(len(sequences) / draw.batch_size))
     waiting: tuple[Landing, list[Trace]] | None = None
-    for start in range(0, len(sequences), batch_size):
-        rows = slice(start, start + batch_size)
+    for start in range(0, len(sequences), draw.batch_size):
+        rows = slice(start, start + draw.batch_size)
         batch = upload(sequences[rows], model.device)
-        indices = torch.arange(first_index + start, first_index + start + len(batch), device=model.device)
-        noise = ImageNoise(seed, indices, batch.shape[1], model.vocabulary.num_codes)
+        first = draw.first_index + start
+        indices = torch.arange(first, first + len(batch), device=model.device)
+        noise = ImageNoise(draw.seed, indices, batch.shape[1], model.vocabulary.num_codes)
         part = None if switch is None else (switch[0], upload(switch[1][rows], model.device))
         history = []
         for made in _steps(model, batch, config, noise, start_step, part, known=known):
             grid = model.vocabulary.grid(made.tokens)
-            if return_steps:
+            if draw.return_steps:
                 history.append(_record(model, made))
-            if callback is not None:
-                callback(made.step, indices, grid)
-        landing = Landing(grid, model.decode_on_device(grid)) if pixels else Landing(grid)
+            if draw.callback is not None:
+                draw.callback(made.step, indices, grid)
+        landing = Landing(grid, model.decode_on_device(grid)) if draw.pixels else Landing(grid)
         if waiting is not None:
             yield _output(*waiting)
         waiting = landing, history

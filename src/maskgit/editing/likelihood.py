@@ -10,6 +10,7 @@ Source: Besag: Statistical Analysis of Non-Lattice Data (1975); for masked model
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from maskgit.errors import ConfigError, RegionError
 from maskgit.foundation.checks import check_count
 from maskgit.foundation.devices import upload
 from maskgit.model import Label, Model
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, announce
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Draw, Output
 from maskgit.sampler.noise import FOLDS, ImageNoise
 from maskgit.sampler.plans import num_steps
 from maskgit.sampler.policies import make_policy
@@ -152,15 +153,14 @@ def generate_best(
     """
     candidates = check_count("candidates", candidates, 1, 1_000_000)
     num_images = check_count("num_images", num_images, 1, candidates)
-    batch_size = check_count("batch_size", batch_size, 1, 65_536)
-    first_index = check_count("first_index", first_index, 0, 2**62)
+    draw = Draw(seed, first_index, batch_size, callback=callback, pixels=scorer is not None)
     config = model.sampler_config(**settings)
     numbers = torch.tensor(model.labels(labels), dtype=torch.int64)
     if not len(numbers):
         raise ConfigError("There are no labels; give at least one class.")
     remasks = make_policy(config.policy, config.policy_options).remasks
     steps = num_steps(config, model.vocabulary.num_tokens, remasks=remasks)
-    announce(callback, steps * len(numbers) * math.ceil(candidates / batch_size))
+    draw.announce(steps * len(numbers) * math.ceil(candidates / draw.batch_size))
 
     def told(step: int, indices: Tensor, grid: Tensor) -> None:
         assert callback is not None
@@ -169,28 +169,20 @@ def generate_best(
     kept = []
     for place, number in enumerate(numbers):
         best: list[Tensor] = []
-        begin = first_index + place * candidates
+        begin = draw.first_index + place * candidates
         # The tokens of the batches that the best are from, by the index of their first image.
         batches: dict[int, Tensor] = {}
-        for first in range(begin, begin + candidates, batch_size):
-            count = min(batch_size, begin + candidates - first)
-            made = fill(
-                model,
-                model.vocabulary.sequence(number.expand(count)),
-                config,
-                seed=seed,
-                first_index=first,
-                batch_size=batch_size,
-                callback=told if callback else None,
-                pixels=scorer is not None,
-            )
-            scores = _judge(model, made, number.expand(count), scorer, batch_size)
+        for first in range(begin, begin + candidates, draw.batch_size):
+            count = min(draw.batch_size, begin + candidates - first)
+            part = replace(draw, first_index=first, callback=told if callback else None)
+            made = fill(model, model.vocabulary.sequence(number.expand(count)), config, part)
+            scores = _judge(model, made, number.expand(count), scorer, draw.batch_size)
             new = [scores, made.images, made.tokens, torch.arange(first, first + count)]
             pool = [torch.cat(pair) for pair in zip(best, new, strict=True)] if best else new
             # A stable sort: of equal scores, the lower index is kept, whatever the batch.
             order = pool[0].sort(descending=True, stable=True).indices[:num_images]
             best = [part[order] for part in pool]
-            starts = best[3] - (best[3] - begin) % batch_size
+            starts = best[3] - (best[3] - begin) % draw.batch_size
             batches = {
                 start: tokens for start, tokens in (batches | {first: made.tokens}).items() if start in starts
             }

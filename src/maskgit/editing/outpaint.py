@@ -9,6 +9,7 @@ Shapes: B images, R × C the canvas's tokens, H × W pixels.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from maskgit.foundation.checks import check_count, check_range, plain
 from maskgit.images import profiles
 from maskgit.images.provenance import EDITED
 from maskgit.model import Label, Model, Picture
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, announce
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Draw, Output
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.plans import num_steps
 from maskgit.sampler.policies import make_policy
@@ -90,6 +91,7 @@ def outpaint(
         ConfigError, ImageError, RegionError: an argument is not allowed, or the result would be too large.
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
+    draw = Draw(seed, first_index, batch_size, callback=callback, pixels=False)
     config = model.sampler_config(**settings)
     number = model.label(label)
     whole = _scaled(photos.read_photo(image), model.config.image_size, model.tokenizer.patch_size)
@@ -113,7 +115,7 @@ def outpaint(
     unknown[inside] = False
     windows = plan_windows(rows, columns, known, side)
     labels = [number] * len(windows)
-    _fill(model, tokens, windows, labels, config, seed, first_index, batch_size, callback)
+    _fill(model, tokens, windows, labels, config, draw)
 
     x, y = before_x * patch - left, before_y * patch - top
     pixels = decode_canvas(model.tokenizer, tokens, side)[..., y : y + new_height, x : x + new_width].clone()
@@ -169,6 +171,7 @@ def panorama(
         ConfigError, RegionError: an argument is not allowed, or the result would be too large.
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
+    draw = Draw(seed, first_index, batch_size, callback=callback, pixels=False)
     config = model.sampler_config(**settings)
     numbers = model.labels(labels)
     width = check_count("width", width, 1, MAX_PIXELS)
@@ -192,53 +195,33 @@ def panorama(
         )
     by_window = [numbers[ranks[int(window.columns[0])] * len(numbers) // len(ranks)] for window in windows]
     tokens = torch.zeros(num_images, rows, columns, dtype=torch.int64)
-    _fill(model, tokens, windows, by_window, config, seed, first_index, batch_size, callback)
+    _fill(model, tokens, windows, by_window, config, draw)
     pixels = decode_canvas(model.tokenizer, tokens, side, loop=loop)
     return Output(pixels[..., :height, :width].clone(), tokens)
 
 
 def _fill(
-    model: Model,
-    canvas: Tensor,
-    windows: list[Window],
-    labels: list[int],
-    config: SamplerConfig,
-    seed: int,
-    first_index: int,
-    batch_size: int,
-    callback: Callback | None,
+    model: Model, canvas: Tensor, windows: list[Window], labels: list[int], config: SamplerConfig, draw: Draw
 ) -> None:
     """Decode the windows of canvases int64 (B, R, C) in their order, each going by those before it."""
-    first_index = check_count("first_index", first_index, 0, WINDOW_STRIDE - len(canvas))
-    batch_size = check_count("batch_size", batch_size, 1, 65_536)
+    check_count("first_index", draw.first_index, 0, WINDOW_STRIDE - len(canvas))
     remasks = make_policy(config.policy, config.policy_options).remasks
     steps = num_steps(config, model.vocabulary.num_tokens, remasks=remasks)
-    announce(callback, steps * len(windows) * math.ceil(len(canvas) / batch_size))
-    for start in range(0, len(canvas), batch_size):
-        batch = canvas[start : start + batch_size]
+    draw.announce(steps * len(windows) * math.ceil(len(canvas) / draw.batch_size))
+    for start in range(0, len(canvas), draw.batch_size):
+        batch = canvas[start : start + draw.batch_size]
         for number, (window, label) in enumerate(zip(windows, labels, strict=True)):
-            offset = number * WINDOW_STRIDE
 
             def told(step: int, indices: Tensor, grid: Tensor, number: int = number) -> None:
-                assert callback is not None
-                callback(number * config.steps + step, indices % WINDOW_STRIDE, grid)
+                assert draw.callback is not None
+                draw.callback(number * config.steps + step, indices % WINDOW_STRIDE, grid)
 
             sequences = model.vocabulary.sequence(
                 torch.full((len(batch),), label), window.read(batch), window.unknown
             )
-            made = fill(
-                model,
-                sequences,
-                config,
-                start_step=0,
-                seed=seed,
-                first_index=offset + first_index + start,
-                batch_size=batch_size,
-                return_steps=False,
-                callback=told if callback else None,
-                pixels=False,
-            )
-            window.write(batch, made.tokens)
+            first = number * WINDOW_STRIDE + draw.first_index + start
+            of_window = replace(draw, first_index=first, callback=told if draw.callback else None)
+            window.write(batch, fill(model, sequences, config, of_window).tokens)
 
 
 def _scaled(photo: Photo, size: int, patch: int) -> Photo:

@@ -18,7 +18,7 @@ from maskgit.editing.fill import fill
 from maskgit.foundation.checks import check_count, check_range
 from maskgit.images.provenance import EDITED
 from maskgit.model import Label, Model, Picture
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output
+from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Draw, Output
 from maskgit.sampler import noise
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.plans import num_steps, plan_steps
@@ -59,28 +59,18 @@ def vary(
         ConfigError, ImageError: an argument is not allowed.
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
-    first_index = check_count("first_index", first_index, 0, 2**62)
+    draw = Draw(seed, first_index, batch_size, return_steps, callback)
     strength = check_range("strength", strength, 0, 1)
     config, start_step = resumed(model.sampler_config(**settings), strength, model.vocabulary.num_tokens)
     before = model.prepare(image)
     tokens = model.encode_pixels(before)
     number, guess = resolve(model, label, tokens, None)
-    drawn = _draw(model, num_images, seed, first_index)
+    drawn = _uniform(model, num_images, draw)
     token_mask = _highest(drawn, round(strength * model.vocabulary.num_tokens))
     sequences = model.vocabulary.sequence(
         torch.full((num_images,), number), tokens.expand(num_images, -1, -1), token_mask
     )
-    made = fill(
-        model,
-        sequences,
-        config,
-        start_step=start_step,
-        seed=seed,
-        first_index=first_index,
-        batch_size=batch_size,
-        return_steps=return_steps,
-        callback=callback,
-    )
+    made = fill(model, sequences, config, draw, start_step=start_step)
     return replace(made, token_mask=token_mask, before=before, class_guess=guess, source=EDITED)
 
 
@@ -114,6 +104,7 @@ def interpolate_classes(
         ConfigError: an argument is not allowed.
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
+    draw = Draw(seed, first_index, batch_size, return_steps, callback)
     switch = check_range("switch", switch, 0, 1)
     config = model.sampler_config(**settings)
     remasks = make_policy(config.policy, config.policy_options).remasks
@@ -121,17 +112,7 @@ def interpolate_classes(
     begun, ended = (
         model.vocabulary.sequence(torch.full((num_images,), model.label(label))) for label in (first, second)
     )
-    return fill(
-        model,
-        begun,
-        config,
-        switch=(round(switch * steps), ended[:, 0]),
-        seed=seed,
-        first_index=first_index,
-        batch_size=batch_size,
-        return_steps=return_steps,
-        callback=callback,
-    )
+    return fill(model, begun, config, draw, switch=(round(switch * steps), ended[:, 0]))
 
 
 def interpolate_images(
@@ -172,7 +153,7 @@ def interpolate_images(
         ConfigError, ImageError: an argument is not allowed.
     """
     num_images = check_count("num_images", num_images, 1, 1_000_000)
-    first_index = check_count("first_index", first_index, 0, 2**62)
+    draw = Draw(seed, first_index, batch_size, return_steps, callback)
     side = model.vocabulary.grid_size
     smoothness = check_count("smoothness", smoothness, 0, side)
     refine = check_count("refine", refine, 0, side)
@@ -180,22 +161,14 @@ def interpolate_images(
     config = model.sampler_config(**settings)
     number = model.label(label) if refine else 0
     ours, theirs = (model.encode_pixels(model.prepare(image)) for image in (first, second))
-    field = _blur(_draw(model, num_images, seed, first_index), smoothness)
+    field = _blur(_uniform(model, num_images, draw), smoothness)
     chosen = _highest(field, round(share * model.vocabulary.num_tokens))
     token_mask = _spread(chosen, refine) & _spread(~chosen, refine)
     sequences = model.vocabulary.sequence(
         torch.full((num_images,), number), torch.where(chosen, theirs, ours), token_mask
     )
     made = fill(
-        model,
-        sequences,
-        config,
-        start_step=config.steps // 6 if start_step is None else start_step,
-        seed=seed,
-        first_index=first_index,
-        batch_size=batch_size,
-        return_steps=return_steps,
-        callback=callback,
+        model, sequences, config, draw, start_step=config.steps // 6 if start_step is None else start_step
     )
     return replace(made, token_mask=token_mask, source=EDITED)
 
@@ -221,10 +194,10 @@ def resumed(config: SamplerConfig, share: float, num_tokens: int) -> tuple[Sampl
     return replace(config, steps=len(ratios), tables=tables), start
 
 
-def _draw(model: Model, count: int, seed: int, first_index: int) -> Tensor:
+def _uniform(model: Model, count: int, draw: Draw) -> Tensor:
     """Return uniform numbers for the tokens of some images, float32 (B, h, w)."""
-    vocabulary, indices = model.vocabulary, torch.arange(first_index, first_index + count)
-    drawn = noise.ImageNoise(seed, indices, vocabulary.num_tokens + 1, vocabulary.num_codes)
+    vocabulary, indices = model.vocabulary, torch.arange(draw.first_index, draw.first_index + count)
+    drawn = noise.ImageNoise(draw.seed, indices, vocabulary.num_tokens + 1, vocabulary.num_codes)
     return vocabulary.grid(drawn.uniform(0, noise.VARY))
 
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from maskgit.apps.serving.worker import Ticket, Worker
 from maskgit.engine.batching import Job, News
-from maskgit.foundation.checks import check_count, check_seed
 from maskgit.pipeline import MaskGIT
-from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Output, Trace, join_outputs
+from maskgit.results import Draw, Output, Trace, join_outputs
 from maskgit.sampler.config import SamplerConfig
 
 
@@ -48,41 +47,35 @@ class SharedModel(MaskGIT):
         self,
         sequences: Tensor,
         config: SamplerConfig,
+        draw: Draw,
         *,
         start_step: int = 0,
         switch: tuple[int, Tensor] | None = None,
-        seed: int = 0,
-        first_index: int = 0,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        return_steps: bool = False,
-        callback: Callback | None = None,
-        pixels: bool = True,
     ) -> Iterator[Output]:
         """Fill in masked sequences; see `MaskGIT.fill_batches`.
 
-        Each image is a job of its own, so the callback is told of one image at a time, and batch_size says
-        nothing: there is one `Output`.
+        Each image is a job of its own, so the callback is told of one image at a time, and the draw's batch
+        size is not read: there is one `Output`.
         """
-        first_index = check_count("first_index", first_index, 0, 2**62)
-        seed = check_seed(seed)
+        callback = draw.callback
         jobs = [
             Job(
                 row,
                 config,
-                seed,
-                first_index + i,
+                draw.seed,
+                draw.first_index + i,
                 start_step,
                 told=callback is not None,
-                traced=return_steps,
+                traced=draw.return_steps,
                 switch=None if switch is None else (switch[0], int(switch[1][i])),
-                pixels=pixels,
+                pixels=draw.pixels,
             )
             for i, row in enumerate(sequences.cpu())
         ]
         steps: dict[Job, list[News]] = {job: [] for job in jobs}
 
         def told(news: News) -> None:
-            if return_steps:
+            if draw.return_steps:
                 steps[news.job].append(news)
             if callback is not None and news.tokens is not None:
                 callback(news.step, torch.tensor([news.job.index]), news.tokens[None])
