@@ -51,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TokenizerTrainingConfig:
     return TokenizerTrainingConfig(
         data=str(folder / "train"),
         test_data=str(folder / "test"),
-        out="",
+        out=str(folder / "run"),
         model=TokenizerConfig(
             filters=8,
             norm="LN",

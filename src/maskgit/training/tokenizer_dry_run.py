@@ -4,13 +4,17 @@ import torch
 
 from maskgit.foundation.devices import choose_device
 from maskgit.foundation.files import expand
-from maskgit.networks.config import TokenizerConfig
+from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.inputs import open_images
-from maskgit.training.numerics import choose_precision
+from maskgit.training.numerics import autocast, choose_precision
+from maskgit.training.objectives.discriminator import Discriminator
+from maskgit.training.objectives.perceptual import PerceptualLoss
 from maskgit.training.run.folder import check_run_folder
-from maskgit.training.run.progress import peak_flops
+from maskgit.training.run.memory import memory_line, step_bytes
+from maskgit.training.run.progress import duration, peak_flops
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.tokenizer_parts import flops_per_image, make_networks
+from maskgit.training.tokenizer_parts import Reconstructor, flops_per_image, make_networks
+from maskgit.training.train_tokenizer import adversarial_losses, frozen, judge, reconstruction_losses
 
 
 def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
@@ -33,17 +37,17 @@ def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
     counts = [sum(p.numel() for p in network.parameters()) for network in (tokenizer, discriminator)]
     if not config.adversarial_weight:
         counts[1] = 0
-    # Weights, gradients and Adam's two averages of both networks, and the tokenizer's EMA, float32.
-    fixed = 4 * (4 * sum(counts) + counts[0])
+    # Weights and Adam's two averages of both networks, and the tokenizer's EMA, float32.
+    fixed = 4 * (3 * sum(counts) + counts[0])
     share = config.batch_size // world
-    activations = share * activation_bytes(config.model, size, precision)
     images = config.steps * config.batch_size
     adversarial = max(0, config.steps - config.adversarial_start) / config.steps
     flops = sum(
         part * flops_per_image(config, *networks, size, adversarial=on)
         for on, part in ((True, adversarial), (False, 1 - adversarial))
     )
-    hours = images * flops / peak_flops(device, precision) / world / 3600
+    seconds = images * flops / peak_flops(device, precision) / world
+    activations = activation_bytes(config, networks, size, share, precision)
     side = size // config.model.patch_size
     return "\n".join(
         (
@@ -53,9 +57,8 @@ def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
             f"batch          {config.batch_size} = {world} processes × {share}",
             f"steps          {config.steps:,}, {passes(images, inputs.train.num_images)}",
             f"precision      {str(precision).removeprefix('torch.')} on {device}",
-            f"memory         about {(fixed + activations) / 2**30:.2f} GiB a process: {fixed / 2**30:.2f} for "
-            f"weights and optimizers, {activations / 2**30:.2f} for the tokenizer's activations and distances",
-            f"compute        {flops / 1e9:.2f} GFLOP an image; {hours:.2g} h if the hardware reached its peak",
+            memory_line(fixed, activations, device),
+            f"compute        {flops / 1e9:.2f} GFLOP an image; {duration(seconds)} if the hardware reached its peak",
         )
     )
 
@@ -72,13 +75,37 @@ def passes(num_read: int, num_images: int | None) -> str:
     return f"{num_read / num_images:.1f} times through the data"
 
 
-def activation_bytes(config: TokenizerConfig, size: int, precision: torch.dtype) -> float:
-    """Return an estimate of the memory that one image's activations take in the tokenizer's training."""
-    pixels, values = size * size, 0.0
-    for level, multiplier in enumerate(config.channel_multipliers):
-        # Norm, activation and convolution twice and a sum, in every block of the encoder and of the decoder.
-        blocks = 2 * config.num_res_blocks + 1
-        values += 7 * blocks * pixels / 4**level * config.filters * multiplier
-    tokens = (size // config.patch_size) ** 2
-    # The entropy loss holds about eight float32 matrices of (tokens, codes).
-    return values * precision.itemsize + 8 * 4 * tokens * config.codebook_size
+def activation_bytes(
+    config: TokenizerTrainingConfig,
+    networks: tuple[Tokenizer, Discriminator, PerceptualLoss],
+    size: int,
+    share: int,
+    precision: torch.dtype,
+) -> int:
+    """Return the bytes that a step takes for a process's share of a batch, beside weights and optimizers.
+
+    All three networks count, and gradients; the networks are of no use afterwards.
+    """
+    tokenizer, discriminator, perceptual = networks
+    num_tokens = (size // config.model.patch_size) ** 2
+
+    def step() -> None:
+        images = torch.zeros(share, 3, size, size).contiguous(memory_format=torch.channels_last)
+        noise = None
+        if config.model.quantizer == "gumbel":
+            noise = torch.zeros(share, num_tokens * config.model.codebook_size)
+        made = Reconstructor(tokenizer, precision)(images, noise)
+        logs = reconstruction_losses(config, images, made, perceptual, precision)
+        loss = logs["reconstruction_loss"] + logs["quantizer_loss"]
+        if config.adversarial_weight:
+            with frozen(discriminator), autocast(images.device, precision):
+                fake_logits = discriminator(made.images)
+            logs |= adversarial_losses(config, logs["reconstruction_loss"], fake_logits, tokenizer)
+            loss = loss + logs["adversarial_weight"] * logs["generator_loss"]
+        loss.backward()
+        if config.adversarial_weight:
+            # Step 0 is one with the R1 penalty.
+            judged = judge(config, discriminator, images, made.images.detach(), 0, precision)
+            judged["discriminator_total_loss"].backward()
+
+    return step_bytes(networks, step)

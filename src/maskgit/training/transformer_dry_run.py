@@ -4,14 +4,15 @@ import torch
 
 from maskgit.foundation.devices import choose_device, shapes_only
 from maskgit.foundation.files import expand
-from maskgit.networks.config import TransformerConfig
 from maskgit.networks.transformer import Transformer
 from maskgit.training.inputs import open_tokens
-from maskgit.training.numerics import choose_precision
+from maskgit.training.numerics import autocast, choose_precision
+from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.run.folder import check_run_folder
-from maskgit.training.run.progress import peak_flops
+from maskgit.training.run.memory import memory_line, step_bytes
+from maskgit.training.run.progress import duration, peak_flops
 from maskgit.training.tokenizer_dry_run import counted, passes
-from maskgit.training.train_transformer import flops_per_image
+from maskgit.training.train_transformer import attention, flops_per_image
 from maskgit.training.transformer_config import TransformerTrainingConfig
 
 
@@ -34,12 +35,12 @@ def dry_run(config: TransformerTrainingConfig, world: int = 1) -> str:
     precision = choose_precision(config.precision, device)
     part = config.batch_size // (world * config.accumulate)
     shards = world if config.fsdp else 1
-    # Weights, gradients, both averages of AdamW and the EMA, float32.
-    fixed = 5 * 4 * parameters / shards
-    activations = part * activation_bytes(config.model, precision, plain_attention=device.type == "cpu")
+    # Weights, both averages of AdamW and the EMA, float32.
+    fixed = 4 * 4 * parameters / shards
+    activations = activation_bytes(config, part, precision)
     images = config.steps * config.batch_size
     flops = flops_per_image(config.model)
-    days = images * flops / peak_flops(device, precision) / world / 86_400
+    seconds = images * flops / peak_flops(device, precision) / world
     return "\n".join(
         (
             f"parameters     {parameters:,}",
@@ -48,17 +49,26 @@ def dry_run(config: TransformerTrainingConfig, world: int = 1) -> str:
             f"batch          {config.batch_size} = {world} processes × {config.accumulate} parts × {part}",
             f"steps          {config.steps:,}, {passes(images, num_images)}",
             f"precision      {str(precision).removeprefix('torch.')} on {device}",
-            f"memory         about {(fixed + activations) / 2**30:.2f} GiB a process: {fixed / 2**30:.2f} for "
-            f"weights and optimizer, {activations / 2**30:.2f} for activations",
-            f"compute        {flops / 1e9:.1f} GFLOP an image; {days * 24:.1f} h if the hardware reached its peak",
+            memory_line(fixed, activations, device),
+            f"compute        {flops / 1e9:.1f} GFLOP an image; {duration(seconds)} if the hardware reached its peak",
         )
     )
 
 
-def activation_bytes(config: TransformerConfig, precision: torch.dtype, *, plain_attention: bool) -> float:
-    """Return an estimate of the memory that one image's activations take in training."""
-    length = config.num_tokens + 1
-    layer = length * (12 * config.hidden_size + 3 * config.intermediate_size)
-    if plain_attention or config.dropout:
-        layer += 3 * config.num_heads * length**2
-    return config.num_layers * layer * precision.itemsize + 3 * 4 * length * config.num_codes
+def activation_bytes(config: TransformerTrainingConfig, part: int, precision: torch.dtype) -> int:
+    """Return the bytes that a step takes for a part of a batch, beside weights and optimizer, gradients included."""
+    model = config.model
+    with shapes_only():
+        transformer = Transformer(model)
+    transformer.to_empty(device="cpu")
+
+    def step() -> None:
+        tokens = torch.zeros(part, model.num_tokens, dtype=torch.int64)
+        sequence = torch.zeros(part, model.num_tokens + 1, dtype=torch.int64)
+        device = torch.device("cpu")
+        with autocast(device, precision), attention(choose_device(config.device)):
+            logits = transformer(sequence, codes=model.num_codes)
+        mask = torch.ones(part, model.num_tokens, dtype=torch.bool)
+        sequence_losses(logits[:, 1:], tokens, mask, config.label_smoothing).mean().backward()
+
+    return step_bytes([transformer], step)
