@@ -74,6 +74,7 @@ def test_the_json_holds_what_was_measured(finished):
             "coverage",
             "class_agreement",
             "authenticity",
+            "copies",
         )
     ]
     made = work._samples(work.images, {}, show=False)
@@ -90,10 +91,22 @@ def test_the_json_holds_what_was_measured(finished):
     assert report["model"]["weights"] == {"tokenizer": "a" * 64, "transformer": "b" * 64}
     assert report["evaluator"]["identity"] == toy_net().identity
     assert report["reference"]["num_images"] == 40
+    beside = report["baselines"]["fd_toy"]
+    assert list(beside) == ["real", "reconstructions"]
+    # All thirty that are measured, since more samples were asked for.
+    training = measured(toy_net(), real_images(seed=1).read([i * 40 // 30 for i in range(30)]).floats)[
+        "pooled"
+    ]
+    theirs = training.mean(0), np.cov(training.astype(float), rowvar=False)
+    expected = frechet_distance(*moments[0], *theirs)
+    assert beside["real"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert beside["real"]["num_images"] == 30
+    assert beside["reconstructions"]["value"] != beside["real"]["value"]
+    assert list(report["baselines"]["class_agreement_toy"]) == ["real"]
     assert report["versions"].keys() >= {"maskgit", "torch", "numpy"}
     assert report["memorisation"]["num_training"] == 30
     assert [len(row["training_images"]) for row in report["memorisation"]["random"]] == [5] * 8
-    nearest = [row["distances"][0] for row in report["memorisation"]["nearest"]]
+    nearest = [row["suspicion"] for row in report["memorisation"]["nearest"]]
     assert nearest == sorted(nearest)
     assert [point["settings"] for point in report["curves"]] == [
         {"steps": steps, "policy": policy} for steps in (1, 2) for policy in CURVE["policy"]
@@ -116,7 +129,7 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(finished):
     assert "http:" not in text
     assert "https:" not in text
     assert not re.search(r"url\(|@import|<script", text)
-    assert text.count("<img") == 40 + 10 + 2 * 8 * 6
+    assert text.count("<img") == 40 + 10 + (8 + 24) * 6
     assert {"images", "classes", "copies", "curves", "settings", "fd_toy"} <= set(page.ids)
     shown = " ".join(page.texts)
     assert '<script>alert("x")</script>' in shown  # as text

@@ -15,24 +15,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskgit.data.picture_sets import Pictures
+from maskgit.data.picture_sets import Pictures, as_floats
 from maskgit.data.rows import check_share
 from maskgit.errors import DataError
-from maskgit.evaluation.metrics.intervals import share_interval
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.report.report import Picture, Point, Report
 from maskgit.evaluation.runs.running import Progress, run_works
-from maskgit.evaluation.runs.sampling import RealImages, SampleConfig, Samples, gather
+from maskgit.evaluation.runs.sampling import RealImages, SampleConfig, Samples, gather, rebuild
 from maskgit.evaluation.scores import memorisation
+from maskgit.evaluation.scores.baselines import Context, of_halves, of_training
 from maskgit.evaluation.scores.classwise import (
     ClassJudge,
-    Labelled,
     Matched,
     best_and_worst,
-    labelled,
     matched_classes,
 )
-from maskgit.evaluation.scores.names import Names, Score
+from maskgit.evaluation.scores.names import Names, Score, with_baselines
 from maskgit.evaluation.scores.references import Reference, evaluator_identity, reference_statistics
 from maskgit.evaluation.scores.scores import distances, manifolds
 from maskgit.evaluation.scores.statistics import ImageStatistics
@@ -126,6 +124,15 @@ class SampleEvaluation:
             if data is not None:
                 count = self.config.num_training if name == "training" else None
                 works[name] = RealImages(data, self.net, num_images=count)
+        if through := self.training or self.reference.images:
+            works["reconstructions"] = RealImages(
+                through,
+                self.net,
+                num_images=None if self.training is None else self.config.num_training,
+                batch_size=self.images.batch_size,
+                through=self.model.tokenizer,
+                weights=self.weights["tokenizer"],
+            )
         if self.training is not None and self.training.resolution != (side, side):
             raise DataError(
                 f"The training data {self.training.name} has {self.training.resolution[0]} × "
@@ -180,15 +187,15 @@ class SampleEvaluation:
         notes += self.reference.cautions
         for data in (self.reference.images, self.training):
             notes += [] if data is None else [f"{data.name}: {line}" for line in data.left_out]
-        scores, cautions = self._scores(arrays, reference, names)
-        judge = self._judge(units, reference)
-        agreement = self._agreement(arrays, judge, names)
-        copies, authenticity = self._copies(units, arrays, reference, names)
+        scores, cautions = self._scores(arrays, reference, names, self._strata(arrays))
+        baselines, judge = self._context(units, reference, arrays, names)
+        scores += self._agreement(arrays, judge, names)
+        copies, of_copies = self._copies(units, arrays, reference, names)
         report = Report(
             title=self.name,
             kind="samples",
             num_images=len(arrays["pooled"]),
-            scores=scores + agreement + authenticity,
+            scores=with_baselines(scores, baselines) + of_copies,
             cautions=cautions + notes,
             sheet=[],
             settings=done.plan,
@@ -234,26 +241,32 @@ class SampleEvaluation:
             [reason] if reason else [],
         )
 
-    def _judge(self, units: dict[str, Units], reference: ImageStatistics) -> ClassJudge | None:
-        """Return what says whether an image looks like its class, where the reference's classes are known."""
-        if labelled(reference) is None:
-            return None
-        training = None
-        if self.training is not None and self.reference.digest != self.training.fingerprint:
+    def _context(
+        self, units: dict[str, Units], reference: ImageStatistics, arrays: Arrays, names: Names
+    ) -> Context:
+        """Return what samples are seen beside."""
+        count = len(arrays["pooled"])
+
+        def scoring(other: Arrays, against: ImageStatistics) -> list[Score]:
+            return self._scores(other, against, names, None)[0]
+
+        if self.training is not None:
             data = self.training
-            numbers = self._matched(data.class_names, data.num_classes, data.name).numbers
-            if numbers is not None:
-                arrays = gather(units["training"]).arrays
-                training = Labelled(arrays["pooled"], numbers[arrays["labels"]])
-        return ClassJudge(reference, training)
+            training, rebuilt = gather(units["training"]), gather(units["reconstructions"])
+            check_share(data.name, units["training"].work.count, training.skipped, data.max_bad_share)
+            if self.reference.digest != data.fingerprint:
+                numbers = self._matched(data.class_names, data.num_classes, data.name).numbers
+                return of_training(scoring, reference, training.arrays, rebuilt.arrays, numbers, count, names)
+        halved = None
+        if self.reference.images is not None and self.training is None:
+            halved, _ = reference_statistics(units["reconstructions"], self.reference.images, self.net)
+        return of_halves(scoring, reference, halved, count, names)
 
     def _agreement(self, arrays: Arrays, judge: ClassJudge | None, names: Names) -> list[Score]:
         """Return the share of images that look like their class, where that can be said."""
         if judge is None:
             return []
-        agreed = judge.agrees(arrays["pooled"], arrays["labels"])
-        interval = share_interval(agreed, self._strata(arrays))
-        return [names.score("class_agreement", float(agreed.mean()), interval, num_images=len(agreed))]
+        return [judge.score(judge.agrees(arrays["pooled"], arrays["labels"]), names, self._strata(arrays))]
 
     def _strata(self, arrays: Arrays) -> NDArray[np.int32] | None:
         """Return the classes of samples where other samples would be of the same ones."""
@@ -267,25 +280,42 @@ class SampleEvaluation:
             return None, []
         work = units["samples"].work
         assert isinstance(work, Samples)
-        training = gather(units["training"])
-        total = units["training"].work.count
-        check_share(self.training.name, total, training.skipped, self.training.max_bad_share)
-        found, score = memorisation.search(
+        tokenizer = self.model.tokenizer
+        gallery = memorisation.Gallery(
+            self.training,
+            gather(units["training"]).arrays,
+            gather(units["reconstructions"]).arrays,
+            lambda images: rebuild(tokenizer, as_floats(images))[0],
+        )
+        return memorisation.search(
             arrays["pooled"],
             work.shown,
             lambda i: work.pictures(i, i + 1)[0],
-            training.arrays,
-            self.training if self.config.show_training else None,
-            # Training images are their own nearest, which says nothing.
-            None if self.reference.digest == self.training.fingerprint else reference,
+            gallery,
+            self._held_out(units, reference),
             names,
+            show=self.config.show_training,
         )
-        return found, [score]
+
+    def _held_out(self, units: dict[str, Units], reference: ImageStatistics) -> memorisation.Held | None:
+        """Return real images that the model was not trained on, if the reference holds some."""
+        # Training images are their own nearest, which says nothing.
+        if self.training is None or self.reference.digest == self.training.fingerprint:
+            return None
+        data = self.reference.images
+        if data is None:
+            return None if reference.features is None else memorisation.Held(reference.features)
+        arrays = gather(units["reference"]).arrays
+        numbers = arrays["numbers"]
+        return memorisation.Held(arrays["pooled"], lambda row: data.read([int(numbers[row])]).images[0])
 
     def _scores(
-        self, arrays: Arrays, reference: ImageStatistics, names: Names
+        self,
+        arrays: Arrays,
+        reference: ImageStatistics,
+        names: Names,
+        strata: NDArray[np.int32] | None,
     ) -> tuple[list[Score], list[str]]:
-        strata = self._strata(arrays)
         scores, cautions = distances(arrays, reference, names, splits=self.config.splits, strata=strata)
         scores += manifolds(
             arrays["pooled"],

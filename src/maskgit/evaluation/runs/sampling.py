@@ -202,6 +202,8 @@ class RealImages:
         num_images: int | None = None,
         batch_size: int = 64,
         unit_size: int = 1024,
+        through: Tokenizer | None = None,
+        weights: str = "",
     ) -> None:
         """Describe the work.
 
@@ -211,8 +213,10 @@ class RealImages:
             num_images: how many of them, spread evenly over the set; None takes all.
             batch_size: images that are read together.
             unit_size: images of a unit.
+            through: measures the images' reconstructions by this tokenizer in their place, and `weights` is the
+                tokenizer's SHA-256.
         """
-        self.data, self.net = pictures, net
+        self.data, self.net, self.through = pictures, net, through
         self.batch_size, self.unit_size = batch_size, unit_size
         total = len(pictures)
         self.count = total if num_images is None else min(total, num_images)
@@ -222,6 +226,9 @@ class RealImages:
             "images_of_data": total,
             "features": net.identity,
         }
+        if through is not None:
+            dtype = str(through.dtype).removeprefix("torch.")
+            self.plan |= {"reconstructed_by": weights, "dtype": dtype, "batch_size": batch_size}
 
     def number(self, index: int) -> int:
         """Return the number in the set of the image at an index of the work."""
@@ -236,7 +243,10 @@ class RealImages:
             skipped += batch.skipped
             if len(batch.images):
                 about: Arrays = {"labels": batch.labels, "numbers": batch.numbers}
-                kept.append(measured(self.net, batch.floats) | about)
+                images = batch.floats
+                if self.through is not None:
+                    images = as_floats(rebuild(self.through, images)[0])
+                kept.append(measured(self.net, images) | about)
         return Made(joined(kept), {"skipped": skipped}, {})
 
 
@@ -303,7 +313,7 @@ class Reconstructions:
             skipped += batch.skipped
             if not len(batch.images):
                 continue
-            rebuilt, tokens = self._rebuild(batch.floats)
+            rebuilt, tokens = rebuild(self.tokenizer, batch.floats)
             counts += tokens.flatten().bincount(minlength=len(counts))
             kept.append(self._compare(batch.floats, as_floats(rebuilt)) | {"labels": batch.labels})
             wanted = {spread(int(i), self.count, len(self.data)) for i in self.shown if i in indices}
@@ -314,11 +324,6 @@ class Reconstructions:
         if shown:
             arrays["shown"] = np.array(shown).reshape(-1, *batch.images.shape[1:])
         return Made(arrays, {"skipped": skipped}, {})
-
-    @torch.no_grad()
-    def _rebuild(self, images: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
-        tokens = self.tokenizer.encode(upload(images, next(self.tokenizer.parameters()).device))
-        return to_uint8(self.tokenizer.decode(tokens).float()), tokens.cpu()
 
     @torch.no_grad()
     def _compare(self, images: Tensor, rebuilt: Tensor) -> Arrays:
@@ -333,6 +338,13 @@ class Reconstructions:
                 distances = self.lpips(upload(images, device), upload(rebuilt, device))
             arrays["lpips"] = distances.cpu().numpy()
         return arrays
+
+
+@torch.no_grad()
+def rebuild(tokenizer: Tokenizer, images: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
+    """Return the reconstructions of images float (B, 3, H, W), uint8 (B, H, W, 3), and their tokens."""
+    tokens = tokenizer.encode(upload(images, next(tokenizer.parameters()).device))
+    return to_uint8(tokenizer.decode(tokens).float()), tokens.cpu()
 
 
 def measured(net: FeatureNet, images: Tensor) -> Arrays:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from maskgit.evaluation.metrics import Interval
 from maskgit.evaluation.metrics.intervals import share_interval
 from maskgit.evaluation.metrics.probe import LinearProbe
+from maskgit.evaluation.scores.names import Names, Score
 from maskgit.evaluation.scores.statistics import ImageStatistics
 from maskgit.networks.classes import are_numbers, match_classes
 
@@ -112,7 +113,8 @@ class ClassJudge:
     Attributes:
         source: what it learned from, in words.
         num_fitted: how many images that were.
-        real: whether each real image that it did not learn from looks like its class, bool (M,).
+        held_out: int64 (M,), rows of the reference that it did not learn from.
+        real: whether each of them looks like its class, bool (M,).
         real_labels: int32 (M,), their classes.
     """
 
@@ -125,12 +127,13 @@ class ClassJudge:
         """
         held_out = labelled(reference)
         assert held_out is not None, "the reference has features and labels"
-        self.source = "training images"
+        self.source, self.held_out = "training images", np.arange(len(held_out.labels))
         if training is None:
             # Every other image of each class.
             order = np.argsort(held_out.labels, kind="stable")
             training = held_out.rows(np.sort(order[::2]))
-            held_out = held_out.rows(np.sort(order[1::2]))
+            self.held_out = np.sort(order[1::2])
+            held_out = held_out.rows(self.held_out)
             self.source = "half of the reference"
         fitted = training.rows(spread_rows(len(training.labels), MAX_FITTED))
         num_classes = int(max(fitted.labels.max(), held_out.labels.max())) + 1
@@ -141,6 +144,13 @@ class ClassJudge:
     def agrees(self, features: NDArray, labels: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Return whether each image, features float (N, D), looks like its class, int32 (N,)."""
         return self._probe.classes(features) == labels
+
+    def score(
+        self, agreed: NDArray[np.bool_], names: Names, strata: NDArray[np.int32] | None = None
+    ) -> Score:
+        """Return the share of images that look like their class, from what `agrees` says."""
+        share = float(agreed.mean())
+        return names.score("class_agreement", share, share_interval(agreed, strata), num_images=len(agreed))
 
     def table(self, agreed: NDArray[np.bool_], labels: NDArray[np.int32]) -> list[ClassScore]:
         """Return the shares by class of those that have images, from what `agrees` says."""

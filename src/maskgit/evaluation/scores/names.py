@@ -147,6 +147,12 @@ KINDS = {
         "",
         "Share of samples that do not look like copies of training images.",
     ),
+    "copies": Kind(
+        "Copies",
+        "Copies",
+        "lower",
+        "Share of samples that look like a training image in features and in pixels.",
+    ),
     "class_agreement": Kind(
         "Class agreement",
         "Class agreement",
