@@ -356,7 +356,7 @@ def test_canvases_of_any_type(tiny):
         )
 
 
-DTYPES = [torch.float16, "float16", "torch.float16", np.float16, np.dtype("float16")]
+DTYPES = [torch.float16, "half", "fp16", "float16", "torch.float16", np.float16, np.dtype("float16")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -368,6 +368,7 @@ def test_types_in_any_form(dtype, tmp_path):
 
     model = MaskGIT.from_pretrained(dtype=dtype)
     assert kind(model) == torch.float16
+    assert kind(MaskGIT.from_pretrained(torch_dtype=dtype)) == torch.float16
     assert kind(MaskGIT.from_pretrained().to(dtype=dtype)) == torch.float16
     assert kind(MaskGIT.from_pretrained().to(dtype, "cpu")) == torch.float16
     assert MaskGITPipeline.from_pretrained(torch_dtype=dtype).dtype == torch.float16

@@ -46,7 +46,7 @@ def from_pretrained(name_or_path: str | Path = DEFAULT_MODEL, **options: Any) ->
     Args:
         name_or_path: a folder written by `save_model`; a name in `REGISTRY` (an official one is downloaded
             and converted once, then kept in the cache); or a Hugging Face Hub id such as "user/model".
-        **options: device, dtype, revision, token, cache_dir and local_files_only, as for
+        **options: device, dtype (or torch_dtype), revision, token, cache_dir and local_files_only, as for
             `maskgit.checkpoints.folder.load_named`.
 
     Raises:

@@ -185,6 +185,9 @@ def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
     assert probe.measured() == first
     assert len(counted) == 1
     (file,) = (tmp_path / "cpu").iterdir()
+    # Whoever shares the cache can read it, as any file that they share.
+    (tmp_path / "any").touch()
+    assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
     # What another process wrote in the meantime holds for this one, too.
     other = {name: seconds + 1 for name, seconds in first.items()}
     assert probe.keep(file, other, replace=False) == first

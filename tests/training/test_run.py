@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from maskgit.foundation.checks import Config
 from maskgit.sampler.config import SamplerConfig
 from maskgit.training import distributed
 from maskgit.training.distributed import Distributed, compile_blocks, parallelize
-from maskgit.training.numerics import choose_precision, seed_step
+from maskgit.training.numerics import attention, autocast, choose_precision, seed_step
 from maskgit.training.run import folder, progress
 from maskgit.training.run.checkpoint import Checkpoints
 from maskgit.training.run.folder import held_run, setup_run
@@ -169,13 +170,45 @@ def test_processes_agree_over_the_cpu(monkeypatch):
 
 def test_blocks_are_compiled_one_by_one(monkeypatch):
     built = []
-    monkeypatch.setattr(torch, "compile", lambda forward: built.append(forward) or forward)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: built.append(forward) or forward)
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     names = list(network.state_dict())
     compile_blocks(network)
     assert [forward.__self__ for forward in built] == list(network)
     assert list(network.state_dict()) == names
     assert network(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_blocks_that_are_compiled_no_more_say_so_once():
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    block = Double()
+    compile_blocks([block], backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for size in range(2, 7):
+            assert torch.equal(block(torch.ones(size)), torch.full((size,), 2.0))
+    assert len([one for one in told if "runs uncompiled, slower" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("autocasts", [False, True])
+def test_plain_attention_is_torchs_and_one_threads_alone(autocasts):
+    q, k, v = (torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    with autocast(torch.device("cpu"), torch.bfloat16 if autocasts else torch.float32):
+        wanted = attend(q, k, v)
+        with attention(torch.device("cpu")):
+            made = attend(q, k, v, dropout_p=0.0)
+            settings = (
+                torch.backends.cuda.flash_sdp_enabled(),
+                torch.backends.cuda.mem_efficient_sdp_enabled(),
+            )
+    assert settings == before, "other threads go on as they were"
+    assert made.dtype == wanted.dtype
+    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=2e-2 if autocasts else 1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

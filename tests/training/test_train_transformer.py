@@ -17,6 +17,7 @@ from maskgit import hub
 from maskgit.data.image_cache import write_image_cache
 from maskgit.data.token_cache import TokenCache, write_token_cache
 from maskgit.errors import CheckpointError, ConfigError, DataError, OutputError
+from maskgit.foundation.notes import listening
 from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
@@ -421,7 +422,13 @@ def test_fine_tuning_keeps_codes_mask_and_layers_and_draws_new_classes(trained):
 def test_classes_rows_are_kept_where_the_names_are_the_same(trained, names, init_classes, kept):
     source = hub.load_model(trained)
     fresh = draw_transformer(MODEL, seed=9)
-    assert start_from(fresh, source, names, init_classes) is kept
+    told = []
+    with listening(told.append):
+        assert start_from(fresh, source, names, init_classes) is kept
+    # Rows that come to stand for another class are not copied silently.
+    assert [("1 of 3" in note, "'c' for 'd'" in note) for note in told] == [(True, True)] * (
+        init_classes == "keep"
+    )
     same = torch.equal(fresh.token_embedding.weight, source.transformer.token_embedding.weight)
     assert same is kept
 

@@ -76,6 +76,7 @@ def load_named(
     *,
     device: Device = "cpu",
     dtype: Dtype | None = torch.float32,
+    torch_dtype: Dtype | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -90,6 +91,7 @@ def load_named(
         device: where the weights go; "auto" takes what is there.
         dtype: the type that the networks compute in, such as torch.bfloat16 or "bfloat16"; "auto" is the one that
             the weights are stored in, None is float32.
+        torch_dtype: the older name of dtype in diffusers and transformers; it wins where both are given.
         revision, token, cache_dir, local_files_only: see `locate`.
 
     Raises:
@@ -99,6 +101,7 @@ def load_named(
     folder = locate(
         name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
+    dtype = dtype if torch_dtype is None else torch_dtype
     return load_parts(folder, device=choose_device(device), dtype=torch.float32 if dtype is None else dtype)
 
 

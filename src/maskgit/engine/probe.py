@@ -4,8 +4,6 @@ What was measured first stays, so that all processes of a machine go the same wa
 """
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from maskgit.engine.linear import PATHS, ways
 from maskgit.errors import OutputError
 from maskgit.foundation.download import cache_dir
+from maskgit.foundation.files import write_bytes
 
 # One image of the 256 model through the first layer of its MLP.
 ROWS, INPUTS, OUTPUTS = 257, 768, 3072
@@ -108,17 +107,9 @@ def _read(path: Path) -> dict[str, float] | None:
 def keep(path: Path, times: dict[str, float], *, replace: bool) -> dict[str, float]:
     """Write what was measured and return what is remembered: another process may have been first."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(times, file)
-        try:
-            os.link(name, path)
-        except FileExistsError:
-            if replace or _read(path) is None:
-                os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError:
-        return times
+        broken = path.exists() and _read(path) is None
+        write_bytes(path, json.dumps(times).encode(), overwrite=replace or broken)
+    # It is there by now, or cannot be written.
+    except (OSError, OutputError):
+        pass
     return _read(path) or times

@@ -25,12 +25,16 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+# Names that other libraries give them.
+SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
 def is_dtype(value: object) -> TypeGuard[Dtype]:
     """Return whether a value names any dtype, whether or not networks compute in it."""
     if isinstance(value, str):
-        return isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
+        return value in SHORT_NAMES or isinstance(
+            getattr(torch, value.removeprefix("torch."), None), torch.dtype
+        )
     return isinstance(value, torch.dtype | np.dtype) or (
         isinstance(value, type) and issubclass(value, np.generic)
     )
@@ -40,8 +44,8 @@ def choose_dtype(value: Any) -> torch.dtype | None:
     """Return the dtype that a caller names.
 
     Args:
-        value: a `torch.dtype` or a NumPy one, or a name in `DTYPES`, with or without "torch." before it. None and
-            "auto" leave the choice to the caller.
+        value: a `torch.dtype`, numpy's, or a name: one in `DTYPES` or `SHORT_NAMES`, or torch's own, such as "half",
+            with or without "torch." before it. None and "auto" leave the choice to the caller.
 
     Returns:
         The dtype, or None if the choice is left open.
@@ -53,6 +57,10 @@ def choose_dtype(value: Any) -> torch.dtype | None:
         return None
     if isinstance(value, str | torch.dtype):
         name = str(value).removeprefix("torch.")
+        # torch's "half" is float16.
+        name = SHORT_NAMES.get(
+            name, str(getattr(torch, name, name)).removeprefix("torch.") if is_dtype(name) else name
+        )
     elif is_dtype(value):
         name = np.dtype(cast(Any, value)).name
     else:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from maskgit.errors import ConfigError
+from maskgit.foundation.compiled import Compiled
 from maskgit.foundation.devices import own_device, rank_and_world
 
 
@@ -117,14 +118,19 @@ class Distributed:
             dist.barrier()
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], **options: Any) -> None:
     """Let `torch.compile` build each block of a network, such as a layer, before the network is parallelized.
 
     Blocks alike are built once. Their gradients are there one after the other in the backward pass, so that DDP
-    exchanges some while others are computed, and what FSDP does before and after a block stays outside of it.
+    exchanges some while others are computed, and what FSDP does before and after a block stays outside of it. A block
+    that is no longer compiled, because of too many shapes, warns once.
+
+    Args:
+        blocks: changed in place.
+        **options: as for `torch.compile`.
     """
     for block in blocks:
-        block.forward = torch.compile(block.forward)
+        block.forward = Compiled(block.forward, **options)
 
 
 def parallelize(

@@ -6,6 +6,7 @@ import torch
 
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import check_choice
+from maskgit.foundation.notes import note
 from maskgit.networks.config import TransformerConfig
 from maskgit.networks.transformer import Transformer
 from maskgit.pipeline import MaskGIT
@@ -25,7 +26,8 @@ def start_from(
         transformer: what to fill.
         source: a trained model.
         class_names: those of the classes to train on.
-        init_classes: "keep" takes the classes' rows over, "new" does not, "auto" compares the names.
+        init_classes: "keep" takes the classes' rows over, by number, with a note where the names differ; "new" does
+            not; "auto" compares the names.
 
     Returns:
         Whether the classes' rows were taken over.
@@ -41,6 +43,14 @@ def start_from(
         raise ConfigError(
             f"init_classes is 'keep', but the data have {config.num_classes} classes and the model has "
             f"{theirs.num_classes}; choose 'new'."
+        )
+    own_names = source.config.class_names
+    differ = [pair for pair in zip(own_names or (), class_names, strict=False) if pair[0] != pair[1]]
+    if keep and differ:
+        theirs_first, ours_first = differ[0]
+        note(
+            f"init_classes is 'keep': classes are taken over by number, and {len(differ)} of {len(class_names)} have "
+            f"another name in the model, such as {theirs_first!r} for {ours_first!r}. Choose 'new' if they are others."
         )
     state = {name: value.float() for name, value in source.transformer.state_dict().items()}
     if not keep:

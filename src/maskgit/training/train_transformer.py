@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskgit import hub
 from maskgit.config import ModelConfig
@@ -29,7 +28,7 @@ from maskgit.pipeline import MaskGIT
 from maskgit.training.distributed import Distributed, compile_blocks, parallelize
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import TokenInputs, open_tokens
-from maskgit.training.numerics import autocast, choose_precision, seed_step
+from maskgit.training.numerics import attention, autocast, choose_precision, seed_step
 from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.objectives.masking import draw_masks, hide_labels
 from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
@@ -286,25 +285,6 @@ def gradient_sync(network: nn.Module, wanted: bool) -> Iterator[None]:
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(wanted)
         yield
-
-
-@contextmanager
-def attention(device: torch.device) -> Iterator[None]:
-    """Choose the attention that trains fastest: on a CPU the plain one, in bfloat16 where autocast says so.
-
-    The backward pass of torch's fused attention for CPUs takes five times as long as the plain one's.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    # Despite its module, this governs the plain attention of every device.
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def warn_if_stuck(logger: Logger, config: TransformerTrainingConfig, step: int, loss: float) -> None:
