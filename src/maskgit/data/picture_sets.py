@@ -111,8 +111,8 @@ def open_pictures(
         place: a folder that `maskgit pack` made, an `.npz` file of images, or what `maskgit pack` reads, where
             pictures need have no classes.
         split: which part of a source that has several.
-        size: cut the middle square of each picture and resize it to so many pixels a side; None takes
-            pictures as they are, which must then be of one size.
+        size: cut the middle square of each picture and resize it to so many pixels a side, of a pack at most to its
+            own; None takes pictures as they are, which must then be of one size.
         max_bad_share: largest share of pictures that may be unreadable, in [0, 1].
 
     Raises:
@@ -121,7 +121,7 @@ def open_pictures(
     max_bad_share = check_range("max_bad_share", max_bad_share, 0, 1)
     path = expand(place)
     if (path / META).is_file() or path.suffix == ".npz":
-        made: Pictures = PackedPictures(path) if path.is_dir() else NpzPictures(path)
+        made: Pictures = PackedPictures(path, size) if path.is_dir() else NpzPictures(path)
         if split is not None:
             raise DataError(f"{path} has no split {split!r}, and no splits at all: name none.")
         if size is not None and made.resolution != (size, size):
@@ -141,14 +141,30 @@ def open_pictures(
     return SourcePictures(text, split, source, labelled=labelled, size=size, max_bad_share=max_bad_share)
 
 
-class PackedPictures:
-    """A packed image cache."""
+def open_fitting(place: str | Path, side: int, *, max_bad_share: float = MAX_BAD_SHARE) -> Pictures:
+    """Open a set of images for a model of `side` pixels: larger ones are cut and resized as `maskgit pack` does.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        DataError: there is nothing, or nothing that can be read.
+    """
+    made = open_pictures(place, max_bad_share=max_bad_share)
+    if made.resolution == (side, side) or min(made.resolution) < side:
+        return made
+    return open_pictures(place, size=side, max_bad_share=max_bad_share)
+
+
+class PackedPictures:
+    """A packed image cache, at its own size or a smaller one."""
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
         self._cache = ImageCache.open(path)
         self.name = str(path)
+        self._size = self._cache.size if size is None else min(size, self._cache.size)
         self.fingerprint = self._cache.fingerprint
-        self.resolution = (self._cache.size, self._cache.size)
+        if self._size != self._cache.size:
+            described = json.dumps([self.fingerprint, self._size])
+            self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+        self.resolution = (self._size, self._size)
         self.num_classes = self._cache.num_classes
         self.class_names: tuple[str, ...] | None = self._cache.class_names
         self.left_out: tuple[str, ...] = ()
@@ -160,7 +176,11 @@ class PackedPictures:
 
     def read(self, numbers: Sequence[int]) -> Batch:
         chosen = np.asarray(numbers, np.int64)
-        return Batch(np.array(self._cache.images[chosen]), self._cache.labels[chosen], chosen, [])
+        images = np.array(self._cache.images[chosen])
+        if self._size != self._cache.size:
+            small = [decode_square(image, self._size)[0] for image in images]
+            images = np.array(small, np.uint8).reshape(-1, *self.resolution, 3)
+        return Batch(images, self._cache.labels[chosen], chosen, [])
 
     def count_labels(self) -> NDArray[np.int64]:
         return np.bincount(self._cache.labels, minlength=self.num_classes)

@@ -35,16 +35,38 @@ class Picture(NamedTuple):
     caption: str
 
 
+class Cost(NamedTuple):
+    """What one image costs, as a mean over all.
+
+    Attributes:
+        forward_passes: of the transformer; a guided step takes two.
+        flops: floating-point operations of the networks' products and convolutions, a multiplication and an addition
+            counted as two; of the plain networks, so that an engine that avoids work does not lower it.
+        seconds: of making it, without measuring it, on whatever machines made them; None where units of before do
+            not say it.
+    """
+
+    forward_passes: float
+    flops: float
+    seconds: float | None
+
+    def to_dict(self) -> dict[str, float]:
+        """Return what the settings decide as plain JSON values: all but the seconds."""
+        return {"forward_passes": self.forward_passes, "flops": self.flops}
+
+
 class Point(NamedTuple):
     """One run of a curve.
 
     Attributes:
         settings: the sampler's fields that the curve varies.
         scores: of that run.
+        cost: of one of its images.
     """
 
     settings: dict[str, Any]
     scores: list[Score]
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,7 @@ class Report:
         examples: pictures of some classes, their first ones by index.
         memorisation: what the search for copies found.
         curves: smaller runs with other settings, all of as many images.
+        cost: of one image; None for reconstructions.
         run: seconds and devices: what may differ between two runs of the same settings.
     """
 
@@ -89,6 +112,7 @@ class Report:
     memorisation: Memorisation | None = None
     curves: list[Point] = field(default_factory=list)
     curve_images: int = 0
+    cost: Cost | None = None
     run: dict[str, Any] = field(default_factory=dict)
 
     def class_name(self, label: int) -> str:
@@ -131,14 +155,22 @@ class Report:
                     "intervals": {
                         score.name: list(score.interval) for score in point.scores if score.interval
                     },
+                    "cost": None if point.cost is None else point.cost.to_dict(),
                 }
                 for point in self.curves
             ],
+            "cost": None if self.cost is None else self.cost.to_dict(),
             "settings": self.settings,
             **self.identities,
             "versions": versions(),
-            "run": self.run,
+            "run": self.run | self._seconds(),
         }
+
+    def _seconds(self) -> dict[str, Any]:
+        """Return the seconds of an image, which may differ between two runs of the same settings."""
+        own = {} if self.cost is None else {"seconds_per_image": plain(self.cost.seconds)}
+        points = [None if point.cost is None else point.cost.seconds for point in self.curves]
+        return own | ({"curve_seconds_per_image": points} if points else {})
 
 
 def plain(value: Any) -> Any:

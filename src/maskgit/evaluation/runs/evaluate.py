@@ -20,8 +20,16 @@ from maskgit.data.rows import check_share
 from maskgit.errors import DataError
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.report.report import Picture, Point, Report
+from maskgit.evaluation.runs.cost import cost_of_samples
 from maskgit.evaluation.runs.running import Progress, run_works
-from maskgit.evaluation.runs.sampling import RealImages, SampleConfig, Samples, gather, rebuild
+from maskgit.evaluation.runs.sampling import (
+    RealImages,
+    SampleConfig,
+    Samples,
+    gather,
+    join_samples,
+    rebuild,
+)
 from maskgit.evaluation.scores import memorisation
 from maskgit.evaluation.scores.baselines import Context, of_halves, of_training
 from maskgit.evaluation.scores.classwise import (
@@ -38,6 +46,9 @@ from maskgit.foundation.checks import Config, check_range
 from maskgit.foundation.files import expand
 from maskgit.foundation.units import Arrays, Units, Work
 from maskgit.pipeline import MaskGIT
+
+# The samples in one file, beside the report, where they are kept as npz.
+SAMPLES = "samples.npz"
 
 
 @dataclass(frozen=True)
@@ -191,12 +202,14 @@ class SampleEvaluation:
         baselines, judge = self._context(units, reference, arrays, names)
         scores += self._agreement(arrays, judge, names)
         copies, of_copies = self._copies(units, arrays, reference, names)
+        curves, small = self._curves(units, reference, judge, names)
+        cost = cost_of_samples(done, self.model, work.sampler)
         report = Report(
             title=self.name,
             kind="samples",
             num_images=len(arrays["pooled"]),
             scores=with_baselines(scores, baselines) + of_copies,
-            cautions=cautions + notes,
+            cautions=cautions + notes + small,
             sheet=[],
             settings=done.plan,
             identities=self._identities(reference, names),
@@ -207,15 +220,20 @@ class SampleEvaluation:
             no_classes=no_classes,
             class_names=self.model.class_names or (),
             memorisation=copies,
-            curves=self._curves(units, reference, judge, names),
+            curves=curves,
             curve_images=self.config.curve_images,
+            cost=cost,
             run={"seconds": done.seconds(), "device": str(self.model.device)},
         )
         sheet = [
             Picture(pixels, report.class_name(int(arrays["labels"][index])))
             for index, pixels in zip(work.shown, arrays["shown"], strict=True)
         ]
-        return replace(report, sheet=sheet, examples=self._examples(report, work, arrays["labels"]))
+        report = replace(report, sheet=sheet, examples=self._examples(report, work, arrays["labels"]))
+        if self.images.keep_images == "npz":
+            about = {"model": self.name, "settings": done.plan, "cost": cost.to_dict()}
+            join_samples(done, done.folder.parent.parent / SAMPLES, about)
+        return report
 
     def _matched(self, names: tuple[str, ...] | None, count: int, whose: str) -> Matched:
         """Return which of the model's classes those of other images are."""
@@ -335,15 +353,20 @@ class SampleEvaluation:
 
     def _curves(
         self, units: dict[str, Units], reference: ImageStatistics, judge: ClassJudge | None, names: Names
-    ) -> list[Point]:
-        points = []
+    ) -> tuple[list[Point], list[str]]:
+        """Return the runs with other settings, and cautions of all of them, each once."""
+        points: list[Point] = []
+        cautions: dict[str, None] = {}
         for settings in self._points():
-            arrays = gather(units[curve_name(settings)]).arrays
+            done = units[curve_name(settings)]
+            assert isinstance(done.work, Samples)
+            arrays = gather(done).arrays
             strata = self._strata(arrays)
-            scores, _ = distances(arrays, reference, names, splits=self.config.splits, strata=strata)
+            scores, found = distances(arrays, reference, names, splits=self.config.splits, strata=strata)
             scores += self._agreement(arrays, judge, names)
-            points.append(Point(settings, scores))
-        return points
+            points.append(Point(settings, scores, cost_of_samples(done, self.model, done.work.sampler)))
+            cautions |= dict.fromkeys(f"Runs with other settings: {text}" for text in found)
+        return points, list(cautions)
 
     def _examples(self, report: Report, work: Samples, labels: NDArray) -> dict[int, list[Picture]]:
         """Return the first pictures by index of the best and the worst classes."""

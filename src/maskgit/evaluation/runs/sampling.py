@@ -6,8 +6,12 @@ as saved ones are.
 """
 
 import io
+import json
+import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +26,13 @@ from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.networks.lpips import LPIPS
 from maskgit.foundation.checks import Config, check_choice, check_range
 from maskgit.foundation.devices import upload
+from maskgit.foundation.files import replacing
 from maskgit.foundation.precision import whole_float32
 from maskgit.foundation.units import Arrays, Made, Units
 from maskgit.images import to_pil, to_uint8
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.pipeline import MaskGIT
+from maskgit.results import Callback
 from maskgit.sampler import noise
 from maskgit.sampler.config import SamplerConfig
 
@@ -52,7 +58,7 @@ class SampleConfig(Config):
             belongs to what decides the numbers.
         unit_size: images of a unit of work.
         keep_images: what stays of the images besides their features: "none", "npz" (uint8 arrays as ADM's
-            samples), or "png".
+            samples, at last joined to one file), or "png".
     """
 
     num_images: int = 50_000
@@ -131,13 +137,14 @@ class Samples:
         drawn = noise.uniform(self.config.seed, torch.from_numpy(indices), 0, noise.LABELS, 1)[:, 0]
         return np.searchsorted(self._shares, drawn.double().numpy(), side="right")
 
-    def pictures(self, first: int, stop: int) -> NDArray[np.uint8]:
+    def pictures(self, first: int, stop: int, callback: Callback | None = None) -> NDArray[np.uint8]:
         """Return the images first ≤ i < stop, uint8 (n, H, W, 3), decoded together."""
         made = self.model.generate(
             self.labels(np.arange(first, stop)),
             seed=self.config.seed,
             first_index=first,
             batch_size=stop - first,
+            callback=callback,
             **self.sampler.to_dict(),
         )
         return to_uint8(made.images)
@@ -146,9 +153,17 @@ class Samples:
         """Return the unit of the images first ≤ i < stop; see `maskgit.foundation.units.Work`."""
         kept: list[Arrays] = []
         shown, pictures = [], []
+        steps, seconds = 0, 0.0
+
+        def count(step: int, indices: Tensor, tokens: Tensor) -> None:
+            nonlocal steps
+            steps += len(indices)
+
         for start in range(first, stop, self.config.batch_size):
             end = min(start + self.config.batch_size, stop)
-            images = self.pictures(start, end)
+            began = time.perf_counter()
+            images = self.pictures(start, end, count)
+            seconds += time.perf_counter() - began
             kept.append(measured(self.net, as_floats(images)))
             shown += [images[i - start] for i in self.shown if start <= i < end]
             if self.config.keep_images != "none":
@@ -158,7 +173,7 @@ class Samples:
         if shown:
             arrays["shown"] = np.stack(shown)
         files = self._files(np.concatenate(pictures), arrays["labels"], first) if pictures else {}
-        return Made(arrays, {}, files)
+        return Made(arrays, {"steps": steps, "seconds": round(seconds, 3)}, files)
 
     def _files(self, images: NDArray[np.uint8], labels: NDArray[np.int32], first: int) -> dict[str, bytes]:
         data = io.BytesIO()
@@ -345,6 +360,39 @@ def rebuild(tokenizer: Tokenizer, images: Tensor) -> tuple[NDArray[np.uint8], Te
     """Return the reconstructions of images float (B, 3, H, W), uint8 (B, H, W, 3), and their tokens."""
     tokens = tokenizer.encode(upload(images, next(tokenizer.parameters()).device))
     return to_uint8(tokenizer.decode(tokens).float()), tokens.cpu()
+
+
+def join_samples(units: Units, path: Path, about: dict[str, Any]) -> None:
+    """Write samples kept as npz as one file, as other projects' evaluators read it.
+
+    Args:
+        units: finished.
+        path: the `.npz` file: `arr_0` uint8 (N, H, W, 3), `arr_1` int64 (N,), and `about`, which they ignore.
+        about: JSON values that say how the images were made.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    folders = [units.path(number) for number in range(len(units))]
+    labels = []
+    with (
+        replacing(path, overwrite=True) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+    ):
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            for number, folder in enumerate(folders):
+                with np.load(folder / "images.npz", allow_pickle=False) as part:
+                    images, classes = part["arr_0"], part["arr_1"]
+                if not number:
+                    header = np.lib.format.header_data_from_array_1_0(images)
+                    header["shape"] = (units.work.count, *images.shape[1:])
+                    np.lib.format.write_array_header_1_0(member, header)
+                # One unit at a time, since all may be larger than memory.
+                member.write(images.tobytes())
+                labels.append(classes.astype(np.int64))
+        for name, array in (("arr_1", np.concatenate(labels)), ("about", np.array(json.dumps(about)))):
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def measured(net: FeatureNet, images: Tensor) -> Arrays:
