@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskgit.apps.cli import commands as cli
 from maskgit.apps.cli.evaluation_flags import SampleFlags
-from maskgit.data.picture_sets import open_pictures
+from maskgit.data.picture_sets import open_fitting, open_pictures
 from maskgit.errors import ConfigError, DataError
 from maskgit.evaluation.scores.references import open_reference
 from maskgit.evaluation.scores.statistics import read_statistics
@@ -250,6 +250,21 @@ def test_an_adm_reference_gives_its_statistics_and_its_images(tmp_path):
     assert open_reference(tmp_path / "moments.npz").images is None
     with pytest.raises(DataError, match="taken as they are"):
         open_pictures(tmp_path / "adm.npz", size=16)
+
+
+def test_a_pack_is_read_at_a_smaller_size(tmp_path):
+    pytest.importorskip("datasets")
+    write(tmp_path / "pictures", 6, side=32, classes=2)
+    assert run("pack", tmp_path / "pictures", tmp_path / "cache", "--size", 32) == 0
+    whole, small = open_pictures(tmp_path / "cache"), open_fitting(tmp_path / "cache", 16)
+    assert small.resolution == (16, 16)
+    batch = small.read([1, 4])
+    # Blocks of 8 pixels stay blocks.
+    assert np.abs(batch.images.astype(int) - whole.read([1, 4]).images[:, ::2, ::2]).mean() < 12
+    assert (batch.labels == whole.read([1, 4]).labels).all()
+    assert small.fingerprint != whole.fingerprint == open_fitting(tmp_path / "cache", 32).fingerprint
+    with pytest.raises(DataError, match="pack the source again"):
+        open_pictures(tmp_path / "cache", size=64)
 
 
 def test_curves_are_read():

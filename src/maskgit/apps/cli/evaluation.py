@@ -63,7 +63,7 @@ def _of_samples(
     samples: SampleFlags,
     sampler: Sampler,
 ) -> "SampleEvaluation":
-    from maskgit.data.picture_sets import open_pictures
+    from maskgit.data.picture_sets import open_fitting
     from maskgit.engine import build
     from maskgit.evaluation.runs.evaluate import EvaluationConfig, SampleEvaluation
     from maskgit.evaluation.runs.running import agreed_engine
@@ -90,10 +90,11 @@ def _of_samples(
     )
     axes, device = samples.axes(), own_device(work.device)
     found = open_reference(reference, max_bad_share=work.max_bad_share)
+    plain = Model(model, str(device)).plain()
     training = None
     if samples.training_data is not None:
-        training = open_pictures(samples.training_data, max_bad_share=work.max_bad_share)
-    plain = Model(model, str(device)).plain()
+        side = plain.config.image_size
+        training = open_fitting(samples.training_data, side, max_bad_share=work.max_bad_share)
     stages = {"tokenizer": plain.tokenizer, "transformer": plain.transformer}
     asked = {"device": plain.device, "dtype": work.dtype}
     evaluation = SampleEvaluation(
