@@ -14,7 +14,7 @@ from PIL import Image
 
 from maskgit import MaskGIT, images
 from maskgit.apps.cli.flags import Marking
-from maskgit.apps.serving import app, outputs
+from maskgit.apps.serving import answering, app, outputs
 from maskgit.apps.serving.service import Limits
 from maskgit.apps.serving.worker import Ticket
 from maskgit.images import provenance
@@ -264,7 +264,7 @@ def test_a_wrong_request_for_a_stream_is_an_error_of_its_own(client):
 
 def test_a_stream_begins_at_once_and_does_not_fall_silent(server, monkeypatch):
     client, service = server
-    monkeypatch.setattr(app, "_HEARTBEAT", 0.02)
+    monkeypatch.setattr(answering, "_HEARTBEAT", 0.02)
     go_on = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(service._worker.call, lambda: go_on.wait(60), Ticket(60, client="another"))

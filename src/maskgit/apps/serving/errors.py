@@ -40,6 +40,13 @@ class ForeignError(ServiceError):
     kind = "foreign"
 
 
+class NotFoundError(ServiceError):
+    """There is no such model."""
+
+    status = 404
+    kind = "not_found"
+
+
 class SlowBodyError(ServiceError):
     """The body did not arrive in time."""
 

@@ -150,21 +150,21 @@ def check_limits(body: schemas.Request, limits: Limits, image_size: int) -> int:
         if isinstance(picture, bytes):
             width, height = picture_size(picture, limits.max_pixels)
             pixels += width * height
-    if isinstance(body, schemas.Edit | schemas.Inpaint):
+    if not isinstance(body, schemas.Sampled) or not hasattr(body, "image"):
+        return pixels
+    if not isinstance(body, schemas.Outpaint):
         width, height = picture_size(body.image, limits.max_pixels)
         return pixels + _check_results(body, width * height, limits.max_pixels)
-    if isinstance(body, schemas.Outpaint):
-        width, height = picture_size(body.image, limits.max_pixels)
-        scale = min(1.0, image_size / min(width, height))
-        wide, high = (
-            round(width * scale) + body.left + body.right,
-            round(height * scale) + body.top + body.bottom,
-        )
-        if body.canvas is not None:
-            wide, high = (max(0, side) for side in body.canvas)
-        largest = limits.max_pixels // _CANVAS_COST
-        return pixels + _CANVAS_COST * _check_results(body, wide * high, largest)
-    return pixels
+    width, height = picture_size(body.image, limits.max_pixels)
+    scale = min(1.0, image_size / min(width, height))
+    wide, high = (
+        round(width * scale) + body.left + body.right,
+        round(height * scale) + body.top + body.bottom,
+    )
+    if body.canvas is not None:
+        wide, high = (max(0, side) for side in body.canvas)
+    largest = limits.max_pixels // _CANVAS_COST
+    return pixels + _CANVAS_COST * _check_results(body, wide * high, largest)
 
 
 def count_steps(model: MaskGIT, body: schemas.Request) -> int:
@@ -180,8 +180,8 @@ def count_steps(model: MaskGIT, body: schemas.Request) -> int:
     if not isinstance(body, schemas.Sampled):
         return 1
     config = model.sampler_config(**body.settings())
-    label, start, windows = getattr(body, "class_", None), 0, 1
-    if not (isinstance(body, schemas.Inpaint) and label == "guess"):
+    label, start, windows = getattr(body, "class_", "guess"), 0, 1
+    if isinstance(body, schemas.Generate | schemas.Edit | schemas.Outpaint) or label != "guess":
         model.label(label)
     if isinstance(body, schemas.Edit):
         start = config.steps // 6 if body.start_step is None else body.start_step
@@ -225,13 +225,13 @@ def recipe(model: MaskGIT, recorded: dict[str, Any], body: schemas.Shown, made: 
     label = getattr(body, "class_", None)
     if made.class_guess is not None:
         label = made.class_guess.label
-    settings["class"] = None if label is None else _named(model, label)
+    settings["class"] = None if label is None else class_text(model, label)
     shown = set(schemas.Sampled.model_fields) | {"image", "mask", "class_"}
     settings |= {key: value for key, value in body.model_dump().items() if key not in shown}
     return Recipe(settings, body.seed, body.first_index)
 
 
-def _named(model: MaskGIT, label: int | str) -> int | str:
+def class_text(model: MaskGIT, label: int | str) -> int | str:
     """Return the first of a class's names as a command takes it, or its number if it has none."""
     number = model.label(label)
     names = model.class_names

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from maskgit.apps.serving.errors import (
     OverloadedError,
@@ -36,9 +36,30 @@ _DRAIN_SECONDS, _DRAIN_BYTES = 2.0, 2**28
 _BODIES_AT_ONCE = 8
 
 
-def error_body(fault: ServiceError) -> bytes:
-    """Return what an error's answer says."""
-    return json.dumps({"error": {"type": fault.kind, "message": str(fault)}}).encode()
+class ErrorAnswer(NamedTuple):
+    """The status and the body of an error's answer."""
+
+    status: int
+    body: bytes
+
+
+def error_answer(fault: ServiceError, *, openai: bool) -> ErrorAnswer:
+    """Return what an error's answer says, in OpenAI's form or in our own."""
+    if not openai:
+        return ErrorAnswer(
+            fault.status, json.dumps({"error": {"type": fault.kind, "message": str(fault)}}).encode()
+        )
+    status = 400 if fault.status == 422 else fault.status
+    kind = (
+        "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    )
+    error = {"message": str(fault), "type": kind, "param": None, "code": fault.kind}
+    return ErrorAnswer(status, json.dumps({"error": error}).encode())
+
+
+def speaks_openai(scope: MutableMapping[str, Any]) -> bool:
+    """Return whether a request is one of OpenAI's API."""
+    return route_path(scope).startswith("/v1/images/")
 
 
 def error_headers(fault: ServiceError) -> dict[str, str]:
@@ -51,13 +72,13 @@ def error_headers(fault: ServiceError) -> dict[str, str]:
     return headers
 
 
-async def refuse(fault: ServiceError, receive: Receive, send: Send) -> None:
+async def refuse(fault: ServiceError, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
     """Answer with an error before a body was read, and end the connection."""
-    body = error_body(fault)
+    status, body = error_answer(fault, openai=speaks_openai(scope))
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
     headers |= error_headers(fault)
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": fault.status, "headers": raw})
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     try:
         async with asyncio.timeout(_DRAIN_SECONDS):
@@ -97,6 +118,7 @@ class KeyGate:
         log.warning("%s sent no valid key.", address)
         await refuse(
             UnauthorizedError("Send a valid API key in the header `Authorization: Bearer KEY`."),
+            scope,
             receive,
             send,
         )
@@ -132,7 +154,7 @@ class BodyGate:
         try:
             body = await self._take(scope, receive)
         except ServiceError as fault:
-            await refuse(fault, receive, send)
+            await refuse(fault, scope, receive, send)
             return
         if body is None:
             return

@@ -144,7 +144,7 @@ class OriginGate:
         if fault is None:
             await self.app(scope, receive, send)
         else:
-            await refuse(fault, receive, send)
+            await refuse(fault, scope, receive, send)
 
     def _fault(self, scope: MutableMapping[str, Any]) -> ServiceError | None:
         host = header(scope, b"host").decode("latin-1").lower()

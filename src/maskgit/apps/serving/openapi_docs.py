@@ -37,19 +37,33 @@ KEY = Depends(HTTPBearer(auto_error=False, description="API key, if the server w
 
 
 def add_post(
-    app: FastAPI, command: str, schema: type[schemas.Request], summary: str, route: Callable[..., Any]
+    app: FastAPI,
+    command: str,
+    schema: type[schemas.Request],
+    summary: str,
+    route: Callable[..., Any],
+    answer: type[BaseModel] | None = None,
 ) -> None:
-    """Add a route that takes a body; the route reads it itself, because it may be JSON or a form."""
-    shows = issubclass(schema, schemas.Shown)
+    """Add a route that takes a body; the route reads it itself, because it may be JSON or a form.
+
+    Args:
+        app: the application.
+        command: the path below /v1.
+        schema, answer: of the body and of the answer; None is our own, or tokens.
+        summary: for the documentation.
+        route: reads the request and answers it.
+    """
+    shows = issubclass(schema, schemas.Shown) and answer is None
     content: dict[str, Any] = {kind: {"schema": _BINARY} for kind in PICTURES} if shows else {}
     if issubclass(schema, schemas.Sampled):
         content[EVENTS] = {}
     answers: dict[int | str, dict[str, Any]] = {
-        200: {"model": schemas.Pictures if shows else schemas.Tokens, "content": content}
+        200: {"model": answer or (schemas.Pictures if shows else schemas.Tokens), "content": content}
     }
-    answers |= {
-        status: {"model": schemas.ErrorAnswer, "description": about} for status, about in _ERRORS.items()
-    }
+    for status, about in _ERRORS.items():
+        # OpenAI's own API has 400 for this.
+        shown = 400 if answer is not None and status == 422 else status
+        answers[shown] = {"model": schemas.ErrorAnswer, "description": about}
     plain = schema.model_json_schema()
     form = plain | {
         "properties": {name: _as_part(name, field) for name, field in plain["properties"].items()}
@@ -59,7 +73,7 @@ def add_post(
         route,
         methods=["POST"],
         summary=summary,
-        operation_id=command,
+        operation_id=command.replace("/", "_"),
         responses=answers,
         response_model=None,
         dependencies=[KEY],

@@ -261,10 +261,21 @@ class ModelCard(BaseModel):
     sampler: dict[str, Any] = Field(description="Default sampler settings.")
 
 
+class OpenAIModel(BaseModel):
+    """A model in OpenAI's form."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "maskgit"
+
+
 class Models(BaseModel):
-    """The answer to `models`."""
+    """The answer to `models`; object and data are in OpenAI's form."""
 
     models: list[ModelCard]
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel] = []
 
 
 class Classes(BaseModel):

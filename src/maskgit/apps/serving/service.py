@@ -10,6 +10,7 @@ service.close()
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ class Service:
             ConfigError: pictures cannot be signed as asked.
         """
         self.name = name
+        # Seconds since 1970.
+        self.created = int(time.time())
         self.recorded = {"maskgit": __version__, "model": name} | (recorded or {})
         self.limits = limits or Limits()
         self.marking = marking or Marking()
