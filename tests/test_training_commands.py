@@ -14,6 +14,7 @@ from maskgit.data.image_cache import ImageCache
 from maskgit.errors import ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+STAGES = {"SMOKE": "tokenizer", "SECOND": "transformer"}
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +107,19 @@ def test_packing_takes_class_names_and_a_configuration(pictures, tmp_path, monke
         (["train", "tokenizer", "SMOKE", "--set", "steps=many"], "steps must be a whole number"),
         (["train", "tokenizer", "SMOKE", "--set", "data=gone"], "gone"),
         (["tokenize", "EMPTY", "OUT", "--tokenizer", "cifar"], "Did you mean 'cifar10'"),
+        (["train", "tokenizer", "SECOND"], "is a recipe for the transformer"),
+        (["train", "transformer", "SMOKE"], "is a recipe for the tokenizer"),
+        (["pack", "FLAT", "OUT", "--size", "32"], "no folder for each class. Sort them into folders"),
+        (["train", "tokenizer", "SMOKE", "--set", "data=FLAT", "out=FLAT", "--dry-run"], "holds no run"),
     ],
 )
 def test_wrong_input_is_told(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("EMPTY").mkdir()
     Path("BAD").write_text("steps = = 3")
-    names = {"SMOKE": str(RECIPES / "smoke" / "tokenizer.toml")}
+    Path("FLAT").mkdir()
+    Image.new("RGB", (40, 40)).save("FLAT/1.png")
+    names = {stage: str(RECIPES / "smoke" / f"{name}.toml") for stage, name in STAGES.items()}
     assert run(*(names.get(a, a) for a in arguments)) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not Path("OUT").exists()

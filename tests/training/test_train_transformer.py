@@ -22,9 +22,11 @@ from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.sampler.config import SamplerConfig
+from maskgit.training import numerics
 from maskgit.training import train_transformer as module
 from maskgit.training.distributed import Distributed
 from maskgit.training.fine_tuning import draw_transformer, start_from
+from maskgit.training.inputs import completed
 from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
 from maskgit.training.run.folder import held_run
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, TrainingError
@@ -581,3 +583,33 @@ def test_a_folder_that_another_run_holds_is_refused_before_anything_is_done(conf
         with pytest.raises(OutputError, match="is the folder of a run that process"):
             train_transformer(run)
         assert [path.name for path in Path(run.out).iterdir()] == ["run.lock"]
+
+
+def test_the_shape_comes_from_the_data_and_from_the_model_to_start_from(folder, config, tmp_path):
+    own = completed({"data": config.data})
+    assert own["model"] == {"num_codes": CODES, "num_classes": CLASSES, "grid_size": GRID}
+    source = train_transformer(replace(config, steps=1, model=replace(MODEL, num_layers=1)))
+    five = str(folder / "five" / "tokens")
+    told = {
+        "data": five,
+        "init_from": str(source),
+        "model": {"dropout": 0.3},
+        "sampler": {"temperature": 0.5},
+    }
+    values = completed(told)
+    expected = replace(MODEL, num_layers=1, num_classes=5, dropout=0.3)
+    assert values["model"] == expected.to_dict()
+    assert values["sampler"] == replace(config.sampler, temperature=0.5).to_dict()
+    tuned = TransformerTrainingConfig.from_dict(
+        values | {"out": str(tmp_path / "tuned"), "steps": 1, "batch_size": 4, "device": "cpu"}
+    )
+    assert hub.load_model(train_transformer(tuned)).config.class_names == ("v", "w", "x", "y", "z")
+
+
+def test_what_will_be_slow_is_said_first(config, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    monkeypatch.setattr(numerics, "has_bfloat16_units", lambda: False)
+    train_transformer(replace(config, compile=True, precision="bfloat16", steps=1))
+    said = capsys.readouterr().err.splitlines()
+    assert "this CPU has no units for it" in said[0]
+    assert said[1].startswith("Compiling the layers: the first steps may take some minutes")

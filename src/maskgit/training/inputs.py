@@ -1,6 +1,7 @@
 """What a run of either stage reads, opened and checked: caches, or images as they come from their source."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -157,6 +158,31 @@ def open_tokens(config: TransformerTrainingConfig, rank: int = 0, world: int = 1
         else:
             classes = torch.from_numpy(found.numbers.astype(np.int64))
     return TokenInputs(train, test_cache, tokenizer, source, classes, notes)
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a second stage's recipe, with what it leaves out and others decide.
+
+    The shape and the sampler are those of `init_from`; codes, classes and grid are those of `data`.
+
+    Args:
+        values: as a recipe gives them.
+
+    Raises:
+        CheckpointError, DataError: `init_from` or `data` cannot be read.
+    """
+    model: dict[str, Any] = {}
+    result = dict(values)
+    if isinstance(values.get("init_from"), str):
+        source = hub.load_model(hub.locate(values["init_from"])).config
+        model |= source.transformer.to_dict()
+        result["sampler"] = source.sampler.to_dict() | dict(values.get("sampler", {}))
+    if isinstance(values.get("data"), str):
+        cache = TokenCache.open(values["data"])
+        model |= {name: getattr(cache, name) for name in ("num_codes", "num_classes", "grid_size")}
+    if model:
+        result["model"] = model | dict(values.get("model", {}))
+    return result
 
 
 def _check_codes(theirs: Tokenizer, tokenizer: Tokenizer) -> None:

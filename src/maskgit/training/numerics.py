@@ -28,6 +28,18 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def warnings_of_speed(precision: str, device: torch.device, *, compiles: bool = False) -> tuple[str, ...]:
+    """Return sentences about what will be slow: a precision that the CPU does not know, and compilation."""
+    told = []
+    if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16_units():
+        told.append(
+            'precision is "bfloat16", but this CPU has no units for it: expect a tenth of the speed. Choose "auto".'
+        )
+    if compiles:
+        told.append("Compiling the layers: the first steps may take some minutes, the others are faster.")
+    return tuple(told)
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """Return the context in which networks compute in `precision`; their weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)

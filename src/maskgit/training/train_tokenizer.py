@@ -22,7 +22,7 @@ from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.distributed import Distributed, parallelize
 from maskgit.training.inputs import open_images
-from maskgit.training.numerics import autocast, choose_precision
+from maskgit.training.numerics import autocast, choose_precision, warnings_of_speed
 from maskgit.training.objectives.losses import (
     QUANTIZER_LOSSES,
     adaptive_weight,
@@ -131,7 +131,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
     checkpoints.report = logger.say
-    for sentence in inputs.notes:
+    for sentence in (*inputs.notes, *warnings_of_speed(config.precision, device)):
         logger.say(sentence)
     networks = (tokenizer, discriminator, perceptual)
     flops = {on: flops_per_image(config, *networks, size, adversarial=on) for on in (False, True)}

@@ -28,7 +28,7 @@ from maskgit.pipeline import MaskGIT
 from maskgit.training.distributed import Distributed, compile_blocks, parallelize
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import TokenInputs, open_tokens
-from maskgit.training.numerics import attention, autocast, choose_precision, seed_step
+from maskgit.training.numerics import attention, autocast, choose_precision, seed_step, warnings_of_speed
 from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.objectives.masking import draw_masks, hide_labels
 from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
@@ -131,7 +131,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
     checkpoints.report = logger.say
-    for sentence in inputs.notes:
+    for sentence in (*inputs.notes, *warnings_of_speed(config.precision, device, compiles=config.compile)):
         logger.say(sentence)
     peak = peak_flops(device, precision) * distributed.world
     flops = flops_per_image(config.model)

@@ -3,6 +3,7 @@
 torch and the training code are imported inside the commands, so that `--help` answers at once.
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -151,8 +152,11 @@ def train_tokenizer(recipe: Positional[Path], changes: Changes = (), dry_run: bo
     from maskgit.training.tokenizer_config import TokenizerTrainingConfig
     from maskgit.training.tokenizer_dry_run import dry_run as describe
     from maskgit.training.train_tokenizer import train_tokenizer as run
+    from maskgit.training.transformer_config import TransformerTrainingConfig
 
-    config = TokenizerTrainingConfig.from_dict(_values(recipe, changes))
+    values = _values(recipe, changes)
+    _check_stage(recipe, values, "tokenizer", TokenizerTrainingConfig, TransformerTrainingConfig)
+    config = TokenizerTrainingConfig.from_dict(values)
     print(describe(config, rank_and_world()[1]) if dry_run else run(config))
 
 
@@ -165,11 +169,15 @@ def train_transformer(recipe: Positional[Path], changes: Changes = (), dry_run: 
         dry_run: Only print parameter count, memory, steps and estimated time.
     """
     from maskgit.foundation.devices import rank_and_world
+    from maskgit.training.inputs import completed
+    from maskgit.training.tokenizer_config import TokenizerTrainingConfig
     from maskgit.training.train_transformer import train_transformer as run
     from maskgit.training.transformer_config import TransformerTrainingConfig
     from maskgit.training.transformer_dry_run import dry_run as describe
 
-    config = TransformerTrainingConfig.from_dict(_values(recipe, changes))
+    values = _values(recipe, changes)
+    _check_stage(recipe, values, "transformer", TransformerTrainingConfig, TokenizerTrainingConfig)
+    config = TransformerTrainingConfig.from_dict(completed(values))
     print(describe(config, rank_and_world()[1]) if dry_run else run(config))
 
 
@@ -225,6 +233,18 @@ def train(command: COMMANDS) -> None:
     `torchrun --nproc-per-node 8 -m maskgit train …`. `maskgit train show RUN…` compares runs.
     """
     command()
+
+
+def _check_stage(recipe: Path, values: dict[str, Any], stage: str, own: type, other: type) -> None:
+    """Raise a `ConfigError` if a recipe is one for the other stage."""
+    keys, others = ({field.name for field in dataclasses.fields(config)} for config in (own, other))
+    foreign = sorted(key for key in values if key not in keys and key in others)
+    if foreign and not any(key not in keys | others for key in values):
+        needed = "transformer" if stage == "tokenizer" else "tokenizer"
+        raise ConfigError(
+            f"{recipe} is a recipe for the {needed} ({', '.join(foreign[:3])}), not for the {stage}: "
+            f"run `maskgit train {needed} {recipe}`."
+        )
 
 
 def _values(recipe: Path, changes: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
