@@ -3,6 +3,7 @@
 Pictures of the page are written to the folder that MASKGIT_SCREENSHOTS names, or else to a temporary one.
 """
 
+import io
 import os
 import re
 import shutil
@@ -14,16 +15,20 @@ import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from PIL import Image, ImageColor
+from playwright.sync_api import Page, TimeoutError, expect, sync_playwright
 
 from maskgit import MaskGIT, images
+from maskgit.apps.webui.edits import PAINT_COLOUR
 from maskgit.apps.webui.page import mount
 from maskgit.apps.webui.serving import listen
 from maskgit.apps.webui.streaming import THREAD
 
 # Milliseconds that a busy machine may take; nothing waits so long on an idle one.
-PATIENCE = 60_000
+PATIENCE = 120_000
+expect.set_options(timeout=PATIENCE)
+# The colours in the middle of the photo and of what is painted over it.
+MIDDLE, PAINT = (96, 96, 175), ImageColor.getrgb(PAINT_COLOUR)[:3]
 WIDE, NARROW = (1280, 900), (390, 844)
 NAME_OF_FOCUS = """(e => e.ariaLabel || (e.labels?.length ? e.labels[0] : e).innerText.trim())
 (document.activeElement)"""
@@ -110,7 +115,12 @@ def press(page: Page, name: str) -> None:
 
 def said(page: Page, pattern: str) -> None:
     """Wait until the line above the pictures says something."""
-    page.locator(".status:visible", has_text=re.compile(pattern)).wait_for()
+    try:
+        page.locator(".status:visible", has_text=re.compile(pattern)).wait_for()
+    except TimeoutError:
+        pytest.fail(
+            f"waited for {pattern!r}; the page says {page.locator('.status:visible').all_inner_texts()}"
+        )
 
 
 def choose_class(page: Page, name: str) -> None:
@@ -150,6 +160,17 @@ def drag(page: Page, canvas: str, start: tuple[float, float], end: tuple[float, 
     page.mouse.down()
     page.mouse.move(*places[1], steps=6)
     page.mouse.up()
+
+
+def wait_for_colour(page: Page, colour: tuple[int, ...]) -> None:
+    """Wait until the middle of what is painted on is seen in a colour."""
+    canvas, seen = page.locator(".canvas canvas").first, (0, 0, 0)
+    deadline = time.monotonic() + PATIENCE / 1000
+    while np.abs(np.subtract(seen, colour)).max() > 40:
+        assert time.monotonic() < deadline, f"waited for the colour {colour}, but see {seen}"
+        page.wait_for_timeout(50)
+        with Image.open(io.BytesIO(canvas.screenshot())) as shot:
+            seen = shot.convert("RGB").getpixel((shot.width // 2, shot.height // 2))
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -220,8 +241,7 @@ def test_a_picture_is_downloaded_with_its_settings_and_made_again(visit, pipe, t
     page.get_by_label("Seed").locator("visible=true").fill("5")
     page.get_by_label("number input for Steps").locator("visible=true").fill("6")
     page.get_by_label("number input for Steps").locator("visible=true").press("Tab")
-    # Gradio takes over what was typed a moment after the field is left.
-    page.wait_for_timeout(1000)
+    expect(page.get_by_label("range slider for Steps").locator("visible=true")).to_have_value("6")
     press(page, "Generate")
     said(page, "4 pictures in")
     first = saved(page, tmp_path, 2)
@@ -248,9 +268,9 @@ def test_what_is_painted_is_filled_in_and_can_be_painted_again(visit, photo, tmp
     tab(page, "Edit")
     upload(page, photo)
     said(page, "meadow.png, 96 × 64 pixels")
-    page.locator(".canvas canvas").first.wait_for()
-    page.wait_for_timeout(500)
+    wait_for_colour(page, MIDDLE)
     drag(page, ".canvas canvas", (0.45, 0.5), (0.55, 0.5))
+    wait_for_colour(page, PAINT)
     choose_class(page, "frog")
     press(page, "Edit")
     said(page, "1 picture in")
@@ -276,7 +296,6 @@ def test_what_is_painted_is_filled_in_and_can_be_painted_again(visit, photo, tmp
     said(again, "meadow.png, 96 × 64 pixels")
     choose_file(again, "Settings from a picture", first)
     said(again, "These are the settings of")
-    again.wait_for_timeout(500)
     press(again, "Edit")
     said(again, "1 picture in")
     second = saved(again, tmp_path / "again")
@@ -308,6 +327,20 @@ def test_a_box_is_drawn_and_replaced(visit, photo, tmp_path):
     # Numbers move what is drawn.
     page.get_by_label("Left", exact=True).fill("48")
     expect(page.locator(".boxer i")).to_have_attribute("style", re.compile("left: 50%"))
+
+
+def test_a_box_is_there_before_the_server_answers(visit, photo):
+    page = visit()
+    tab(page, "Edit")
+    page.get_by_label("Replace a box").check()
+    upload(page, photo)
+    page.locator(".boxer img").wait_for()
+    # Nothing that is asked from now on is answered.
+    page.route("**/gradio_api/run/**", lambda route: None)
+    drag(page, ".boxer", (0.25, 0.25), (0.5, 0.75))
+    expect(page.get_by_label("Width", exact=True)).not_to_have_value("0")
+    press(page, "Edit")
+    said(page, "1 picture in")
 
 
 def test_a_photo_goes_on_beyond_its_edges(visit, photo, tmp_path):
@@ -471,10 +504,12 @@ def test_it_fits_screens_wide_and_narrow(visit, photo, tmp_path, dark):
     def look(name: str) -> None:
         for width, height in (NARROW, WIDE):
             page.set_viewport_size({"width": width, "height": height})
-            page.wait_for_timeout(300)
+            # What follows the size of the window does so a moment later.
+            page.wait_for_function(
+                "width => innerWidth == width && document.documentElement.scrollWidth <= width", arg=width
+            )
             path = folder / f"{name}-{width}-{'dark' if dark else 'light'}.png"
             page.screenshot(path=path, full_page=True)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
 
     press(page, "Generate")
     said(page, "4 pictures in")

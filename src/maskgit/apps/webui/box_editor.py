@@ -11,6 +11,7 @@ from maskgit.apps.webui.session import PRIVATE, Values
 from maskgit.errors import RegionError
 
 NAMES = ("Left", "Top", "Width", "Height")
+NO_BOX = [0, 0, 0, 0]
 
 
 class Boxer:
@@ -27,26 +28,23 @@ class Boxer:
         """Make the photo in the present place of the page."""
         data = resources.files("maskgit").joinpath("assets/webui")
         self.canvas = gr.HTML(
-            "",
+            NO_BOX,
             html_template=data.joinpath("boxer.html").read_text("utf-8"),
             js_on_load=data.joinpath("boxer.js").read_text("utf-8"),
+            photo="",
             size=[1, 1],
-            box=[0, 0, 0, 0],
             sharp="",
         )
         self.outputs = [self.canvas, *self.numbers]
 
     def connect(self) -> None:
-        """Let the numbers follow the pointer, and the drawn box the numbers."""
-        self.canvas.submit(self._drawn, None, self.numbers, queue=False, **PRIVATE)
+        """Let the numbers follow the pointer, and the drawn box the numbers.
+
+        The browser does so by itself: a box is there as soon as it is drawn, however far away the server is.
+        """
+        self.canvas.submit(None, self.canvas, self.numbers, js="box => box", **PRIVATE)
         for field in self.numbers:
-            field.input(self._typed, set(self.numbers), self.canvas, queue=False, **PRIVATE)
-
-    def _drawn(self, event: gr.EventData) -> Values:
-        return dict(zip(self.numbers, event.box, strict=True))
-
-    def _typed(self, values: Values) -> dict[str, Any]:
-        return gr.update(box=[values[field] or 0 for field in self.numbers])
+            field.input(None, self.numbers, self.canvas, js="(...box) => [box.map(Number)]", **PRIVATE)
 
     def read(self, values: Values) -> list[int]:
         """Return the box (left, top, width, height).
@@ -61,11 +59,12 @@ class Boxer:
 
     def show(self, photo: Photo, box: list[int] | None = None) -> Values:
         """Return what shows a photo with a box, or without one."""
-        box = box or [0, 0, 0, 0]
+        box = box or NO_BOX
         sharp = "pixels" if max(photo.size) <= pictures.SMALL_SIDE else ""
-        shown = gr.update(value=pictures.data_uri(photo.shown), size=list(photo.size), box=box, sharp=sharp)
+        uri = pictures.data_uri(photo.shown)
+        shown = gr.update(value=box, photo=uri, size=list(photo.size), sharp=sharp)
         return {self.canvas: shown} | dict(zip(self.numbers, box, strict=True))
 
     def cleared(self) -> Values:
         """Return what shows that there is no photo."""
-        return {self.canvas: gr.update(value="", box=[0, 0, 0, 0])} | dict.fromkeys(self.numbers, 0)
+        return {self.canvas: gr.update(value=NO_BOX, photo="")} | dict.fromkeys(self.numbers, 0)

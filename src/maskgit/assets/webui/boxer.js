@@ -1,4 +1,4 @@
-// Draws a box while the pointer is down, in whole pixels of the photo; then tells it as the event "submit".
+// Draws a box while the pointer is down, in whole pixels of the photo; then makes it the value and triggers "submit".
 let from = null;
 
 const place = (event) => {
@@ -40,7 +40,7 @@ element.addEventListener("pointerup", (event) => {
   const box = between(from, place(event));
   from = null;
   if (!box[2] || !box[3]) return;
-  props.box = box;
-  trigger("submit", { box });
+  props.value = box;
+  trigger("submit");
 });
 element.addEventListener("pointercancel", () => { from = null; });
