@@ -26,7 +26,7 @@ from maskgit.apps.serving.server import bind, configured
 from maskgit.apps.serving.service import Limits, Service
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
@@ -54,7 +54,7 @@ def in_thread(
         thread.start()
         try:
             wait_for(lambda: service.ready)
-            with httpx.Client(base_url=url, timeout=60) as client:
+            with httpx.Client(base_url=url, timeout=120) as client:
                 yield client, service
         finally:
             server.should_exit = True

@@ -170,18 +170,18 @@ def test_processes_that_want_one_file_wait_for_one_download(number, server, tmp_
 
     def hold():
         asked.set()
-        assert others_wait.wait(60)
+        assert others_wait.wait(120)
 
     Handler.before = staticmethod(hold)
     first = fetching(f"{server}/model", tmp_path)
-    assert asked.wait(60)
+    assert asked.wait(120)
     others = [fetching(f"{server}/model", tmp_path) for _ in range(number - 1)]
     said = [other.stderr.readline() for other in others]
     others_wait.set()
     for line in said:
         assert f"Waiting for the download of {server}/model, by process {first.pid}" in line
     for process in (first, *others):
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
         assert Path(out.strip()).read_bytes() == CONTENT
     assert Handler.ranges == [None]
@@ -194,11 +194,11 @@ def test_a_download_whose_process_was_killed_is_gone_on_with(server, tmp_path):
 
     def hold():
         asked.set()
-        assert killed.wait(60)
+        assert killed.wait(120)
 
     Handler.before = staticmethod(hold)
     first = fetching(f"{server}/model", tmp_path)
-    assert asked.wait(60)
+    assert asked.wait(120)
     first.kill()
     first.communicate()
     killed.set()

@@ -372,10 +372,10 @@ def test_an_official_model_is_converted_by_one_process(golden, tmp_path):
     assert first.stdout.readline() == "fetches\n"
     second = start()
     assert "Waiting for the conversion of imagenet256, by process" in second.stderr.readline()
-    out, error = first.communicate("\n\n", timeout=60)
+    out, error = first.communicate("\n\n", timeout=120)
     assert first.returncode == 0, error
     # It never asks for a line, so it found the work done.
-    out, error = second.communicate(timeout=60)
+    out, error = second.communicate(timeout=120)
     assert second.returncode == 0, error
     assert out.strip() == str(tmp_path / "models" / "imagenet256")
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["imagenet256"]

@@ -114,7 +114,7 @@ def test_without_flock_the_library_locks(tmp_path, monkeypatch):
     with locked(path, give_up):
         thread = threading.Thread(target=second)
         thread.start()
-        assert entered.wait(60)
+        assert entered.wait(120)
         order.append("first")
     thread.join()
     assert order == ["another process", "first", "second"]

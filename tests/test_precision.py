@@ -165,12 +165,12 @@ def test_the_last_thread_to_leave_gives_the_setting_back():
     def other():
         with whole_float32(CUDA):
             inside.set()
-            leave.wait(30)
+            leave.wait(120)
 
     thread = threading.Thread(target=other)
     with whole_float32(CUDA):
         thread.start()
-        assert inside.wait(30)
+        assert inside.wait(120)
     assert MATMUL.fp32_precision == "ieee"
     leave.set()
     thread.join()

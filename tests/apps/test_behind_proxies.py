@@ -26,7 +26,7 @@ from maskgit.errors import ConfigError
 from servers import behind_nginx, in_thread, wait_for
 
 EXAMPLE = (Path(__file__).parents[2] / "deploy" / "nginx.conf").read_text("utf-8")
-PATIENCE = 60_000
+PATIENCE = 120_000
 BEHIND = Network(trusted_proxies=("127.0.0.1",))
 # Another proxy, which leaves the prefix in the path and says nothing of it.
 BARE = EXAMPLE.replace("proxy_pass http://127.0.0.1:8000/;", "proxy_pass http://127.0.0.1:8000;")

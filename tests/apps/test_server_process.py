@@ -22,7 +22,7 @@ CLIENTS = 200
 def client_of(url: str):
     """Give a client that may have many requests under way; one for each would take most of the time."""
     limits = httpx.Limits(max_connections=CLIENTS)
-    with httpx.Client(base_url=url, timeout=60, limits=limits) as client:
+    with httpx.Client(base_url=url, timeout=120, limits=limits) as client:
         yield client
 
 
@@ -66,7 +66,7 @@ def test_told_to_stop_it_finishes_what_it_accepted():
         refused = ask(client, 0)
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "unavailable")
         assert [answer.result().status_code for answer in answers] == [200] * 8
-        assert server.wait(30) == 0
+        assert server.wait(120) == 0
         assert server.stderr.read() == ""
 
 
@@ -80,7 +80,7 @@ def test_told_twice_it_says_so_to_all_that_it_accepted():
         answers = [answer.result() for answer in answers]
         assert {answer.status_code for answer in answers} == {503}
         assert {answer.json()["error"]["type"] for answer in answers} == {"unavailable"}
-        assert server.wait(30) == 130
+        assert server.wait(120) == 130
         assert server.stderr.read() == "maskgit: interrupted.\n"
 
 
@@ -109,7 +109,7 @@ def test_hung_up_on_without_keys_it_finishes_what_it_accepted():
         wait_for(lambda: metric(client, "accepted_images") == 2)
         server.send_signal(signal.SIGHUP)
         assert [answer.result().status_code for answer in answers] == [200] * 2
-        assert server.wait(30) == 0
+        assert server.wait(120) == 0
 
 
 def test_killed_under_load_it_starts_again_on_its_port():
@@ -158,7 +158,7 @@ def test_the_page_is_at_the_root_beside_the_service():
         assert ask(client, 3).status_code == 200
         assert client.get("/healthz").json() == {"status": "alive"}
         server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert server.wait(120) == 0
 
 
 def test_where_keys_are_asked_for_there_is_no_page(tmp_path):

@@ -228,14 +228,14 @@ def test_health_is_answered_while_a_body_is_parsed(client, form, monkeypatch):
 
     def waiting(*args):
         parsing.set()
-        assert go_on.wait(60)
+        assert go_on.wait(120)
         return validate(*args)
 
     monkeypatch.setattr(schemas.Edit, name, waiting)
     request = {"data": {"boxes": "[]"}, "files": {"image": b"x"}} if form else {"json": {}}
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "/v1/edit", **request)
-        assert parsing.wait(60)
+        assert parsing.wait(120)
         assert client.get("/healthz").status_code == 200
         go_on.set()
         assert answer.result().status_code == 422
@@ -289,7 +289,7 @@ def test_other_paths_and_methods(client, method, path, status):
     assert set(answer.json()["error"]) == {"type", "message"}
 
 
-def raw(client: httpx.Client, head: str, parts, wait: float = 10.0) -> bytes:
+def raw(client: httpx.Client, head: str, parts, wait: float = 120.0) -> bytes:
     """Send bytes as they are, and return all that comes back until the server ends the connection."""
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=wait) as connection:
         connection.sendall(head.replace("\n", "\r\n").encode())
@@ -335,8 +335,8 @@ def test_a_slow_body_is_refused(client):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    monkeypatch.setattr(Patient, "head_seconds", 0.2)
-    monkeypatch.setattr(Patient, "take_seconds", 0.2)
+    monkeypatch.setattr(Patient, "head_seconds", 0.5)
+    monkeypatch.setattr(Patient, "take_seconds", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_connections_are_counted(client, monkeypatch):
     monkeypatch.setattr(Patient, "max_connections", 3)
     with contextlib.ExitStack() as stack:
         address = (client.base_url.host, client.base_url.port)
-        held = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(4)]
+        held = [stack.enter_context(socket.create_connection(address, timeout=120)) for _ in range(4)]
         # The client's own connection may be one of them.
         assert held[-1].recv(65536).startswith(b"HTTP/1.1 503")
         assert held[-1].recv(65536) == b""

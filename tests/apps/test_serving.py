@@ -188,7 +188,7 @@ def test_the_next_client_is_told_when_there_will_be_a_place(service, monkeypatch
     monkeypatch.setattr(service.stats, "seconds_per_step", 2.0)
     stop = threading.Event()
     held = [
-        service.submit(lambda m: stop.wait(30), images=n, steps=k, client=str(n))
+        service.submit(lambda m: stop.wait(120), images=n, steps=k, client=str(n))
         for n, k in ((2, 20), (3, 6), (3, 40))
     ]
     for images_, seconds in (
@@ -211,7 +211,7 @@ def test_the_next_client_is_told_when_there_will_be_a_place(service, monkeypatch
 
 def test_the_queue_is_bounded_in_steps(service):
     stop = threading.Event()
-    held = service.submit(lambda m: stop.wait(30), steps=4000)
+    held = service.submit(lambda m: stop.wait(120), steps=4000)
     with pytest.raises(
         OverloadedError, match=r"4,000 of 4,096 decoding steps are taken, and this request needs 97"
     ):
@@ -327,7 +327,7 @@ def test_a_mistake_in_the_loop_is_survived(pipe, service, monkeypatch):
 
 def test_the_queue_is_bounded_in_images(service):
     stop = threading.Event()
-    held = [service.submit(lambda m: stop.wait(30), images=4) for _ in range(2)]
+    held = [service.submit(lambda m: stop.wait(120), images=4) for _ in range(2)]
     with pytest.raises(OverloadedError, match=r"8 of 8 images are taken, and this request needs 1") as caught:
         service.submit(lambda m: None)
     assert 1 <= caught.value.retry_after <= 300
@@ -345,7 +345,7 @@ def test_pixels_are_bounded_but_one_request_is_always_taken():
     service.start()
     service.wait_ready()
     stop = threading.Event()
-    held = service.submit(lambda m: stop.wait(30), pixels=5000)
+    held = service.submit(lambda m: stop.wait(120), pixels=5000)
     # The queue has places; what is full is said.
     with pytest.raises(OverloadedError, match=r"images of 5,000 pixels.*4,000"):
         service.submit(lambda m: None, pixels=1)

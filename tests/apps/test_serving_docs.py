@@ -44,7 +44,7 @@ def test_commands(command, url):
     done = subprocess.run(
         [*shlex.split(command.replace(URL, url)), "--fail", "--silent", "--show-error"],
         capture_output=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     for name in ("frog.png", "edited.webp"):

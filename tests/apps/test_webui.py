@@ -31,7 +31,7 @@ from maskgit.errors import ConfigError, ImageError, RegionError
 from maskgit.images import provenance
 from maskgit.results import Output
 
-PATIENCE = 60
+PATIENCE = 120
 
 
 @pytest.fixture

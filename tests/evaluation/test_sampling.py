@@ -49,17 +49,21 @@ def undisturbed(tiny, tmp_path_factory):
     return numbers(out)
 
 
-def started(out, pause=0.0):
+def started(out, *arguments):
     return subprocess.Popen(
-        [sys.executable, PROGRAM, out, str(pause)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, PROGRAM, out, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 def test_killed_and_started_again_gives_the_same_report(undisturbed, tmp_path):
     out = tmp_path / "out"
-    process = started(out, 0.3)
-    deadline = time.time() + 60
-    while not (out / "work/samples/unit-00001").is_dir() and time.time() < deadline:
+    second = out / "work/samples/unit-00001"
+    process = started(out, 0, second)
+    deadline = time.time() + 120
+    while not second.is_dir() and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()

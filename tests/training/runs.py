@@ -46,7 +46,7 @@ def run_two(script: str, *arguments: str, joins: int = 1, code: int = 0) -> list
     group["MASTER_PORTS"] = " ".join(map(str, ports))
     workers = [start(script, *arguments, RANK=rank, **group) for rank in range(2)]
     try:
-        said = [worker.communicate(timeout=100)[1] for worker in workers]
+        said = [worker.communicate(timeout=600)[1] for worker in workers]
     except subprocess.TimeoutExpired:
         for worker in workers:
             worker.kill()

@@ -208,7 +208,7 @@ import torch.distributed as dist
 from maskgit.errors import OutputError
 from maskgit.training.run import checkpoint
 
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
 rank = dist.get_rank()
 
 

@@ -164,7 +164,7 @@ def images(tmp_path) -> ImageCache:
 def test_a_run_that_is_killed_over_and_over_ends_bit_for_bit_as_one_that_is_not(tmp_path, images, make):
     stage = make.__name__.removesuffix("_run")
     run = start(SCRIPT, json.dumps([stage, make(tmp_path, images).to_dict(), str(tmp_path)]))
-    _, errors = run.communicate(timeout=100)
+    _, errors = run.communicate(timeout=600)
     assert run.returncode == 0, errors
     told = json.loads(errors.splitlines()[-1])
     assert sum(status == 9 for status, _ in told) >= 5
