@@ -17,6 +17,8 @@ from PIL import Image
 from maskgit.data.image_cache import ImageCache, write_image_cache
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.foundation.checks import Config
+from maskgit.networks.config import TransformerConfig
+from maskgit.networks.transformer import Transformer
 from maskgit.sampler.config import SamplerConfig
 from maskgit.training import distributed
 from maskgit.training.distributed import Distributed, compile_blocks, parallelize
@@ -191,6 +193,19 @@ def test_blocks_that_are_compiled_no_more_say_so_once():
         for size in range(2, 7):
             assert torch.equal(block(torch.ones(size)), torch.full((size,), 2.0))
     assert len([one for one in told if "runs uncompiled, slower" in str(one.message)]) == 1
+
+
+def test_compiled_layers_stay_compiled_under_plain_attention():
+    network = Transformer(
+        TransformerConfig(8, 2, 2, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=8)
+    ).eval()
+    sequence = torch.zeros(2, 5, dtype=torch.int64)
+    with attention(torch.device("cpu")):
+        wanted = network(sequence)
+    compile_blocks(network.layers, backend="eager")
+    with attention(torch.device("cpu"), compiled=True):
+        torch.testing.assert_close(network(sequence), wanted)
+    assert not any(layer.forward.stopped for layer in network.layers)
 
 
 @pytest.mark.parametrize("autocasts", [False, True])

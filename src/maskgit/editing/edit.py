@@ -1,4 +1,4 @@
-"""Editing photos: what is in boxes replaced by a class, and painted masks filled in.
+"""Editing photos: boxes replaced by a class, and inpainting of masks.
 
 Each function is a method of `MaskGIT`. The tokens that the model sees and keeps are never changed; the new
 ones are decoded as in any generation, and the result is blended into the photo (see `photos`).
@@ -114,7 +114,7 @@ def inpaint(
     callback: Callback | None = None,
     **settings: Any,
 ) -> Output:
-    """Fill in a painted part of a photo.
+    """Fill in a masked part of a photo (inpainting).
 
     Args:
         image: as for `edit`.

@@ -33,7 +33,7 @@ def read_mask(mask: Any, photo: Photo, *, invert: bool = False) -> np.ndarray:
             photo's own transparency: all pixels that are not opaque.
         photo: what it belongs to.
         invert: whether what is not masked is meant, as where black is to be made new. A note asks for it where
-            hardly anything would be kept, or nothing made new.
+            hardly anything would be kept, or nothing replaced.
 
     Returns:
         bool (H, W).

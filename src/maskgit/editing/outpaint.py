@@ -61,7 +61,7 @@ def outpaint(
     callback: Callback | None = None,
     **settings: Any,
 ) -> Output:
-    """Go on with an image beyond its edges.
+    """Extend an image beyond its edges (outpainting).
 
     The image is not cut: if its shorter side is longer than the model's, it is first resized to the model's,
     and all pixels count at that scale. Patches that lie wholly inside it are kept as tokens, and all others
@@ -75,8 +75,8 @@ def outpaint(
         label: what the new parts are of, a class name or number; None is no class, which takes a model
             trained with label dropout.
         num_images: variants to make.
-        feather: pixels inside the image over which it fades into what is new, from each edge that is
-            continued; None is a sixteenth of the model's image size. Further inside, it is as it was.
+        feather: pixels inside the image over which it fades into the new pixels, from each edge that is
+            extended; None is a sixteenth of the model's image size. Further inside, it is as it was.
         seed, first_index, batch_size, **settings: as for `MaskGIT.generate`; first_index < 2⁴⁰.
         callback: called after each step with its number, counted through all windows, the images' indices
             int64 (B,) and the window's tokens int64 (B, h, w).

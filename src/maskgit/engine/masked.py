@@ -36,7 +36,7 @@ class MaskedPredictor:
 
         Args:
             transformer: the network, whose calls are of one batch's size.
-            local: the same for calls of ever other sizes.
+            local: the same, for calls whose batch size varies.
             codes: K, how many of the vocabulary's logits are wanted.
             mask_token: the number that stands for "masked".
             remember: whether first steps are kept for later calls. What is kept was rounded as in the batch that

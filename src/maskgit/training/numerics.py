@@ -1,13 +1,15 @@
 """What both loops compute in, and what dropout draws from."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from maskgit.engine.host import has_bfloat16_units
@@ -45,13 +47,28 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
-def attention(device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which this thread computes the attention that trains fastest on a device.
+def attention(device: torch.device, *, compiled: bool = False) -> AbstractContextManager[object]:
+    """Return the context in which the attention that trains fastest on a device is computed.
 
     On a CPU that is the plain one, in bfloat16 where autocast says so: the backward pass of torch's fused attention for
-    CPUs takes five times as long.
+    CPUs takes five times as long. It is chosen for the current thread, or for the whole process if the blocks are
+    compiled, since Dynamo cannot trace a thread's choice.
     """
-    return _PlainAttention() if device.type == "cpu" else nullcontext()
+    if device.type != "cpu":
+        return nullcontext()
+    return _plain_in_process() if compiled else _PlainAttention()
+
+
+@contextmanager
+def _plain_in_process() -> Iterator[None]:
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    # Despite its module, this governs the plain attention of every device.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 class _PlainAttention(TorchFunctionMode):

@@ -171,7 +171,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                 )
                 sequence = vocabulary.sequence(hide_labels(labels, masks.drop_label), tokens, masks.mask)
                 with gradient_sync(network, i == len(parts) - 1):
-                    with autocast(device, precision), attention(device):
+                    with autocast(device, precision), attention(device, compiled=config.compile):
                         logits = network(sequence, codes=vocabulary.num_codes)
                     counted = torch.ones_like(masks.mask) if config.compute_loss_for_all else masks.mask
                     losses = sequence_losses(

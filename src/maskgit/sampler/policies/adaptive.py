@@ -46,7 +46,7 @@ class EntropyBounded(Policy):
 
 @dataclass(frozen=True)
 class Stable(Policy):
-    """Keep the tokens whose distribution is sure and has stopped changing.
+    """Keep the tokens whose distribution is confident and has stopped changing.
 
     A token is kept when its highest probability is at least `confidence` and the KL divergence of its
     distribution from that of the step before has been below `kl` for `history` steps.

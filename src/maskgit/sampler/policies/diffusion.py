@@ -1,4 +1,4 @@
-"""Masked diffusion: each token is kept or masked again by its own coin.
+"""Masked diffusion: each token is kept or masked again independently, with its own probability.
 
 With α = 1 − γ the share of tokens known, a step goes from α_t to α_s > α_t.
 
@@ -21,7 +21,7 @@ class MDLM(Policy):
     """Keep each token with probability (α_s − α_t) / (1 − α_t): plain ancestral masked diffusion."""
 
     source = "Sahoo et al. (arXiv 2406.07524); Shi et al. (arXiv 2406.04329)"
-    # The coins may leave tokens masked for long: every step is needed.
+    # By chance, tokens may stay masked for long: every step is needed.
     remasks = True
 
     def choose(self, step: Step, memory: Memory) -> tuple[Tensor, Memory]:
