@@ -133,6 +133,19 @@ def test_compare_prints_a_table_or_json(place, capsys):
     assert any("the same images" in caution for caution in itself["cautions"])
 
 
+def test_compare_searches_for_copies_and_says_what_samples_cost(place, tmp_path, capsys):
+    images = np.stack([np.asarray(Image.open(file)) for file in sorted((place / "real").rglob("*.png"))[:20]])
+    about = np.array(json.dumps({"cost": {"forward_passes": 16.0, "flops": 2e9}}))
+    np.savez(tmp_path / "copies.npz", arr_0=images, about=about)
+    command = ("compare", place / "other", tmp_path / "copies.npz", "--training-data", place / "real")
+    assert run(*command, "--json", *SMALL) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["metrics"]["authenticity_effnet-lite0"] == 0
+    assert found["cost"]["forward_passes"] == 16
+    assert run(*command, *SMALL) == 0
+    assert "an image: forward_passes 16, flops 2e+09" in capsys.readouterr().out
+
+
 def test_torn_pictures_are_counted_listed_and_refused_above_a_share(tmp_path, capsys):
     write(tmp_path / "a", 20, classes=0)
     (tmp_path / "a" / "005.png").write_bytes(b"torn")

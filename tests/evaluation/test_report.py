@@ -121,6 +121,19 @@ def _floats(work):
         yield torch.from_numpy(work.pictures(start, start + 4)).movedim(-1, 1).float() / 255
 
 
+def test_the_page_shows_baselines_losses_and_costs(finished):
+    out, _ = finished
+    report = json.loads((out / "report.json").read_text())
+    page = Page((out / "report.html").read_text("utf-8"))
+    assert "losses" in page.ids
+    real, rebuilt = (report["baselines"]["fd_toy"][name]["value"] for name in ("real", "reconstructions"))
+    made = report["metrics"]["fd_toy"]
+    for value in (real, rebuilt, made, rebuilt - real, made - rebuilt, report["cost"]["flops"] / 1e9):
+        assert number(value) in page.texts
+    assert "N = 40 · toy" in page.texts
+    assert "N = 40 · toy · k = 3" in page.texts
+
+
 def test_the_page_is_whole_and_asks_nothing_of_the_network(finished):
     out, _ = finished
     text = (out / "report.html").read_text("utf-8")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from maskgit.apps.cli.evaluation_flags import Net, ReconstructionFlags, SampleFlags, WorkFlags
+from maskgit.apps.cli.evaluation_flags import Net, Place, ReconstructionFlags, SampleFlags, WorkFlags
 from maskgit.apps.cli.flags import Model, Sampler
 from maskgit.apps.cli.scoring import Bars, complaints, print_report, score_table
 from maskgit.errors import ConfigError, DataError, OutputError
@@ -207,6 +207,8 @@ def compare(
     b: Positional[str],
     net: Net,
     size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the images')")] = None,
+    training_data: Place = None,
+    num_training: int = 50_000,
     splits: int = 10,
     max_bad_share: float = 0.01,
     batch_size: int = 64,
@@ -219,33 +221,55 @@ def compare(
         a: The reference: real images or their statistics, anything that `maskgit stats` reads or writes.
         b: The images to score, such as a folder of samples.
         size: Centre-crop each image to a square and resize it to this side in pixels.
+        training_data: The images that the model was trained on: measures the authenticity of B, the share of its
+            images that are no copies of them.
+        num_training: So many of them, spread evenly over them.
         splits: Parts the images are split into to estimate confidence intervals.
         max_bad_share: Share of images that may be unreadable, 0 to 1.
         batch_size: Images per batch.
         device: cuda, mps or cpu; auto picks the first available.
         as_json: Print JSON instead of a table.
     """
-    from maskgit.data.picture_sets import open_pictures
+    from maskgit.data.picture_sets import open_fitting, open_pictures
     from maskgit.evaluation.report.report import plain
     from maskgit.evaluation.runs.measure import compare_pictures
+    from maskgit.evaluation.runs.sampling import about_samples
     from maskgit.evaluation.scores.references import open_reference
     from maskgit.foundation.devices import own_device
 
     first = open_reference(a, size=size, max_bad_share=max_bad_share)
     second = open_pictures(b, size=size, max_bad_share=max_bad_share)
+    training = None
+    if training_data is not None:
+        training = open_fitting(training_data, second.resolution[0], max_bad_share=max_bad_share)
     network = net.load(own_device(device))
     with Bars() as bars:
         found = compare_pictures(
-            first, second, network, net.features, splits=splits, batch_size=batch_size, progress=bars
+            first,
+            second,
+            network,
+            net.features,
+            training=training,
+            num_training=num_training,
+            splits=splits,
+            batch_size=batch_size,
+            progress=bars,
         )
-    sets = [data for data in (first.images, second) if data is not None]
+    cost = about_samples(b).get("cost")
+    sets = [data for data in (first.images, second, training) if data is not None]
     left_out = [f"{data.name}: {line}" for data in sets for line in data.left_out]
     if not as_json:
-        print("\n".join([score_table(found.scores), *found.cautions, *complaints(found.skipped), *left_out]))
+        costs = [] if cost is None else ["an image: " + ", ".join(f"{k} {v:.4g}" for k, v in cost.items())]
+        print(
+            "\n".join(
+                [score_table(found.scores), *costs, *found.cautions, *complaints(found.skipped), *left_out]
+            )
+        )
         return
     values = {
         "metrics": {score.name: plain(score.value) for score in found.scores},
         "intervals": {score.name: plain(score.interval) for score in found.scores if score.interval},
+        "cost": cost,
         "reference": a,
         "images": b,
         "evaluator": network.identity,

@@ -46,6 +46,11 @@ def print_report(out: Path, path: Path | None) -> None:
         print(
             f"{name:{width}}  {value:10.4g}"
             + (f"  [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
+            + "".join(
+                f"  {other} {found['value']:.4g}"
+                for other, found in report.get("baselines", {}).get(name, {}).items()
+                if found["value"] is not None
+            )
         )
     for caution in report["cautions"]:
         print(caution)

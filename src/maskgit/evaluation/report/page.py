@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskgit.evaluation.report.charts import Mark, colour, line_chart, number
-from maskgit.evaluation.report.report import JSON_NAME, PAGE_NAME, Report, versions
+from maskgit.evaluation.report.report import JSON_NAME, PAGE_NAME, Cost, Report, versions
 from maskgit.evaluation.scores.classwise import ClassScore, best_and_worst
 from maskgit.evaluation.scores.memorisation import Memorisation, Row
-from maskgit.evaluation.scores.names import Score
+from maskgit.evaluation.scores.names import BASELINES, Score
 from maskgit.foundation.files import expand, write_bytes
 
 # Images of at most this many pixels a side are enlarged with sharp pixels, and are kept exactly.
@@ -29,6 +30,7 @@ def render(report: Report) -> str:
     """Return a report's page, HTML."""
     style = resources.files("maskgit").joinpath("assets/report.css").read_text("utf-8")
     sections = [
+        _losses(report),
         _sheet(report),
         _classes(report),
         _copies(report.memorisation, report.num_images),
@@ -60,12 +62,23 @@ def _head(report: Report) -> str:
         f"features of <b>{escape(evaluator['identity'].split(',')[0])}</b>",
         f"{'against' if report.kind == 'samples' else 'of'} <b>{escape(str(reference['name']))}</b>",
     ]
+    sampler = report.settings.get("sampler")
+    if sampler:
+        facts.append(
+            f"<b>{sampler['steps']}</b> steps, <b>{escape(str(sampler['policy']))}</b>, guidance "
+            f"<b>{sampler['guidance_scale']:g}</b>"
+        )
     if "images" in report.settings:
         facts.append(
             f"labels <b>{escape(report.settings['images']['labels'])}</b>, seed "
             f"<b>{report.settings['images']['seed']}</b>"
         )
-    cards = "\n".join(_card(score, first=place == 0) for place, score in enumerate(report.scores))
+    if report.cost is not None:
+        facts.append(f"an image: {_cost(report.cost)}")
+    if "date" in report.run:
+        facts.append(escape(str(report.run["date"])))
+    k = evaluator.get("neighbours")
+    cards = "\n".join(_card(score, k, first=place == 0) for place, score in enumerate(report.scores))
     return (
         f'<p class="kicker">{what}</p>\n<h1>{escape(report.title)}</h1>\n'
         f'<ul class="facts">{"".join(f"<li>{fact}</li>" for fact in facts)}</ul>\n'
@@ -73,16 +86,71 @@ def _head(report: Report) -> str:
     )
 
 
-def _card(score: Score, *, first: bool) -> str:
+def _cost(cost: Cost) -> str:
+    """Return what an image costs in words."""
+    passes = f"<b>{number(cost.forward_passes)}</b> forward passes"
+    seconds = "" if cost.seconds is None else f", <b>{number(cost.seconds)}</b> s"
+    return f"{passes}, <b>{number(cost.flops / 1e9)}</b> GFLOPs{seconds}"
+
+
+def _card(score: Score, k: int | None, *, first: bool) -> str:
     better = f"<span>{score.better} is better</span>" if score.better else ""
     interval = ""
     if score.interval is not None:
         interval = f"95 %: {number(score.interval.low)} – {number(score.interval.high)}"
+    neighbours = score.name.startswith(("precision", "recall", "density", "coverage"))
+    about = [f"N = {score.num_images:,}"] if score.num_images else []
+    about += [score.features] if score.features else []
+    about += [f"k = {k}"] if neighbours and k else []
     return (
         f'<article class="score{" first" if first else ""}" '
         f'id="{escape(score.name)}"><header>{escape(score.title)}{better}</header><div><div '
-        f'class="value">{number(score.value)}</div><div class="range">{interval}</div></div>'
-        f"<p>{escape(score.about)}</p></article>"
+        f'class="value">{number(score.value)}</div><div class="range">{interval}</div>{_scale(score)}</div>'
+        f"<p>{escape(score.about)}</p><small>{escape(' · '.join(about))}</small></article>"
+    )
+
+
+def _scale(score: Score) -> str:
+    """Return where a score lies between those of real images and of reconstructions, if these are known."""
+    if not score.baselines:
+        return ""
+    values = [score.value, *(baseline.value for baseline in score.baselines.values())]
+    low, high = min(0.0, *values), max(values)
+    # Shares have a scale of their own.
+    high = 1.0 if 0.5 < high <= 1 and not low else high or 1.0
+    ticks, texts = [], []
+    for name, baseline in score.baselines.items():
+        place = 100 * (baseline.value - low) / (high - low)
+        ticks.append(f'<s class="{name}" style="left: {place:.1f}%"></s>')
+        texts.append(f'<li><i class="tick {name}"></i>{BASELINES[name]} {number(baseline.value)}</li>')
+    width = 100 * (score.value - low) / (high - low)
+    return (
+        f'<div class="bar"><i style="width: {width:.1f}%"></i>{"".join(ticks)}</div>'
+        f'<ul class="key">{"".join(texts)}</ul>'
+    )
+
+
+def _losses(report: Report) -> str:
+    """Return the table that says what of the quality the tokenizer loses, and what the transformer."""
+    rows = []
+    for score in report.scores:
+        values = [score.baselines[name].value for name in BASELINES if name in score.baselines]
+        if len(values) < len(BASELINES) or not score.better:
+            continue
+        values.append(score.value)
+        sign = 1 if score.better == "lower" else -1
+        # Less than nothing is lost where a score rises on the way, as precision does of blurred pictures.
+        lost = [sign * (after - before) + 0.0 for before, after in itertools.pairwise(values)]
+        cells = "".join(f"<td>{number(value)}</td>" for value in (*values, *lost))
+        rows.append(f"<tr><th>{escape(score.title)}</th>{cells}</tr>")
+    if not rows:
+        return ""
+    return (
+        '<section id="losses"><h2>Where quality is lost</h2><p class="lede">From real images to their reconstructions, '
+        "and on to samples: what is lost first is the tokenizer’s, the rest the transformer’s. A negative loss is a "
+        'score that rises on the way.</p><div class="wide"><table><thead><tr><th></th><th>real images</th>'
+        "<th>reconstructions</th><th>samples</th><th>lost by the tokenizer</th><th>lost by the transformer</th>"
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 
@@ -253,8 +321,27 @@ def _curves(report: Report) -> str:
         f"{report.curve_images:,} "
         "images with the same labels and seed. Fréchet distances of fewer images are larger: compare "
         "points with each "
-        f'other, not with the score above.</p>{key}<div class="charts">{"".join(charts)}</div></section>'
+        f'other, not with the score above.</p>{key}<div class="charts">{"".join(charts)}</div>{_costs(report)}</section>'
     )
+
+
+def _costs(report: Report) -> str:
+    """Return the table of what the runs of a curve cost and score."""
+    if any(point.cost is None for point in report.curves):
+        return ""
+    head = [name.replace("_", " ") for name in report.curves[0].settings]
+    head += ["forward passes", "GFLOPs", "seconds", *(score.title for score in report.curves[0].scores)]
+    rows = []
+    for point in report.curves:
+        assert point.cost is not None
+        passes, flops, seconds = point.cost
+        numbers = [passes, flops / 1e9, seconds, *(score.value for score in point.scores)]
+        cells = [str(value) for value in point.settings.values()]
+        cells += ["—" if value is None else number(value) for value in numbers]
+        rows.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
+    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _settings(report: Report) -> str:
@@ -301,8 +388,6 @@ def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
     Raises:
         OutputError: one cannot be written.
     """
-    # Imported here because the page is written from a report.
-
     values, page = expand(folder) / JSON_NAME, expand(folder) / PAGE_NAME
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes(page, render(report).encode(errors="backslashreplace"))

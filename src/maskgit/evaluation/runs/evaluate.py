@@ -7,6 +7,7 @@ Shapes: N samples.
 """
 
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,7 +224,11 @@ class SampleEvaluation:
             curves=curves,
             curve_images=self.config.curve_images,
             cost=cost,
-            run={"seconds": done.seconds(), "device": str(self.model.device)},
+            run={
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+                "seconds": done.seconds(),
+                "device": str(self.model.device),
+            },
         )
         sheet = [
             Picture(pixels, report.class_name(int(arrays["labels"][index])))
@@ -379,7 +384,7 @@ class SampleEvaluation:
     def _identities(self, reference: ImageStatistics, names: Names) -> dict[str, dict[str, Any]]:
         found = {
             "model": {"name": self.name, "weights": self.weights, "image_size": self.model.config.image_size},
-            "evaluator": evaluator_identity(names),
+            "evaluator": evaluator_identity(names) | {"neighbours": self.config.neighbours},
             "reference": self.reference.identity(reference),
         }
         if self.training is not None:

@@ -4,13 +4,16 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from maskgit.data.picture_sets import Pictures
 from maskgit.data.rows import check_share
 from maskgit.errors import DataError
+from maskgit.evaluation.metrics import authenticity
+from maskgit.evaluation.metrics.intervals import wilson_interval
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.runs.sampling import RealImages, joined
-from maskgit.evaluation.scores.names import Names, Score
+from maskgit.evaluation.scores.names import Names, Score, with_baselines
 from maskgit.evaluation.scores.references import Reference
 from maskgit.evaluation.scores.scores import distances, manifolds
 from maskgit.evaluation.scores.statistics import Collector, ImageStatistics
@@ -102,6 +105,8 @@ def compare_pictures(
     net: FeatureNet,
     features: str,
     *,
+    training: Pictures | None = None,
+    num_training: int = 50_000,
     splits: int = 10,
     batch_size: int = 64,
     progress: Progress | None = None,
@@ -112,6 +117,8 @@ def compare_pictures(
         reference: real images or their statistics.
         pictures: the images to score.
         net: the feature net, and `features` its name in `FEATURE_NETS`.
+        training: the images that a model was trained on, of which the second set is not to hold copies.
+        num_training: so many of them, spread evenly over them.
         splits: parts that intervals are taken over.
         batch_size: images read together.
         progress: called as images are done.
@@ -137,4 +144,22 @@ def compare_pictures(
     against = reference.joined(measured)
     scores, cautions = distances(arrays, against, names, splits=splits)
     scores += manifolds(np.asarray(arrays["pooled"]), against, names, device=net.device)
+    if training is not None:
+        known = RealImages(training, net, num_images=num_training, batch_size=batch_size)
+        torn: list[str] = []
+        gallery = joined([piece for piece in _pieces(known, torn, progress) if piece])["pooled"]
+        skipped += torn
+        scores.append(_authenticity(gallery, np.asarray(arrays["pooled"]), against, names))
     return Compared(scores, cautions + reference.cautions, skipped)
+
+
+def _authenticity(gallery: NDArray, pooled: NDArray, reference: ImageStatistics, names: Names) -> Score:
+    """Return the share of images that are no copies of training images, beside that of the reference."""
+
+    def score(features: NDArray) -> Score:
+        share = authenticity(gallery, features)
+        interval = wilson_interval(round(share * len(features)), len(features))
+        return names.score("authenticity", share, interval, num_images=len(features))
+
+    real = {} if reference.features is None else {"real": [score(reference.features)]}
+    return with_baselines([score(pooled)], real)[0]

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maskgit.data.npz import open_npz
 from maskgit.data.picture_sets import Pictures, as_floats
 from maskgit.errors import ConfigError
 from maskgit.evaluation.metrics import SSIM_WINDOW, psnr, ssim
@@ -39,6 +40,7 @@ from maskgit.sampler.config import SamplerConfig
 LABEL_RULES = ("balanced", "dataset")
 KEPT = ("none", "npz", "png")
 NUM_SHOWN = 64
+MAX_ABOUT_BYTES = 2**22
 # What a feature net says of images, by the names of `Features`.
 OUTPUTS = ("pooled", "spatial", "logits")
 # Equal images have no noise between them: their PSNR counts as this.
@@ -393,6 +395,25 @@ def join_samples(units: Units, path: Path, about: dict[str, Any]) -> None:
         for name, array in (("arr_1", np.concatenate(labels)), ("about", np.array(json.dumps(about)))):
             with archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def about_samples(path: str | Path) -> dict[str, Any]:
+    """Return what a file of `join_samples` says of how its images were made; nothing where it says nothing.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if Path(path).suffix != ".npz":
+        return {}
+    with open_npz(path) as archive:
+        text = archive.read("about", MAX_ABOUT_BYTES) if "about" in archive.names else None
+    if text is None or text.dtype.kind != "U" or text.shape != ():
+        return {}
+    try:
+        about = json.loads(str(text))
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def measured(net: FeatureNet, images: Tensor) -> Arrays:
