@@ -73,9 +73,7 @@ class Model:
         self.masked_predictor: PredictLogits | None = None
         self.config = config
         self.local_transformer = self.transformer
-        self.vocabulary = Vocabulary(
-            config.transformer.num_codes, config.transformer.num_classes, config.transformer.grid_size
-        )
+        self.vocabulary = Vocabulary.of(config.transformer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a copy with weights of its own; those of an optimized model never change, and are shared."""
@@ -215,9 +213,12 @@ class Model:
 
     @torch.no_grad()
     def predict_logits(self, sequence: Tensor) -> Tensor:
-        """Return the logits of the image codes: int64 (B, S) → float (B, S, num_codes)."""
+        """Return the logits of the image codes: int64 (B, S) → float (B, S, num_codes).
+
+        Where the transformer scores the mask as well (`predict_mask`), its logit is one more, the last.
+        """
         with whole_float32(sequence.device, self.transformer):
-            return self.transformer(sequence, codes=self.vocabulary.num_codes)
+            return self.transformer(sequence, codes=self.config.transformer.num_logits)
 
     def predictor(self, *, known: bool = True) -> PredictLogits:
         """Return what predicts logits in decoding: `predict_logits`, or the engine's faster form of it.

@@ -24,10 +24,10 @@ from maskgit.checkpoints import weights
 from maskgit.checkpoints.official_table import FLAX_NORMS, Row, tokenizer_table, transformer_table
 from maskgit.checkpoints.parts import Parts, Whole
 from maskgit.config import ModelConfig
-from maskgit.errors import CheckpointError, MaskGITError
+from maskgit.errors import CheckpointError, ConfigError, MaskGITError
 from maskgit.foundation import files
 from maskgit.foundation.checks import Config, check_choice
-from maskgit.networks.config import ACTIVATIONS, QUANTIZERS, TokenizerConfig, TransformerConfig
+from maskgit.networks.config import ACTIVATIONS, TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.sampler.config import SamplerConfig
@@ -39,6 +39,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 # What a model is made of; a trainer's checkpoint may hold more.
 COLLECTIONS = frozenset(("params", "batch_stats"))
+OFFICIAL_QUANTIZERS = ("vq", "gumbel")
 # The file beside checkpoints that tells what their format has no place for.
 TOLD, TOLD_VERSION = "model.json", 1
 # The largest official checkpoint has 692 MB.
@@ -249,7 +250,7 @@ def read_official(
         "quantizer": quantizer or (told.tokenizer.quantizer if told else "vq"),
     }
     check_choice("activation", kinds["activation"], ACTIVATIONS)
-    check_choice("quantizer", kinds["quantizer"], QUANTIZERS)
+    check_choice("quantizer", kinds["quantizer"], OFFICIAL_QUANTIZERS)
     arrays = read_checkpoint(tokenizer)
     with _blame(tokenizer):
         tokenizer_config = infer_tokenizer_config(arrays, **kinds)
@@ -296,11 +297,20 @@ def save_official(model: Whole, directory: str | Path) -> tuple[Path, Path]:
 
     Raises:
         CheckpointError: a weight is NaN or infinite.
-        ConfigError: a network is not the one that its config describes.
+        ConfigError: a network is not the one that its config describes, or has what no official one has.
         OutputError: the folder cannot be written.
     """
     directory = files.expand(directory)
     config = model.config
+    for part, network in (("tokenizer", config.tokenizer), ("transformer", config.transformer)):
+        later = network.later_choices()
+        if later:
+            listed = ", ".join(f"{name} = {value!r}" for name, value in later.items())
+            raise ConfigError(
+                f"Google's format has no place for this {part}'s {listed}; save it as a folder."
+            )
+    if config.tokenizer.quantizer not in OFFICIAL_QUANTIZERS:
+        raise ConfigError(f"Google's format has no place for the quantizer {config.tokenizer.quantizer!r}.")
     first = weights.own_state(Tokenizer, config.tokenizer, model.tokenizer)
     second = weights.own_state(Transformer, config.transformer, model.transformer)
     stages = (

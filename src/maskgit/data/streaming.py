@@ -298,7 +298,7 @@ class StreamedTokens:
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         """Return tokens: uint8 (b, 3, S, S) → int64 (b, h, w)."""
-        device = self._tokenizer.quantizer.codebook.device
+        device = self._tokenizer.device
         return self._tokenizer.encode(upload(images, device).float() / 255)
 
 

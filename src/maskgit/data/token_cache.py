@@ -36,8 +36,10 @@ from maskgit.foundation.bars import bar
 from maskgit.foundation.checks import check_choice, check_count, check_seed
 from maskgit.foundation.devices import upload
 from maskgit.foundation.files import expand, output_error, read_json, replacing
-from maskgit.networks.config import MAX_CODES, MAX_GRID
+from maskgit.networks.config import MAX_GRID
 from maskgit.sampler.noise import uniform
+
+MAX_CODES = 2**16  # uint16 holds them
 
 PLAN = "plan.json"
 # What a token cache is made from: two caches that agree in these hold the same tokens.

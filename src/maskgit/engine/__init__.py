@@ -212,7 +212,8 @@ def build(model: AnyModel, engine: Engine) -> AnyModel:
     if engine.device == "cpu":
         keep_freed_memory()
         if engine.dtype == "float32" and engine.linear != "onednn" and not engine.compile:
-            if not engine.quantize:
+            shape = made.config.transformer
+            if not engine.quantize and shape.block == "official" and shape.activation == "gelu_tanh":
                 fold_biases(made.transformer)
             replace_gelus(made.transformer)
         if engine.linear in FIXED_ROWS:
@@ -233,7 +234,7 @@ def build(model: AnyModel, engine: Engine) -> AnyModel:
         made.masked_predictor = MaskedPredictor(
             made.transformer,
             made.local_transformer,
-            codes=made.vocabulary.num_codes,
+            codes=made.config.transformer.num_logits,
             mask_token=made.vocabulary.mask,
             remember=engine.dtype == "float32",
         )

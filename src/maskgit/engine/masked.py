@@ -32,7 +32,7 @@ class MaskedPredictor:
     def __init__(
         self, transformer: Transformer, local: Transformer, *, codes: int, mask_token: int, remember: bool
     ) -> None:
-        """Wrap a network of two layers or more.
+        """Wrap a network of two layers or more; of those that are not official, the head alone leaves out known tokens.
 
         Args:
             transformer: the network, whose calls are of one batch's size.
@@ -47,6 +47,8 @@ class MaskedPredictor:
         self.codes = codes
         self.mask_token = mask_token
         self.remember = remember
+        config = transformer.config
+        self._splits_layers = config.block == "official" and not config.owns_classes
         self._mask_qkv: Tensor | None = None
         self._first: OrderedDict[int, Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -68,7 +70,11 @@ class MaskedPredictor:
             return self._predict_all(sequence, masked)
         # At least one, as nothing is to be empty.
         positions = masked.byte().argsort(dim=1, descending=True, stable=True)[:, : max(1, most)]
-        return self._last_layer(self._inner_layers(sequence, masked), positions)
+        if self._splits_layers:
+            return self._last_layer(self._inner_layers(sequence, masked), positions)
+        made = self.local(sequence, positions=positions, codes=self.codes)
+        at = torch.arange(len(sequence), device=sequence.device)[:, None], positions
+        return made.new_zeros(*sequence.shape, self.codes).index_put_(at, made)
 
     def _predict_first(self, sequence: Tensor, masked: Tensor) -> Tensor:
         """Return the logits where all but the class is masked, evaluating each class once."""
@@ -97,6 +103,8 @@ class MaskedPredictor:
 
     def _predict_all(self, sequence: Tensor, masked: Tensor) -> Tensor:
         """Return the logits of all tokens."""
+        if not self._splits_layers:
+            return self.transformer(sequence, codes=self.codes)
         x = _layers(self.transformer)[-1](self._inner_layers(sequence, masked))
         return self.transformer.head(x, self.transformer.token_embedding.weight, self.codes)
 

@@ -1,7 +1,8 @@
 """The VQGAN tokenizer: image → tokens → image.
 
 Shapes: B batch, C channels, H × W pixels, h × w tokens, D embedding_dim.
-Source: official nets/vqgan_tokenizer.py (no attention layers) and nets/layers.py.
+Source: official nets/vqgan_tokenizer.py (no attention layers) and nets/layers.py; with `block = "taming"` the network of
+taming transformers (arXiv 2012.09841), as LlamaGen (arXiv 2406.06525) publishes it.
 """
 
 from collections.abc import Callable
@@ -38,29 +39,59 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, config: TokenizerConfig) -> None:
         super().__init__()
+        self.taming = config.block == "taming"
         self.norm1 = NORMS[config.norm](in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=self.taming)
         self.norm2 = NORMS[config.norm](channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=self.taming)
         self.activation = ACTIVATIONS[config.activation]()
-        self.shortcut = nn.Conv2d(channels, channels, 1, bias=False) if in_channels != channels else None
+        self.shortcut = None
+        if in_channels != channels:
+            self.shortcut = nn.Conv2d(in_channels if self.taming else channels, channels, 1, bias=self.taming)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(self.activation(self.norm1(x)))
         y = self.conv2(self.activation(self.norm2(y)))
         # The official shortcut of a block that changes width reads the processed features, not the block's
         # input; the released weights were trained that way.
-        return y + (x if self.shortcut is None else self.shortcut(y))
+        return y + (x if self.shortcut is None else self.shortcut(x if self.taming else y))
+
+
+class SelfAttention(nn.Module):
+    """One head that looks at every pixel, added to its input: (B, C, H, W) → the same (arXiv 2012.09841)."""
+
+    def __init__(self, channels: int, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.norm = NORMS[config.norm](channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
+        return x + self.out(y.unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Conv2d):
+    """A convolution of stride 2; an even kernel is padded alike on all sides, one of 3 at the right and below."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__(channels, channels, kernel, stride=2, padding=1 if kernel == 4 else 0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input if self.padding[0] else F.pad(input, (0, 1, 0, 1)))
 
 
 class Encoder(nn.Module):
-    """Image to features: float (B, 3, H, W) → (B, D, h, w)."""
+    """Image to features: float (B, 3, H, W) in [0, 1] → (B, D, h, w)."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
+        self.config = config
         widths = [config.filters * m for m in config.channel_multipliers]
         self.num_res_blocks = config.num_res_blocks
-        self.conv_in = nn.Conv2d(3, config.filters, 3, padding=1, bias=False)
+        taming = config.block == "taming"
+        self.conv_in = nn.Conv2d(3 * config.stem**2, config.filters, 3, padding=1, bias=taming)
         blocks, downs, channels = [], [], config.filters
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -68,25 +99,38 @@ class Encoder(nn.Module):
                 channels = width
             if level < len(widths) - 1:
                 downs.append(
-                    nn.Conv2d(width, width, 4, stride=2, padding=1)
-                    if config.conv_downsample
-                    else nn.AvgPool2d(2)
+                    Downsample(width, config.downsample_kernel) if config.conv_downsample else nn.AvgPool2d(2)
                 )
-        blocks += [ResBlock(channels, channels, config) for _ in range(config.num_res_blocks)]
+        before = len(blocks)
+        blocks += [ResBlock(channels, channels, config) for _ in range(config.middle_blocks)]
         self.blocks = nn.ModuleList(blocks)
         self.downs = nn.ModuleList(downs)
+        if config.attention:
+            # After each block of the last level, and after the first in the middle.
+            places = range(before - config.num_res_blocks, before + 1)
+            self.attentions = nn.ModuleDict({str(i): SelfAttention(channels, config) for i in places})
         self.norm_out = NORMS[config.norm](channels)
         self.activation = ACTIVATIONS[config.activation]()
-        self.conv_out = nn.Conv2d(channels, config.embedding_dim, 1)
+        if config.latent_channels:
+            self.conv_out: nn.Module = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
+            self.projection: nn.Module = nn.Conv2d(config.latent_channels, config.embedding_dim, 1)
+        else:
+            self.conv_out = nn.Conv2d(channels, config.embedding_dim, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images)
+        config = self.config
+        if config.symmetric_pixels:
+            images = 2 * images - 1
+        x = self.conv_in(F.pixel_unshuffle(images, config.stem) if config.stem > 1 else images)
         for i, block in enumerate(self.blocks):
             x = block(x)
+            if config.attention and str(i) in self.attentions:
+                x = self.attentions[str(i)](x)
             level, last = divmod(i + 1, self.num_res_blocks)
             if last == 0 and level <= len(self.downs):
                 x = self.downs[level - 1](x)
-        return self.conv_out(self.activation(self.norm_out(x)))
+        x = self.conv_out(self.activation(self.norm_out(x)))
+        return self.projection(x) if config.latent_channels else x
 
 
 class Upsample(nn.Conv2d):
@@ -100,18 +144,26 @@ class Upsample(nn.Conv2d):
 
 
 class Decoder(nn.Module):
-    """Features to image: float (B, D, h, w) → (B, 3, H, W)."""
+    """Features to image: float (B, D, h, w) → (B, 3, H, W), nominally in [0, 1]."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
+        self.config = config
         widths = [config.filters * m for m in reversed(config.channel_multipliers)]
-        self.num_res_blocks = config.num_res_blocks
+        self.num_res_blocks = config.decoder_res_blocks or config.num_res_blocks
+        self.middle_blocks = config.middle_blocks if config.block == "taming" else self.num_res_blocks
         channels = widths[0]
-        self.conv_in = nn.Conv2d(config.embedding_dim, channels, 3, padding=1)
-        blocks = [ResBlock(channels, channels, config) for _ in range(config.num_res_blocks)]
+        if config.latent_channels:
+            self.projection = nn.Conv2d(config.embedding_dim, config.latent_channels, 1)
+        self.conv_in = nn.Conv2d(config.latent_channels or config.embedding_dim, channels, 3, padding=1)
+        blocks = [ResBlock(channels, channels, config) for _ in range(self.middle_blocks)]
+        if config.attention:
+            # After the first block in the middle, and after each of the first level.
+            places = (0, *range(self.middle_blocks, self.middle_blocks + self.num_res_blocks))
+            self.attentions = nn.ModuleDict({str(i): SelfAttention(channels, config) for i in places})
         ups: list[nn.Module] = []
         for level, width in enumerate(widths):
-            for _ in range(config.num_res_blocks):
+            for _ in range(self.num_res_blocks):
                 blocks.append(ResBlock(channels, width, config))
                 channels = width
             if level < len(widths) - 1:
@@ -120,17 +172,22 @@ class Decoder(nn.Module):
         self.ups = nn.ModuleList(ups)
         self.norm_out = NORMS[config.norm](channels)
         self.activation = ACTIVATIONS[config.activation]()
-        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, 3 * config.stem**2, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        x = self.conv_in(features)
+        config = self.config
+        x = self.conv_in(self.projection(features) if config.latent_channels else features)
         for i, block in enumerate(self.blocks):
             x = block(x)
-            # The first num_res_blocks blocks stand before the levels.
-            level, last = divmod(i + 1, self.num_res_blocks)
-            if last == 0 and 2 <= level <= len(self.ups) + 1:
-                x = self.ups[level - 2](x)
-        return self.conv_out(self.activation(self.norm_out(x)))
+            if config.attention and str(i) in self.attentions:
+                x = self.attentions[str(i)](x)
+            level, last = divmod(i + 1 - self.middle_blocks, self.num_res_blocks)
+            if last == 0 and 1 <= level <= len(self.ups):
+                x = self.ups[level - 1](x)
+        x = self.conv_out(self.activation(self.norm_out(x)))
+        if config.stem > 1:
+            x = F.pixel_shuffle(x, config.stem)
+        return (x + 1) / 2 if config.symmetric_pixels else x
 
 
 class Tokenizer(nn.Module):
@@ -199,7 +256,12 @@ class Tokenizer(nn.Module):
                 f"Tokens must be in [0, {codes}), but run from {tokens.min()} to {tokens.max()}."
             )
         with whole_float32(tokens.device, self.decoder):
-            return self.decoder(self.quantizer.embed(tokens))
+            return self.decoder(self.quantizer.embed(tokens).to(self.dtype))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.decoder.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:

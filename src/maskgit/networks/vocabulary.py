@@ -4,7 +4,8 @@
     stands for       image code   class 0 … C−1    the mask
 
 A sequence is the class token followed by the image's tokens in raster order (rows from the top, each from
-the left). Source: official inference.py, `create_input_tokens_normal`; there the mask is −1, which reads the
+the left). Where a transformer predicts a code in groups (`TransformerConfig.groups`), the sequence holds each code as that
+many tokens, the lowest first, and K is the number of codes of such a token. Source: official inference.py, `create_input_tokens_normal`; there the mask is −1, which reads the
 same last row of the embedding.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from maskgit.errors import ConfigError
+from maskgit.networks.config import TransformerConfig
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +24,21 @@ class Vocabulary:
     """The layout of one model's vocabulary.
 
     Attributes:
-        num_codes: image codes K.
+        num_codes: codes K that a token of the sequence chooses among.
         num_classes: classes C.
         grid_size: tokens a side of the image.
+        groups: tokens of the sequence for each of the image.
     """
 
     num_codes: int
     num_classes: int
     grid_size: int
+    groups: int = 1
+
+    @classmethod
+    def of(cls, config: TransformerConfig) -> "Vocabulary":
+        """Return a transformer's vocabulary."""
+        return cls(config.unit_codes, config.num_classes, config.grid_size, config.groups)
 
     @property
     def mask(self) -> int:
@@ -44,7 +53,7 @@ class Vocabulary:
     @property
     def num_tokens(self) -> int:
         """Image tokens in a sequence."""
-        return self.grid_size**2
+        return self.grid_size**2 * self.groups
 
     def sequence(
         self,
@@ -57,7 +66,8 @@ class Vocabulary:
         Args:
             labels: int64 (B,), class numbers in [0, num_classes); −1 leaves the class open (masked).
             tokens: int64 (B, h, w) image codes; None masks everything.
-            mask: bool (B, h, w) or (h, w), True = to be predicted; None masks nothing of `tokens`.
+            mask: bool (B, h, w) or (h, w), True = to be predicted, or (B, h, w, groups), each group for itself; None masks
+                nothing of `tokens`.
 
         Returns:
             int64 (B, N + 1).
@@ -84,10 +94,34 @@ class Vocabulary:
                     f"tokens must be of shape ({batch}, {self.grid_size}, {self.grid_size}), "
                     f"but are {tuple(tokens.shape)}."
                 )
-            rest = tokens if mask is None else torch.where(mask, self.mask, tokens)
+            rest = self.split(tokens)
+            if mask is not None:
+                mask = mask if mask.ndim == rest.ndim else mask[..., None]
+                rest = torch.where(mask, self.mask, rest)
             rest = rest.reshape(batch, self.num_tokens)
         return torch.cat([class_token[:, None], rest], dim=1)
 
     def grid(self, sequence: "torch.Tensor") -> "torch.Tensor":
-        """Return the image tokens of a sequence as a grid: int64 (…, N + 1) → (…, h, w)."""
-        return sequence[..., 1:].unflatten(-1, (self.grid_size, self.grid_size))
+        """Return the image tokens of a sequence as a grid: int64 (…, N + 1), none masked → (…, h, w).
+
+        Of what is said of each token, a place takes what its groups have: bool, whether any is True; float, the lowest.
+        """
+        import torch
+
+        grid = sequence[..., 1:].unflatten(-1, (self.grid_size, self.grid_size, self.groups))
+        if self.groups == 1:
+            return grid[..., 0]
+        if grid.dtype == torch.bool:
+            return grid.any(-1)
+        if grid.dtype.is_floating_point:
+            return grid.amin(-1)
+        return (grid * self.num_codes ** torch.arange(self.groups, device=grid.device)).sum(-1)
+
+    def split(self, tokens: "torch.Tensor") -> "torch.Tensor":
+        """Return the tokens of a sequence that stand for codes: int64 (…) → (…, groups)."""
+        if self.groups == 1:
+            return tokens[..., None]
+        import torch
+
+        sizes = self.num_codes ** torch.arange(self.groups, device=tokens.device)
+        return tokens[..., None] // sizes % self.num_codes

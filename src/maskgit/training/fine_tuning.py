@@ -19,7 +19,7 @@ def start_from(
 ) -> bool:
     """Give a fresh transformer the weights of a trained one.
 
-    The rows of codes, the mask's row, positions and layers are taken over. The classes' rows are taken over if
+    The rows of codes, the mask's row or that of no class, positions and layers are taken over. The classes' rows are taken over if
     the classes are the same, and otherwise stay as they were drawn.
 
     Args:
@@ -53,7 +53,11 @@ def start_from(
             f"another name in the model, such as {theirs_first!r} for {ours_first!r}. Choose 'new' if they are others."
         )
     state = {name: value.float() for name, value in source.transformer.state_dict().items()}
-    if not keep:
+    if not keep and config.owns_classes:
+        own = transformer.class_embedding.weight.detach().cpu().clone()
+        own[-1] = state["class_embedding.weight"][-1]
+        state["class_embedding.weight"] = own
+    elif not keep:
         for name in ("token_embedding.weight", "head.bias"):
             own, codes = transformer.state_dict()[name].cpu().clone(), config.num_codes
             own[:codes], own[-1] = state[name][:codes], state[name][-1]

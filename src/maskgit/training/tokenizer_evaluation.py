@@ -110,7 +110,7 @@ def reconstruction_sheet(
         seed: decides which images are taken.
         precision: what the network computes in.
     """
-    device = tokenizer.quantizer.codebook.device
+    device = tokenizer.device
     columns = class_columns(np.unique(cache.labels), seed, NUM_PAIRS)
     count = NUM_PAIRS // len(columns) * len(columns)
     members = class_members(cache.labels, columns, seed, count)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from maskgit.foundation.devices import copies_aside, upload
 from maskgit.hub import save_tokenizer
+from maskgit.networks.quantizer import VectorQuantizer
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.distributed import Distributed, parallelize
@@ -189,8 +190,9 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
             done = step + 1
             codes: dict[str, float] = {}
             if step > 0 and step % config.usage_window == 0:
-                if config.revive_codes:
-                    codebook = tokenizer.quantizer.codebook
+                quantizer = tokenizer.quantizer
+                if config.revive_codes and isinstance(quantizer, VectorQuantizer):
+                    codebook = quantizer.codebook
                     codes["revived_codes"] = revive_codes(
                         [codebook.data, ema.average["quantizer.codebook"]],
                         usage.unused(),

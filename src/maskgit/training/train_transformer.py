@@ -99,7 +99,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
 
     # Network
     precision = choose_precision(config.precision, device)
-    vocabulary = Vocabulary(config.model.num_codes, config.model.num_classes, config.model.grid_size)
+    vocabulary = Vocabulary.of(config.model)
     tokenizer = inputs.tokenizer.to(device)
     transformer = draw_transformer(config.model, config.seed)
     if inputs.source is not None:
@@ -166,6 +166,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                     config.seed,
                     numbers,
                     vocabulary.grid_size,
+                    groups=vocabulary.groups,
                     mask_schedule=config.mask_schedule,
                     label_dropout=config.label_dropout,
                 )
@@ -175,7 +176,10 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                         logits = network(sequence, codes=vocabulary.num_codes)
                     counted = torch.ones_like(masks.mask) if config.compute_loss_for_all else masks.mask
                     losses = sequence_losses(
-                        logits[:, 1:], tokens.flatten(1), counted.flatten(1), config.label_smoothing
+                        logits[:, 1:],
+                        vocabulary.split(tokens).flatten(1),
+                        counted.flatten(1),
+                        config.label_smoothing,
                     )
                     part_loss = losses.sum() / len(batch.labels)
                     part_loss.backward()
@@ -289,12 +293,12 @@ def gradient_sync(network: nn.Module, wanted: bool) -> Iterator[None]:
 
 def warn_if_stuck(logger: Logger, config: TransformerTrainingConfig, step: int, loss: float) -> None:
     """Say in words if the loss is still that of guessing all codes alike."""
-    guess = math.log(config.model.num_codes)
+    guess = math.log(config.model.unit_codes)
     if step >= config.warmup_steps + STUCK_STEPS and loss > guess - STUCK:
         logger.warn(
             "stuck",
             step,
-            f"The loss is {loss:.2f}, no better than guessing (ln {config.model.num_codes} = {guess:.2f}). Try a "
+            f"The loss is {loss:.2f}, no better than guessing (ln {config.model.unit_codes} = {guess:.2f}). Try a "
             "lower learning rate or a longer warm-up, and look at the tokenizer's reconstructions.",
         )
 
@@ -304,10 +308,17 @@ def flops_per_image(config: TransformerConfig) -> float:
 
     Matrix products alone; the backward pass counts twice the forward one.
     """
-    length, width = config.num_tokens + 1, config.hidden_size
-    layer = 2 * length * (4 * width**2 + 2 * width * config.intermediate_size) + 4 * length**2 * width
-    head = 2 * length * (width**2 + width * config.num_codes)
-    return 3.0 * (config.num_layers * layer + head)
+    places, width = config.grid_size**2, config.hidden_size
+    modern, adaptive = config.block == "modern", config.conditioning == "adaln"
+    length = places + config.registers + (not adaptive)
+    heads = config.num_heads * config.head_size
+    mlp = (3 if modern else 2) * width * config.intermediate_size
+    layer = 2 * length * (4 * width * heads + mlp) + 4 * length**2 * heads
+    modulations = 2 * width**2 * (6 * config.num_layers + 2) if adaptive else 0
+    scored = places + 1
+    head = 2 * scored * (0 if modern else width**2)
+    head += 2 * (scored if config.groups == 1 else places) * width * config.groups * config.unit_codes
+    return 3.0 * (config.num_layers * layer + modulations + head)
 
 
 def whole(value: Tensor) -> Tensor:

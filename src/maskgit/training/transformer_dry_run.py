@@ -67,7 +67,7 @@ def activation_bytes(config: TransformerTrainingConfig, part: int, precision: to
         sequence = torch.zeros(part, model.num_tokens + 1, dtype=torch.int64)
         device = torch.device("cpu")
         with autocast(device, precision), attention(choose_device(config.device)):
-            logits = transformer(sequence, codes=model.num_codes)
+            logits = transformer(sequence, codes=model.unit_codes)
         mask = torch.ones(part, model.num_tokens, dtype=torch.bool)
         sequence_losses(logits[:, 1:], tokens, mask, config.label_smoothing).mean().backward()
 

@@ -101,12 +101,16 @@ def evaluate_loss(
                 torch.from_numpy(weights),
             )
             tokens, labels, numbers, counted = (upload(tensor, distributed.device) for tensor in batch)
-            masks = draw_masks(seed, numbers, vocabulary.grid_size, mask_schedule=mask_schedule)
+            masks = draw_masks(
+                seed, numbers, vocabulary.grid_size, groups=vocabulary.groups, mask_schedule=mask_schedule
+            )
             with autocast(distributed.device, precision):
                 logits = transformer(
                     vocabulary.sequence(labels, tokens, masks.mask), codes=vocabulary.num_codes
                 )
-            losses = sequence_losses(logits[:, 1:], tokens.flatten(1), masks.mask.flatten(1))
+            losses = sequence_losses(
+                logits[:, 1:], vocabulary.split(tokens).flatten(1), masks.mask.flatten(1)
+            )
             total += (losses * counted).sum()
     return float(distributed.mean(total)) * distributed.world / len(cache)
 

@@ -18,12 +18,20 @@ class Confidence(Policy):
     """Keep the sampled tokens of highest log-probability plus noise (the official policy).
 
     The noise is choice_temperature · Gumbel. Between one and all but one of the masked tokens go back.
+
+    Attributes:
+        tempered: whether probabilities are measured after the temperature, as MaskBit (arXiv 2409.16211) does.
     """
 
+    tempered: bool = False
     source = "MaskGIT (arXiv 2202.04200) §3.2; official libml/parallel_decode.py"
 
     def choose(self, step: Step, memory: Memory) -> tuple[Tensor, Memory]:
-        sureness = log_probs_of(step.logits_BSK, step.tokens_BS) + step.choice_temperature_B1 * step.gumbel()
+        logits = step.logits_BSK
+        if self.tempered:
+            # At temperature 0 the likeliest token has all the probability, or nearly.
+            logits = logits / step.temperature_B1[..., None].clamp(min=1e-6)
+        sureness = log_probs_of(logits, step.tokens_BS) + step.choice_temperature_B1 * step.gumbel()
         sureness = sureness.masked_fill(~step.unknown_BS, math.inf)
         most = step.unknown_BS.sum(-1, keepdim=True) - 1
         count = torch.minimum(step.num_masked_B1, most).clamp(min=1)

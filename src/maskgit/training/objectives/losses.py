@@ -210,8 +210,34 @@ def no_quantizer_loss(features: Tensor, quantized: Quantized, **weights: object)
     return QuantizerLosses(zero, zero, zero, zero)
 
 
+def lookup_free_loss(
+    features: Tensor,
+    quantized: Quantized,
+    *,
+    commitment_weight: float = 0.25,
+    entropy_weight: float = 0.1,
+    entropy_kind: str = "softmax",
+    entropy_temperature: float = 0.01,
+) -> QuantizerLosses:
+    """Return the loss of the `lfq` quantizer: `quantizer_loss` without the codebook's part, for there is none.
+
+    Source: MAGVIT-v2 (arXiv 2310.05737), §3.1. Its affinity 2 z·c of a vector and a code is the negative squared
+    distance but for what all codes share, so that both have one softmax.
+    """
+    made = quantizer_loss(
+        features,
+        quantized,
+        commitment_weight=commitment_weight,
+        entropy_weight=entropy_weight,
+        entropy_kind=entropy_kind,
+        entropy_temperature=entropy_temperature,
+    )
+    zero = torch.zeros_like(made.codebook)
+    return QuantizerLosses(made.commitment + made.entropy, made.commitment, zero, made.entropy)
+
+
 # By the quantizer's name.
-QUANTIZER_LOSSES = {"vq": quantizer_loss, "gumbel": no_quantizer_loss}
+QUANTIZER_LOSSES = {"vq": quantizer_loss, "gumbel": no_quantizer_loss, "lfq": lookup_free_loss}
 
 
 def sequence_losses(logits: Tensor, labels: Tensor, weights: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -35,6 +35,7 @@ def draw_masks(
     sample_numbers: Tensor,
     grid_size: int,
     *,
+    groups: int = 1,
     mask_schedule: str = "cosine",
     label_dropout: float = 0.0,
 ) -> Masks:
@@ -48,6 +49,7 @@ def draw_masks(
         seed: in [0, 2⁶⁴).
         sample_numbers: int64 (B,), counted over the whole run; the result lies on their device.
         grid_size: tokens a side.
+        groups: parts of a token that are masked each for itself.
         mask_schedule: γ, a name in `schedules`.
         label_dropout: the chance that a sample's class is hidden.
 
@@ -56,12 +58,13 @@ def draw_masks(
 
     Source: paper §3.1.
     """
-    num_tokens = grid_size**2
+    num_tokens = grid_size**2 * groups
     draws = uniform(seed, sample_numbers, 0, MASKS, num_tokens + 2)
     count = (mask_ratio(mask_schedule, draws[:, 0], num_tokens) * num_tokens).ceil().clamp(1, num_tokens)
     rank = draws[:, 2:].argsort(dim=-1, stable=True).argsort(dim=-1)
     mask = rank < count[:, None]
-    return Masks(mask.unflatten(1, (grid_size, grid_size)), count / num_tokens, draws[:, 1] < label_dropout)
+    shape = (grid_size, grid_size) if groups == 1 else (grid_size, grid_size, groups)
+    return Masks(mask.unflatten(1, shape), count / num_tokens, draws[:, 1] < label_dropout)
 
 
 def hide_labels(labels: Tensor, drop_label: Tensor) -> Tensor:

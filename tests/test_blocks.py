@@ -1,0 +1,276 @@
+"""Transformers that are not official: modern blocks, groups, and tokenizers with a stem, through the whole package."""
+
+import cmath
+import json
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskgit import MaskGIT, hub
+from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
+from maskgit.convert import save_official
+from maskgit.errors import ConfigError
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer, _turned, _turns
+from maskgit.networks.vocabulary import Vocabulary
+from maskgit.results import Draw
+from maskgit.training.objectives.losses import sequence_losses
+from maskgit.training.objectives.masking import draw_masks
+from maskgit.training.train_transformer import attention, flops_per_image
+
+SMALL = {
+    "num_classes": 3,
+    "grid_size": 4,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "intermediate_size": 48,
+    "dropout": 0.0,
+}
+KINDS = {
+    "adaln": {"num_codes": 16, "block": "modern", "conditioning": "adaln"},
+    "rotary": {"num_codes": 16, "block": "modern", "positions": "rotary", "registers": 2},
+    "rotary adaln": {
+        "num_codes": 16,
+        "block": "modern",
+        "positions": "rotary",
+        "conditioning": "adaln",
+        "registers": 1,
+    },
+    "width": {"num_codes": 16, "block": "modern", "query_key_norm": "width"},
+    "groups": {"num_codes": 16, "block": "modern", "groups": 2},
+    "adaln groups": {"num_codes": 16, "block": "modern", "groups": 4, "conditioning": "adaln"},
+    "official groups": {"num_codes": 16, "groups": 2, "tie_embeddings": False},
+    "pre_norm": {"num_codes": 16, "block": "pre_norm", "activation": "gelu"},
+}
+
+
+def model_of(kind: str, **sampler) -> MaskGIT:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        TokenizerConfig(
+            filters=32, num_res_blocks=1, channel_multipliers=(1, 1), embedding_dim=4, codebook_size=16
+        ),
+        TransformerConfig(**SMALL, **KINDS[kind]),
+        image_size=8,
+        label_dropout=0.1,
+        sampler=SamplerConfig(steps=4, **sampler),
+    )
+    transformer = Transformer(config.transformer)
+    for parameter in transformer.parameters():
+        # What begins at zero would hide what it multiplies.
+        torch.nn.init.normal_(parameter, std=0.3)
+    return MaskGIT(config, Tokenizer(config.tokenizer).eval(), transformer.eval())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_class_the_mask_and_every_token_are_seen(kind):
+    model = model_of(kind)
+    vocabulary = model.vocabulary
+    tokens = torch.randint(16, (1, 4, 4), generator=torch.Generator().manual_seed(1))
+    one = model.predict_logits(vocabulary.sequence(torch.tensor([0]), tokens))
+    assert one.shape == (1, vocabulary.num_tokens + 1, vocabulary.num_codes)
+    other_class = model.predict_logits(vocabulary.sequence(torch.tensor([1]), tokens))
+    no_class = model.predict_logits(vocabulary.sequence(torch.tensor([-1]), tokens))
+    changed = tokens.clone()
+    changed[0, 3, 3] = (changed[0, 3, 3] + 5) % 16
+    other_token = model.predict_logits(vocabulary.sequence(torch.tensor([0]), changed))
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, 3, 3] = True
+    masked = model.predict_logits(vocabulary.sequence(torch.tensor([0]), tokens, mask))
+    found = [other_class, no_class, other_token, masked]
+    for i, logits in enumerate(found):
+        assert not torch.allclose(logits[:, 1], one[:, 1], atol=1e-4), i
+        assert all(not torch.allclose(logits, other) for other in found[:i])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_positions_are_those_of_all(kind):
+    model = model_of(kind)
+    sequence = model.vocabulary.sequence(torch.tensor([0, 2]))
+    places = torch.tensor([[1, 5, 16], [2, 3, 4]])
+    whole = model.transformer(sequence)
+    assert torch.allclose(
+        model.transformer(sequence, positions=places),
+        whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1])),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_do_not_depend_on_their_batch_and_folders_bring_them_back(kind, tmp_path):
+    model = model_of(kind, guidance_scale=2.0)
+    whole = model.generate([0, 1, 2, 1], seed=3, batch_size=4)
+    single = model.generate([0, 1, 2, 1], seed=3, batch_size=1)
+    assert torch.equal(whole.tokens, single.tokens)
+    assert whole.tokens.max() < 16
+    hub.save_model(model, tmp_path / "model")
+    again = MaskGIT.from_pretrained(tmp_path / "model")
+    assert again.config == model.config
+    assert torch.equal(again.generate([0, 1, 2, 1], seed=3, batch_size=4).tokens, whole.tokens)
+
+
+@pytest.mark.parametrize("policy", ["confidence", "halton", "random"])
+def test_an_edit_keeps_what_is_known_of_a_grouped_model(policy):
+    model = model_of("groups", policy=policy)
+    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    tokens = model.encode_pixels(picture)
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[1:3, 1:3] = True
+    sequence = model.vocabulary.sequence(torch.tensor([1]), tokens, mask)
+    (output,) = model.fill_batches(sequence, model.sampler_config(), Draw(seed=5))
+    assert torch.equal(output.tokens[0][~mask], tokens[0][~mask])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_the_engine_runs_every_kind(kind, mode):
+    model = model_of(kind)
+    fast = model.optimize(mode, dtype="float32")
+    sequence = model.vocabulary.sequence(torch.tensor([0, 1]))
+    sequence[:, 1:9] = 3
+    masked = sequence == model.vocabulary.mask
+    expected = model.predict_logits(sequence)
+    found = fast.predictor(known=False)(sequence)
+    assert torch.allclose(found[masked], expected[masked], atol=1e-3)
+
+
+def test_groups_are_digits_of_the_code_the_lowest_first():
+    vocabulary = Vocabulary(num_codes=4, num_classes=3, grid_size=2, groups=2)
+    tokens = torch.tensor([[[0, 5], [14, 3]]])
+    sequence = vocabulary.sequence(torch.tensor([1]), tokens)
+    assert sequence.tolist() == [[5, 0, 0, 1, 1, 2, 3, 3, 0]]
+    assert torch.equal(vocabulary.grid(sequence), tokens)
+    half = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
+    half[0, 1, 0, 1] = True
+    assert vocabulary.sequence(torch.tensor([1]), tokens, half).tolist() == [[5, 0, 0, 1, 1, 2, 7, 3, 0]]
+    assert vocabulary.grid(torch.tensor([[False] * 6 + [True, False, False]])).tolist() == [
+        [[False, False], [True, False]]
+    ]
+
+
+def test_sampling_in_one_step_follows_the_product_of_the_groups():
+    model = model_of("groups", temperature=1.0)
+    logits = model.predict_logits(model.vocabulary.sequence(torch.tensor([0])))[0, 1:3].softmax(-1)
+    expected = (logits[1][:, None] * logits[0]).flatten()  # Group 1 is the high digit.
+    count = 4000
+    output = model.generate([0] * count, seed=7, batch_size=500, steps=1)
+    seen = torch.bincount(output.tokens[:, 0, 0], minlength=16)
+    chi_square = float(((seen - count * expected) ** 2 / (count * expected)).sum())
+    assert chi_square < 37.7  # 0.1 % of 15 degrees of freedom
+
+
+def test_rotary_positions_turn_by_row_and_column():
+    cosines, sines = _turns(3, 5, 8, 1, 2, torch.device("cpu"))
+    assert cosines.shape == (1 + 15 + 2, 4)
+    x = torch.randn(1, 1, 18, 8, generator=torch.Generator().manual_seed(0))
+    found = _turned(x, cosines, sines)
+    assert torch.equal(found[:, :, [0, 16, 17]], x[:, :, [0, 16, 17]])
+    row, column = 2, 3
+    place = 1 + row * 5 + column
+    for i, angle in enumerate([row, row / 10, column, column / 10]):
+        number = complex(x[0, 0, place, i], x[0, 0, place, i + 4]) * cmath.exp(1j * angle)
+        assert found[0, 0, place, i] == pytest.approx(number.real, abs=1e-5)
+        assert found[0, 0, place, i + 4] == pytest.approx(number.imag, abs=1e-5)
+
+
+def test_a_new_modern_model_predicts_nothing_yet():
+    torch.manual_seed(1)
+    network = Transformer(TransformerConfig(**SMALL, **KINDS["adaln"])).eval()
+    one, other = (network(torch.full((1, 17), 19).index_fill(1, torch.tensor([0]), c)) for c in (16, 17))
+    assert torch.equal(one[:, 1:], other[:, 1:])
+
+
+@pytest.mark.parametrize("stem", [1, 2, 4])
+def test_a_stem_folds_pixels_into_channels(stem):
+    config = TokenizerConfig(
+        filters=32,
+        num_res_blocks=1,
+        channel_multipliers=(1, 2),
+        embedding_dim=6,
+        codebook_size=64,
+        quantizer="lfq",
+        stem=stem,
+    )
+    assert config.patch_size == 2 * stem
+    network = Tokenizer(config).eval()
+    images = torch.rand(2, 3, 32, 32)
+    tokens = network.encode(images)
+    assert tokens.shape == (2, 16 // stem, 16 // stem)
+    assert network.decode(tokens).shape == images.shape
+
+
+def test_bits_are_signs_and_distances_agree_with_them():
+    config = TokenizerConfig(
+        filters=32, channel_multipliers=(1, 1), embedding_dim=5, codebook_size=32, quantizer="lfq"
+    )
+    quantizer = Tokenizer(config).quantizer
+    features = torch.randn(2, 5, 3, 3, requires_grad=True)
+    made = quantizer(features)
+    assert torch.equal(made.tokens, made.distances.argmin(-1))
+    assert torch.equal(made.features, features.sign())
+    assert made.tokens[0, 0, 0] == sum(2**i for i in range(5) if features[0, i, 0, 0] > 0)
+    made.features.sum().backward()
+    assert torch.equal(features.grad, torch.ones_like(features))
+
+
+def test_official_configs_are_written_as_before():
+    official = TransformerConfig()
+    assert list(official.to_dict()) == [
+        "num_codes", "num_classes", "grid_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "dropout",
+    ]  # fmt: skip
+    modern = TransformerConfig(**SMALL, **KINDS["rotary"])
+    assert TransformerConfig.from_dict(json.loads(json.dumps(modern.to_dict()))) == modern
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"positions": "rotary"}, 'needs block = "modern"'),
+        ({"groups": 3}, "to the power of groups"),
+        ({"block": "modern", "positions": "rotary", "num_heads": 16, "hidden_size": 32}, "a multiple of 4"),
+        ({"block": "newest"}, "Unknown block"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_sentences(choices, said):
+    with pytest.raises(ConfigError, match=said):
+        TransformerConfig(**(SMALL | {"num_codes": 16} | choices))
+
+
+def test_googles_format_has_no_place_for_them(tmp_path):
+    with pytest.raises(ConfigError, match="has no place for this transformer's block = 'modern'"):
+        save_official(model_of("adaln"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["adaln", "rotary", "groups", "official groups"])
+def test_the_work_of_a_step_is_what_torch_counts(kind):
+    network = Transformer(TransformerConfig(**SMALL, **KINDS[kind]))
+    sequence = Vocabulary.of(network.config).sequence(torch.tensor([1]))
+    with attention(torch.device("cpu")), FlopCounterMode(display=False) as counter:
+        network(sequence, codes=network.config.unit_codes)
+    assert flops_per_image(network.config) == pytest.approx(3 * counter.get_total_flops())
+
+
+@pytest.mark.parametrize("kind", ["rotary adaln", "groups"])
+def test_they_learn(kind):
+    torch.manual_seed(0)
+    network = Transformer(TransformerConfig(**SMALL, **KINDS[kind]))
+    vocabulary = Vocabulary.of(network.config)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    labels = torch.arange(60) % 3
+    tokens = (labels * 5)[:, None, None].expand(-1, 4, 4)  # One code for each class.
+    losses = []
+    for step in range(40):
+        masks = draw_masks(0, torch.arange(60) + 60 * step, 4, groups=vocabulary.groups)
+        logits = network(vocabulary.sequence(labels, tokens, masks.mask), codes=vocabulary.num_codes)
+        loss = sequence_losses(
+            logits[:, 1:], vocabulary.split(tokens).flatten(1), masks.mask.flatten(1)
+        ).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(math.log(vocabulary.num_codes), abs=0.7)
+    assert losses[-1] < 0.05

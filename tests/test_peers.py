@@ -1,0 +1,299 @@
+"""Networks and decodings of Halton-MaskGIT, LlamaGen, MaskBit and Google's tokenizer in torch form, against their own code.
+
+The records in tests/golden/peers were computed by the authors' code with weights made by the rule below, of which every
+fourth position's logits are kept. Full-size networks are compared where ../shared/golden/peers is.
+"""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit.checkpoints import halton, maskbit
+from maskgit.checkpoints.torch_files import read_torch_file
+from maskgit.errors import CheckpointError
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
+from maskgit.networks.vocabulary import Vocabulary
+from maskgit.sampler import decode
+from maskgit.sampler.config import SamplerConfig, StepTables
+
+GOLDEN = Path(__file__).parent / "golden" / "peers"
+SHARED = Path(__file__).parents[2] / "shared" / "golden" / "peers"
+SHAPES = json.loads((GOLDEN / "tiny_shapes.json").read_text())
+BUFFERS = ("codebook", "bits_to_indices", "codebook_used")
+
+
+def weight(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Return an entry of a state dict: it depends on its key, its shape and a seed alone."""
+    drawn = np.random.Generator(np.random.Philox(key=[zlib.crc32(key.encode()), seed])).standard_normal(
+        shape, dtype=np.float32
+    )
+    if key.endswith(("bias", "in_proj_bias")):
+        return drawn * np.float32(0.1)
+    if any(word in key for word in ("emb", "pos", "tokens")) and len(shape) > 1:
+        return drawn * np.float32(0.5)
+    if len(shape) < 2:
+        return 1 + drawn * np.float32(0.1)
+    return drawn * np.float32(1 / np.sqrt(np.prod(shape[1:])))
+
+
+def weights(shapes: dict, seed: int = 1) -> dict[str, torch.Tensor]:
+    kept = {key: shape for key, shape in shapes.items() if key.rsplit(".", 1)[-1] not in BUFFERS}
+    return {key: torch.from_numpy(weight(key, tuple(shape), seed)) for key, shape in kept.items()}
+
+
+@pytest.fixture(scope="module")
+def records() -> dict[str, dict[str, torch.Tensor]]:
+    read = {}
+    for name in ("halton", "maskbit", "maskgit_vqgan"):
+        with np.load(GOLDEN / f"{name}.npz") as arrays:
+            read[name] = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    return read
+
+
+def built(kind, made):
+    config, state = made
+    network = kind(config)
+    network.load_state_dict(state, strict=True)
+    return network.eval()
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, share: float = 1e-4) -> None:
+    assert float((found - expected).abs().max()) < share * float(expected.std())
+
+
+def sequence_of(config, codes: torch.Tensor, labels: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
+    """Return our sequence of codes (B, …) in which `unit_codes` stands for the mask."""
+    vocabulary = Vocabulary.of(config)
+    classes = torch.where(drop, vocabulary.mask, labels + vocabulary.num_codes)
+    codes = codes.flatten(1)
+    return torch.cat(
+        [classes[:, None], torch.where(codes == vocabulary.num_codes, vocabulary.mask, codes)], 1
+    )
+
+
+@pytest.mark.parametrize(("name", "heads"), [("plain", 4), ("registers", 4), ("uneven", 6)])
+def test_halton_transformers_compute_their_logits(records, name, heads):
+    record = records["halton"]
+    state = weights(SHAPES["halton"][f"tiny_{name}"])
+    network = built(Transformer, halton.transformer_of_halton(state, num_heads=heads))
+    sequence = sequence_of(network.config, record[f"{name}_codes"], record["labels"], record["drop"])
+    with torch.no_grad():
+        assert_close(network(sequence)[:, 1::4], record[f"{name}_logits"])
+
+
+@pytest.mark.parametrize("name", ["lfq_bert_2", "lfq_bert_1_prenorm", "bert_1", "bert_2"])
+def test_maskbit_generators_compute_their_logits(records, name):
+    record = records["maskbit"]
+    network = built(
+        Transformer, maskbit.transformer_of_maskbit(weights(SHAPES["maskbit"][f"tiny_{name}"]), num_heads=4)
+    )
+    sequence = sequence_of(network.config, record[f"{name}_in"], record["labels"], record["drop"])
+    expected = record[f"{name}_logits"]
+    with torch.no_grad():
+        found = network(sequence)[:, 1:].unflatten(1, (-1, network.config.groups))[:, ::4]
+        places = torch.tensor([[0, 3, 1, 17]]).expand(3, -1)
+        some = network(sequence, positions=places)
+        assert torch.allclose(
+            some[:, 1:],
+            network(sequence).gather(1, places[..., None].expand(*places.shape, some.shape[-1]))[:, 1:],
+            atol=1e-5,
+        )
+    assert_close(found, expected)
+
+
+def test_llamagens_tokenizer(records):
+    record = records["halton"]
+    network = built(Tokenizer, halton.tokenizer_of_llamagen(weights(SHAPES["halton"]["tiny_vq"])))
+    images = (record["vq_image"] + 1) / 2
+    with torch.no_grad():
+        assert_close(network.encoder(images), record["vq_before"])
+    assert torch.equal(network.encode(images), record["vq_tokens"])
+    assert_close(2 * network.decode(record["vq_tokens"]) - 1, record["vq_pixels"])
+
+
+@pytest.mark.parametrize(
+    ("project", "shapes", "prefix"),
+    [
+        ("maskbit", "tiny_lfq", "lfq_"),
+        ("maskbit", "tiny_vqgan_plus", "vqgan_plus_"),
+        ("maskbit", "tiny_legacy", "legacy_"),
+        ("maskgit_vqgan", "tiny", ""),
+    ],
+)
+def test_tokenizers_of_torch_projects(records, project, shapes, prefix):
+    record = records[project]
+    network = built(Tokenizer, maskbit.tokenizer_of_torch(weights(SHAPES[project][shapes])))
+    tokens = record[f"{prefix}tokens"].unflatten(1, (8, 8))
+    with torch.no_grad():
+        assert_close(network.encoder(record["image"]), record[f"{prefix}before"])
+    assert torch.equal(network.encode(record["image"]), tokens)
+    assert_close(network.decode(tokens), record[f"{prefix}pixels"])
+
+
+class RecordedNoise:
+    """The noise of the records: drawn in call order, tokens first, then the choice."""
+
+    def __init__(self, batch: int, tokens: int, codes: int, groups: int) -> None:
+        self.generator = np.random.Generator(np.random.Philox(key=[11, 0]))
+        self.shape, self.codes, self.groups = (batch, tokens // groups), codes, groups
+
+    def _gumbel(self, *shape: int) -> torch.Tensor:
+        uniform = np.clip(self.generator.random((*self.shape, *shape)), 1e-7, 1 - 1e-7)
+        drawn = torch.from_numpy(-np.log(-np.log(uniform)).astype(np.float32))
+        return torch.nn.functional.pad(drawn.flatten(1, 2), (0,) * (2 * (len(shape) - 1)) + (1, 0))
+
+    def tokens(self, step) -> torch.Tensor:
+        return self._gumbel(self.groups, self.codes)
+
+    def choice(self, step) -> torch.Tensor:
+        return self._gumbel(self.groups)
+
+    def uniform(self, step, stream):
+        raise AssertionError("the policy draws nothing else")
+
+
+def cosine_power(scale: float, steps: int, power: float) -> tuple[float, ...]:
+    """Return MaskBit's guidance as ours: its w is our scale less 1, annealed by a cosine of a power of progress."""
+    return tuple(1 + scale * (1 - math.cos((i / steps) ** power * math.pi)) / 2 for i in range(steps))
+
+
+DECODINGS = {
+    "decode_lfq_2": (
+        "lfq_bert_2",
+        SamplerConfig(
+            steps=8,
+            mask_schedule="arccos",
+            choice_temperature=7.8,
+            tables=StepTables(guidance_scale=cosine_power(7.1, 8, 3)),
+        ),
+    ),
+    "decode_bert_1": (
+        "bert_1",
+        SamplerConfig(
+            steps=6,
+            mask_schedule="arccos",
+            choice_temperature=4.5,
+            policy_options={"tempered": True},
+            tables=StepTables(
+                guidance_scale=tuple(1 + 3 * i / 6 for i in range(6)),
+                temperature=tuple(0.5 + 0.8 * (1 - (i + 1) / 6) for i in range(6)),
+            ),
+        ),
+    ),
+    "decode_lfq_2_plain": (
+        "lfq_bert_2",
+        SamplerConfig(steps=5, mask_schedule="arccos", choice_temperature=2.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECODINGS)
+def test_maskbit_decodings_token_for_token(records, name):
+    generator, settings = DECODINGS[name]
+    network = built(
+        Transformer,
+        maskbit.transformer_of_maskbit(weights(SHAPES["maskbit"][f"tiny_{generator}"]), num_heads=4),
+    )
+    config = network.config
+    vocabulary = Vocabulary.of(config)
+    sequence = vocabulary.sequence(torch.tensor([1, 7, 4]))
+    history = decode(
+        lambda sequence: network(sequence, codes=config.num_logits),
+        sequence,
+        settings,
+        mask_token=vocabulary.mask,
+        noise=RecordedNoise(3, vocabulary.num_tokens, config.unit_codes, config.groups),
+    )
+    expected = records["maskbit"][f"{name}_sampled"]
+    assert torch.equal(history[:, :, 1:].transpose(0, 1), expected.flatten(2))
+
+
+@pytest.mark.parametrize(("heads", "name"), [(6, "transformer_tiny_16_proj1")])
+def test_the_full_size_halton_transformer(heads, name):
+    shapes, record = _full("halton", name)
+    network = built(Transformer, halton.transformer_of_halton(weights(shapes, 2)))
+    assert network.config.num_heads == heads
+    codes = torch.from_numpy(record["full_codes"])
+    with torch.no_grad():
+        found = network(sequence_of(network.config, codes, torch.tensor([207]), torch.tensor([False])))
+    assert_close(found[0, [1, 101, 256]], torch.from_numpy(record["full_logits_rows"]), 1e-3)
+
+
+def test_llamagens_full_size_tokenizer():
+    shapes, record = _full("halton", "VQ-16")
+    network = built(Tokenizer, halton.tokenizer_of_llamagen(weights(shapes, 2)))
+    image = torch.from_numpy(record["full_vq_image"]).float()
+    expected = torch.from_numpy(record["full_vq_tokens"])
+    assert (network.encode((image + 1) / 2)[0] == expected).float().mean() >= 0.995
+    pixels = 2 * network.decode(expected[None]) - 1
+    assert_close(pixels[0, :, ::8, ::8], torch.from_numpy(record["full_vq_pixels_every_8"]), 1e-3)
+
+
+def _full(project: str, name: str) -> tuple[dict, dict]:
+    if not SHARED.is_dir():
+        pytest.skip("the records of full-size networks are in ../shared/golden/peers alone")
+    record = np.load(SHARED / f"{project}.npz")
+    return json.loads((SHARED / f"{project}_shapes.json").read_text())[name], record
+
+
+def test_published_files_are_read_whatever_stands_before_their_names(tmp_path):
+    state = weights(SHAPES["halton"]["tiny_plain"])
+    path = tmp_path / "model.pth"
+    torch.save({"iter": 3, "model_state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}}, path)
+    assert read_torch_file(path).keys() == state.keys()
+
+
+class Malicious:
+    def __reduce__(self):
+        return open, ("/tmp/maskgit-was-here", "w")
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path):
+    path = tmp_path / "evil.pth"
+    torch.save({"model": {"weight": torch.zeros(2)}, "run": Malicious()}, path)
+    with pytest.raises(CheckpointError, match="asks for more than weights"):
+        read_torch_file(path)
+    assert not Path("/tmp/maskgit-was-here").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "cannot be read"),
+        (b"PK\x03\x04 cut", "cannot be read|damaged"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+    ],
+)
+def test_files_that_are_no_checkpoints_are_named(tmp_path, content, said):
+    path = tmp_path / "broken.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        read_torch_file(path)
+
+
+def test_what_is_missing_or_left_over_is_named():
+    state = weights(SHAPES["halton"]["tiny_plain"])
+    with pytest.raises(CheckpointError, match="surplus"):
+        halton.transformer_of_halton({**state, "surplus": torch.zeros(1)}, num_heads=4)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.attn\.wq\.weight is missing"):
+        halton.transformer_of_halton(
+            {k: v for k, v in state.items() if k != "transformer.layers.1.attn.wq.weight"}, num_heads=4
+        )
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        path_state = {**state, "head.bias": torch.full((129,), math.nan)}
+        _read(path_state)
+
+
+def _read(state):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pth"
+        torch.save(state, path)
+        return read_torch_file(path)
