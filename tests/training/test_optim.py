@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maskgit.errors import CheckpointError, ConfigError
-from maskgit.training.optim import EMA, clip_gradients, learning_rate, make_adam, parameter_groups
+from maskgit.training.optim import (
+    EMA,
+    clip_gradients,
+    learning_rate,
+    make_adam,
+    parameter_groups,
+    warm_decay,
+)
 
 
 def test_warm_up_then_constant():
@@ -97,3 +104,38 @@ def test_ema_state_goes_round_and_refuses_others():
     assert (second.average["weight"] == 3).all()
     with pytest.raises(CheckpointError, match="not those of this network"):
         second.load_state_dict(EMA(nn.Linear(3, 2), 0.5).state_dict())
+
+
+def test_warm_up_stable_decay():
+    rates = [
+        learning_rate(step, peak=1.0, schedule="wsd", warmup_steps=2, total_steps=10) for step in range(11)
+    ]
+    assert rates == [0.5, *[1.0] * 8, 0.5, 0.0]
+    settings = {"peak": 1.0, "schedule": "wsd", "total_steps": 10, "decay_steps": 4}
+    assert [learning_rate(step, **settings) for step in range(5, 10)] == [1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_final_decay_starts_where_the_schedule_stands():
+    cosine = {"peak": 1.0, "schedule": "cosine"}
+    whole = [learning_rate(step, total_steps=100, **cosine) for step in range(40)]
+    ended = [
+        learning_rate(step, total_steps=40, schedule_steps=100, decay_steps=10, **cosine)
+        for step in range(40)
+    ]
+    assert ended[:31] == whole[:31]
+    assert ended[35] == pytest.approx(whole[35] / 2)
+
+
+def test_an_average_forgets_its_first_weights():
+    """Without a warm-up, 0.999 ** 60 = 94 % of a short run's average would be its initial weights."""
+    assert [warm_decay(0.5, step) for step in (0, 1, 7, 8, 9)] == [0.1, 2 / 11, 8 / 17, 0.5, 0.5]
+    weight = nn.Linear(1, 1)
+    with torch.no_grad():
+        weight.weight.fill_(1.0)
+        ema = EMA(weight, 0.999)
+        weight.weight.fill_(0.0)
+    for step in range(60):
+        ema.update(weight, step)
+    # The product of (1 + n) / (10 + n) telescopes: 60! 9! / 69!.
+    expected = math.factorial(60) * math.factorial(9) / math.factorial(69)
+    assert float(ema.average["weight"]) == pytest.approx(expected, rel=1e-3)

@@ -126,7 +126,7 @@ def test_resuming_is_exact(config, tmp_path, monkeypatch, workers):
         {"entropy_kind": "argmax", "l1_weight": 1.0},
         {"adversarial_weight": 0.0, "max_gradient_norm": 0.1, "lr_schedule": "cosine"},
         {"revive_codes": False},
-        {"ema_decay": 0.5},
+        {"ema_decay": 0.2},
         {"betas": (0.5, 0.9)},
         {"r1_cost": 0.0},
     ],

@@ -28,7 +28,7 @@ from maskgit.training.distributed import Distributed
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import completed
 from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
-from maskgit.training.run.folder import held_run
+from maskgit.training.run.folder import annealed, held_run
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, TrainingError
 from maskgit.training.train_transformer import flops_per_image, train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
@@ -613,3 +613,156 @@ def test_what_will_be_slow_is_said_first(config, monkeypatch, capsys):
     said = capsys.readouterr().err.splitlines()
     assert "this CPU has no units for it" in said[0]
     assert said[1].startswith("Compiling the layers: the first steps may take some minutes")
+
+
+def test_an_allowed_change_is_said_written_down_and_exact(config, tmp_path, monkeypatch):
+    first = replace(config, steps=3, checkpoint_every=1)
+    train_transformer(first)
+    second = replace(first, steps=7, learning_rate=1e-3, weight_decay=0.0, label_smoothing=0.0)
+    with pytest.raises(ConfigError, match=r"learning_rate \(was 0\.01, is 0\.001\).*--change.* from step 3"):
+        train_transformer(second)
+    with pytest.raises(ConfigError, match=r"seed cannot change"):
+        train_transformer(replace(second, seed=1), change=True)
+    straight = replace(second, out=str(tmp_path / "straight"))
+    shutil.copytree(config.out, straight.out)
+    train_transformer(straight, change=True)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        with pytest.raises(SystemExit):
+            train_transformer(second, change=True)
+    # The run has these settings now.
+    train_transformer(second)
+    assert_same_run(straight, second)
+    assert scalars(second.out, "learning_rate")[3:] == [1e-3] * 4
+    stored = json.loads((Path(second.out) / "run.json").read_text())
+    changed = {"label_smoothing": [0.1, 0.0], "learning_rate": [0.01, 0.001], "weight_decay": [0.045, 0.0]}
+    assert stored["events"] == [{"step": 3, "changed": changed}]
+    card = (Path(second.out) / "model" / "README.md").read_text()
+    assert "At step 3: `label_smoothing` from `0.1` to `0.0`, `learning_rate` from `0.01` to `0.001`" in card
+
+
+def test_other_test_data_are_an_allowed_change(config, folder):
+    train_transformer(replace(config, test_data=config.data))
+    other = replace(config, test_data=str(folder / "other" / "tokens"), steps=7)
+    with pytest.raises(DataError, match=r"\(test\)"):
+        train_transformer(other)
+    train_transformer(other, change=True)
+    (event,) = json.loads((Path(config.out) / "run.json").read_text())["events"]
+    assert event["changed"]["test_data"] == [config.data, other.test_data]
+
+
+def test_a_falling_schedule_is_ended_early_and_that_goes_on(config, monkeypatch):
+    long = replace(config, steps=100, lr_schedule="cosine", checkpoint_every=4)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(SystemExit):
+            train_transformer(long)
+    short = annealed(long.out, long, 4)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(SystemExit):
+            train_transformer(short, change=True)
+    assert annealed(long.out, long, 4) == short
+    train_transformer(annealed(long.out, long, 4), change=True)
+    assert annealed(long.out, long, 4) == short
+    rates = scalars(long.out, "learning_rate")
+    before = [0.005, 0.01, *(0.005 * (1 + math.cos(math.pi * i / 98)) for i in range(6))]
+    expected = [rate * factor for rate, factor in zip(before, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25], strict=True)]
+    assert rates == pytest.approx(expected)
+    # And it can be continued.
+    train_transformer(replace(short, steps=10, decay_steps=None), change=True)
+    assert len(scalars(long.out, "loss")) == 10
+
+
+def test_a_loss_beyond_guessing_is_said_and_stops_the_run(config, monkeypatch, capsys):
+    losses = module.sequence_losses
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sequence_losses", lambda *a: losses(*a) + 3000)
+        spoiled = replace(config, steps=100, max_diverged_steps=30, checkpoint_every=10, log_every=5)
+        with pytest.raises(TrainingError, match=r"after step 30.*loss is 3\d\d\d, where guessing is 2\.77"):
+            train_transformer(spoiled)
+        assert "Warning at step 20: the loss has diverged" in capsys.readouterr().err
+        assert [entry.step for entry in Checkpoints(config.out).committed()] == [10]
+        # One that is too short to be stopped ends without exit code 0.
+        brief = replace(spoiled, steps=25, out=config.out + "-brief")
+        with pytest.raises(TrainingError, match="after step 25"):
+            train_transformer(brief)
+    # The advice works: its command goes on from the checkpoint before.
+    train_transformer(replace(spoiled, steps=12, learning_rate=1e-3), change=True)
+    assert Checkpoints(config.out).committed()[-1].step == 12
+
+
+def test_patience_ends_a_run_with_its_best_model_and_is_exact(config, tmp_path, monkeypatch):
+    scores = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.6, 5: 1.0, 6: 0.9}
+    config = replace(
+        config,
+        test_data=config.data,
+        evaluate_every=1,
+        checkpoint_every=1,
+        keep_best=1,
+        keep_last=1,
+        patience=2,
+    )
+    tested = []
+    monkeypatch.setattr(module, "evaluate_loss", lambda *a, **k: tested.append(1) or scores[len(tested)])
+    early = train_transformer(config)
+    assert [entry.step for entry in Checkpoints(config.out).committed()] == [2, 4]
+    assert "After 2 of 6 steps" in (early / "README.md").read_text()
+    straight = replace(config, out=str(tmp_path / "straight"), steps=2, patience=None)
+    tested.clear()
+    expected = hub.load_model(train_transformer(straight)).transformer.state_dict()
+    for _ in range(2):
+        found = hub.load_model(early).transformer.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        # The same command has nothing left to do.
+        train_transformer(config)
+    # Stopped in between, it ends where it would have.
+    cut = replace(config, out=str(tmp_path / "cut"))
+    tested.clear()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(SystemExit):
+            train_transformer(cut)
+    train_transformer(cut)
+    assert Checkpoints(cut.out).committed()[-1].step == 4
+    # More patience goes on.
+    train_transformer(replace(cut, patience=3))
+    assert Checkpoints(cut.out).committed()[-1].step == 6
+
+
+def test_a_stopped_run_is_a_model(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(SystemExit):
+            train_transformer(config)
+    assert hub.from_pretrained(config.out).config.class_names == ("a", "b", "c")
+    assert hub.load_tokenizer(config.out).config.codebook_size == CODES
+    shutil.rmtree(Path(config.out) / "model")
+    with pytest.raises(CheckpointError, match="maskgit train save-model"):
+        hub.from_pretrained(config.out)
+
+
+def test_a_checkpoint_from_before_there_was_a_watch_goes_on(config, tmp_path, monkeypatch):
+    """Written as version 0.1 did: no watch, no further averages, no events."""
+    straight = replace(config, out=str(tmp_path / "straight"))
+    train_transformer(straight)
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        patch.setattr(
+            Checkpoints,
+            "save",
+            lambda self, step, state, score: save(
+                self, step, {k: v for k, v in state.items() if k not in ("watch", "extra_emas")}, score
+            ),
+        )
+        with pytest.raises(SystemExit):
+            train_transformer(config)
+    path = Path(config.out) / "run.json"
+    stored = json.loads(path.read_text())
+    del stored["events"]
+    for name in ("decay_steps", "schedule_steps", "extra_ema_decays", "patience", "max_diverged_steps"):
+        del stored["config"][name]
+    path.write_text(json.dumps(stored))
+    train_transformer(config)
+    assert_same_run(straight, config)

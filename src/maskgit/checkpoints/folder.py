@@ -116,7 +116,7 @@ def locate(
     """Return the folder of a model, downloading and converting it if need be.
 
     Args:
-        name_or_path: see `from_pretrained`.
+        name_or_path: see `from_pretrained`; of a training run's folder, its newest model is taken.
         revision: a commit, tag or branch, of a model on the Hugging Face Hub.
         token: for the hub; None takes the one that `hf auth login` stored, False none.
         cache_dir: where downloads are kept, in place of the cache that $MASKGIT_CACHE names, or $HF_HOME for
@@ -147,7 +147,7 @@ def locate(
     if isinstance(entry, Official):
         return _converted(name, entry, None if cache_dir is None else expand(cache_dir), local_files_only)
     if is_dir:
-        return path
+        return _model_of_run(path)
     if exists:
         raise CheckpointError(
             f"{path} is a file, not a model folder. Convert official checkpoints with `maskgit convert` first."
@@ -164,6 +164,18 @@ def locate(
         raise CheckpointError(f"{name} cannot be read: there is no such folder.")
     unknown = unknown_name("model", name, REGISTRY)
     raise ConfigError(f"{unknown} Or give a model folder, or a Hugging Face id such as user/model.")
+
+
+def _model_of_run(path: Path) -> Path:
+    """Return the newest model in the folder of a training run; any other folder as it is."""
+    if not (path / "run.json").is_file():
+        return path
+    if not (path / "model").is_dir():
+        raise CheckpointError(
+            f"{path} is a training run without a model. Make one from its newest checkpoint with `maskgit train "
+            f"save-model {path} DEST`."
+        )
+    return path / "model"
 
 
 def _converted(name: str, urls: Official, cache: Path | None, local_files_only: bool) -> Path:
@@ -236,7 +248,7 @@ def load_tokenizer(
         CheckpointError: a file is missing or broken, or weights do not fit their config.
         ConfigError, DownloadError: there is no such model.
     """
-    path = expand(path) if expand(path).is_dir() else locate(path)
+    path = _model_of_run(expand(path)) if expand(path).is_dir() else locate(path)
     folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     try:
         config = TokenizerConfig.from_dict(read_json(folder / "config.json", remedy=_REMEDY))

@@ -13,24 +13,49 @@ from maskgit.errors import CheckpointError
 from maskgit.foundation.checks import check_choice
 from maskgit.foundation.devices import copies_aside
 
-# What remains of the peak at some progress in [0, 1] after the warm-up.
+# What remains of the peak at some progress in [0, 1] after the warm-up, before the final decay.
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    # Warm-up, stable, decay.
+    "wsd": lambda progress: 1.0,
 }
+# Steps of "wsd" for each step of its decay, where the config does not say.
+WSD_DECAY = 5
+
+
+def final_decay(schedule: str, total_steps: int, decay_steps: int | None) -> int:
+    """Return how many steps at the end a learning rate falls to zero over: as given, or as the schedule has it."""
+    if decay_steps is None:
+        return total_steps // WSD_DECAY if schedule == "wsd" else 0
+    return decay_steps
 
 
 def learning_rate(
-    step: int, *, peak: float, schedule: str = "constant", warmup_steps: int = 0, total_steps: int = 1
+    step: int,
+    *,
+    peak: float,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int = 1,
+    decay_steps: int | None = None,
+    schedule_steps: int | None = None,
 ) -> float:
-    """Return the learning rate of a step: a linear warm-up, then a curve down from the peak.
+    """Return the learning rate of a step: a linear warm-up, a curve down from the peak, and a final decay.
+
+    A function of the step and these settings alone, so that a run resumes exactly and settings may change in its
+    middle.
 
     Args:
         step: counted from 0; the first step of a warm-up already moves, by peak / warmup_steps.
         peak: the highest rate.
         schedule: a name in `LR_SCHEDULES`.
         warmup_steps: steps until the peak.
-        total_steps: the run's length, where a falling schedule ends.
+        total_steps: the run's length.
+        decay_steps: at the end, the rate is scaled by a straight line from 1 to 0 over so many steps; None is a
+            fifth of all for "wsd", and none for the others.
+        schedule_steps: where a falling schedule ends; None is the run's length. It lets a run be ended early by a
+            decay from where the schedule stands.
 
     Returns:
         The rate, in [0, peak].
@@ -41,8 +66,10 @@ def learning_rate(
     check_choice("lr_schedule", schedule, LR_SCHEDULES)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * LR_SCHEDULES[schedule](min(progress, 1.0))
+    progress = (step - warmup_steps) / max(1, (schedule_steps or total_steps) - warmup_steps)
+    rate = peak * LR_SCHEDULES[schedule](min(progress, 1.0))
+    decay = final_decay(schedule, total_steps, decay_steps)
+    return rate * min(1.0, max(0, total_steps - step) / decay) if decay else rate
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -104,6 +131,16 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def warm_decay(decay: float, step: int) -> float:
+    """Return the decay of an average at a step: small at first, so that it forgets the initial weights.
+
+    It averages over about the last ninth of the run until that is longer than `decay` reaches.
+
+    Source: TensorFlow's ExponentialMovingAverage with `num_updates`, min(decay, (1 + n) / (10 + n)).
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 class EMA:
     """An exponential moving average of a module's parameters, with its buffers as they are.
 
@@ -121,8 +158,14 @@ class EMA:
         self.average = {name: _averaged(value).clone() for name, value in _weights(module).items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the average a step towards the module's weights."""
+    def update(self, module: nn.Module, step: int | None = None) -> None:
+        """Move the average a step towards the module's weights.
+
+        Args:
+            module: what is averaged.
+            step: the run's, counted from 0, by which the decay warms up; None is one whose warm-up is over.
+        """
+        decay = self.decay if step is None else warm_decay(self.decay, step)
         averages, values = [], []
         for name, value in _weights(module).items():
             if isinstance(value, nn.Parameter):
@@ -130,7 +173,7 @@ class EMA:
                 values.append(_local(value).float())
             else:
                 self.average[name].copy_(value)
-        torch._foreach_lerp_(averages, values, 1 - self.decay)
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

@@ -37,7 +37,11 @@ class TokenizerTrainingConfig(Config):
         warmup_steps: of both learning rates.
         betas: Adam's.
         max_gradient_norm: gradients are scaled down to it; None leaves them.
-        ema_decay: of the averaged weights, which are those evaluated and saved.
+        decay_steps: at the end, the learning rate falls in a straight line to zero over so many steps; None is a
+            fifth of `steps` for "wsd" (warm-up, stable, decay), and none for other schedules.
+        schedule_steps: where a falling `lr_schedule` ends; None is `steps`. `--anneal` sets it.
+        extra_ema_decays: of further averages, kept beside for `maskgit train save-model` to choose from.
+        ema_decay: of the averaged weights, after a warm-up; they are those evaluated and saved.
         l2_weight, l1_weight: of the mean squared and absolute difference of pixels.
         perceptual: a name in `perceptual.PERCEPTUAL`.
         perceptual_weight: of the perceptual loss; 0 switches it off.
@@ -62,6 +66,9 @@ class TokenizerTrainingConfig(Config):
         feature_net: a name in `features.BUNDLED_NETS` for the Fréchet distance of reconstructions, or None.
         tracker: where scalars and pictures are shown: "tensorboard", "wandb" or "none".
         keep_last, keep_best: checkpoints that stay; the best are those of the highest PSNR.
+        patience: tests in a row without a better score after which the run ends with its best checkpoint's model;
+            None never ends it early.
+        max_diverged_steps: steps of a diverged loss after which the run stops; None only warns.
         async_checkpoints: whether checkpoints are written while training goes on.
 
     Source: official configs/vqgan_config.py and base_config.py.
@@ -81,10 +88,13 @@ class TokenizerTrainingConfig(Config):
     learning_rate: float = 1e-4
     discriminator_learning_rate: float = 1e-4
     lr_schedule: str = "constant"
+    decay_steps: int | None = None
+    schedule_steps: int | None = None
     warmup_steps: int = 0
     betas: tuple[float, ...] = (0.0, 0.99)
     max_gradient_norm: float | None = None
     ema_decay: float = 0.999
+    extra_ema_decays: tuple[float, ...] = ()
     l2_weight: float = 1.0
     l1_weight: float = 0.0
     perceptual: str = "effnet-lite0"
@@ -121,6 +131,8 @@ class TokenizerTrainingConfig(Config):
     tracker: str = "tensorboard"
     keep_last: int = 2
     keep_best: int = 0
+    patience: int | None = None
+    max_diverged_steps: int | None = 200
     async_checkpoints: bool = False
 
     def validate(self) -> None:
@@ -139,8 +151,15 @@ class TokenizerTrainingConfig(Config):
         check_range("learning_rate", self.learning_rate, 0, 10)
         check_range("discriminator_learning_rate", self.discriminator_learning_rate, 0, 10)
         check_range("len(betas)", len(self.betas), 2, 2)
-        for beta in (*self.betas, self.ema_decay):
+        for beta in (*self.betas, self.ema_decay, *self.extra_ema_decays):
             check_range("betas and ema_decay", beta, 0, 1 - 1e-9)
+        for name in ("decay_steps", "schedule_steps", "patience", "max_diverged_steps"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1, 2**40)
+        if self.patience is not None and not self.keep_best:
+            raise ConfigError(
+                "patience needs keep_best of at least 1, so that the best checkpoint is still there."
+            )
         if self.max_gradient_norm is not None:
             check_range("max_gradient_norm", self.max_gradient_norm, 1e-12, 1e12)
         check_range("entropy_temperature", self.entropy_temperature, 1e-6, 1e6)

@@ -18,7 +18,7 @@ from maskgit.training.codebook import GUMBEL
 from maskgit.training.numerics import autocast
 from maskgit.training.objectives.discriminator import Discriminator
 from maskgit.training.objectives.perceptual import PerceptualLoss, make_perceptual
-from maskgit.training.optim import LR_SCHEDULES, learning_rate
+from maskgit.training.optim import LR_SCHEDULES, final_decay, learning_rate
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 
 
@@ -99,6 +99,8 @@ def step_rates(config: TokenizerTrainingConfig, step: int) -> dict[str, float]:
             schedule=config.lr_schedule,
             warmup_steps=config.warmup_steps,
             total_steps=config.steps - delay,
+            decay_steps=final_decay(config.lr_schedule, config.steps, config.decay_steps),
+            schedule_steps=None if config.schedule_steps is None else config.schedule_steps - delay,
         )
 
     return {

@@ -35,6 +35,7 @@ from maskgit.training.objectives.losses import (
 )
 from maskgit.training.objectives.perceptual import PerceptualLoss
 from maskgit.training.optim import EMA, clip_gradients, make_adam, set_learning_rate
+from maskgit.training.run.card import save_card, telling
 from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.run.folder import held_run, setup_run
 from maskgit.training.run.progress import (
@@ -45,7 +46,7 @@ from maskgit.training.run.progress import (
     host_numbers,
     peak_flops,
 )
-from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate
+from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate, Watch
 from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_evaluation import evaluate_tokenizer, reconstruction_sheet
@@ -62,15 +63,26 @@ from maskgit.training.tokenizer_parts import (
 # What may differ when a run goes on, for it does not change what is computed.
 MAY_CHANGE = (
     "out", "tracker", "data", "test_data", "device", "num_workers", "log_every", "evaluate_every", "checkpoint_every",
-    "keep_last", "keep_best", "async_checkpoints", "feature_net", "num_test_images", *STREAM_MAY_CHANGE,
+    "keep_last", "keep_best", "async_checkpoints", "patience", "max_diverged_steps", "feature_net", "num_test_images", *STREAM_MAY_CHANGE,
+)  # fmt: skip
+
+# What may differ where the user says --change: from then on the run computes with it.
+CHANGEABLE = (
+    "steps", "learning_rate", "discriminator_learning_rate", "lr_schedule", "warmup_steps", "decay_steps",
+    "schedule_steps", "max_gradient_norm", "ema_decay", "extra_ema_decays", "precision", "l2_weight", "l1_weight",
+    "perceptual_weight", "commitment_weight", "entropy_weight", "entropy_temperature", "adversarial_start",
+    "adaptive_weight", "r1_cost", "r1_every", "tau_max", "tau_min", "tau_warmup_steps", "tau_decay_steps",
+    "revive_codes",
 )  # fmt: skip
 
 
-def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
+def train_tokenizer(config: TokenizerTrainingConfig, *, change: bool = False) -> Path:
     """Train a tokenizer, or go on with a run that was stopped.
 
     Args:
         config: the run; the same config goes on where its folder `out` stopped.
+        change: whether settings in `CHANGEABLE` and the test data may differ from those that the run has had; from
+            its newest checkpoint on it computes with the new ones.
 
     Returns:
         The folder of the trained tokenizer, whose weights are the averaged ones.
@@ -78,25 +90,32 @@ def train_tokenizer(config: TokenizerTrainingConfig) -> Path:
     Raises:
         ConfigError: a setting does not fit the data or the run in `out`.
         DataError: the data are missing or have changed since the run's checkpoint.
-        TrainingError: a loss or gradient is not finite.
+        TrainingError: the loss has diverged, or a loss or gradient is not finite.
         OutputError: the folder cannot be written, or another process trains in it.
         SystemExit: with code 75, after SIGTERM or SIGINT and a checkpoint; the same command goes on.
     """
     distributed = Distributed.init(config.device)
     with held_run(config.out, distributed):
-        return _train(config, distributed)
+        return _train(config, distributed, change)
 
 
-def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
+def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bool) -> Path:
     # Data
     device = distributed.device
     inputs = open_images(config, distributed.rank, distributed.world)
     size, test_cache = inputs.size, inputs.test_cache
     num_tokens = (size // config.model.patch_size) ** 2
     # A run whose learning rate does not look at the end may end later, or sooner if it is not there yet.
-    may_change = (*MAY_CHANGE, "steps") if config.lr_schedule == "constant" else MAY_CHANGE
+    endless = config.lr_schedule == "constant" and not config.decay_steps
     run_dir = setup_run(
-        config.out, config, inputs.fingerprints, distributed, may_change=may_change, caches=inputs.caches
+        config.out,
+        config,
+        inputs.fingerprints,
+        distributed,
+        may_change=(*MAY_CHANGE, "steps") if endless else MAY_CHANGE,
+        changeable=CHANGEABLE,
+        change=change,
+        caches=inputs.caches,
     )
 
     # Networks
@@ -105,6 +124,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
     reconstructor = parallelize(Reconstructor(tokenizer, precision), distributed)
     parallel_discriminator = parallelize(discriminator, distributed)
     ema = EMA(tokenizer, config.ema_decay)
+    extra_emas = {str(decay): EMA(tokenizer, decay) for decay in config.extra_ema_decays}
     usage = CodeUsage(config.model.codebook_size, config.usage_window, distributed)
 
     # Optimizers
@@ -113,6 +133,13 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
     discriminator_optimizer = make_adam(discriminator.parameters(), config.betas)
 
     # Checkpoints
+    watch = Watch(
+        "l2_loss",
+        1.0,
+        "no image in [0, 1] is further than 1 from another",
+        max_diverged_steps=config.max_diverged_steps,
+        patience=config.patience,
+    )
     checkpoints = Checkpoints(
         run_dir,
         keep_last=config.keep_last,
@@ -126,11 +153,19 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
         "usage": usage,
         "step": 0,
     }
+    state |= {"watch": watch} | ({"extra_emas": extra_emas} if extra_emas else {})
     latest = checkpoints.latest()
-    start = int(checkpoints.load(latest, state)["step"]) if latest else 0
+    start = int(checkpoints.load(latest, state, newer=("extra_emas", "watch"))["step"]) if latest else 0
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
+
+    def save_model(step: int, score: float | None) -> None:
+        if distributed.is_main:
+            scores = {} if score is None else {"test_psnr": score}
+            with ema.applied(tokenizer), telling(logger, step < config.steps):
+                save_card(save_tokenizer(tokenizer, run_dir / "model"), run_dir, step, scores)
+
     checkpoints.report = logger.say
     for sentence in (*inputs.notes, *warnings_of_speed(config.precision, device)):
         logger.say(sentence)
@@ -138,11 +173,11 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
     flops = {on: flops_per_image(config, *networks, size, adversarial=on) for on in (False, True)}
     throughput = Throughput(config.batch_size, peak=peak_flops(device, precision) * distributed.world)
     mean_loss = RunningMean()
-    gate = UpdateGate(device, optimizer, discriminator_optimizer)
+    gate = UpdateGate(device, optimizer, discriminator_optimizer, watch=watch)
     pin = copies_aside(device)
     with StopSignal(distributed) as stop, closing(inputs.train.from_step(start, pin=pin)) as batches:
         done = start
-        for step in range(start, config.steps):
+        for step in range(start, start if watch.exhausted else config.steps):
             batch = next(batches)
             score: float | None = None
             images = upload(batch.images, device).float() / 255
@@ -183,7 +218,8 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
             optimizer.step()
             if adversarial:
                 discriminator_optimizer.step()
-            ema.update(tokenizer)
+            for held in (ema, *extra_emas.values()):
+                held.update(tokenizer, step)
             throughput.step(flops[adversarial])
 
             # The codebook; a step after a window's end, so that no run ends with codes that nothing trained
@@ -194,7 +230,10 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
                 if config.revive_codes and isinstance(quantizer, VectorQuantizer):
                     codebook = quantizer.codebook
                     codes["revived_codes"] = revive_codes(
-                        [codebook.data, ema.average["quantizer.codebook"]],
+                        [
+                            codebook.data,
+                            *(e.average["quantizer.codebook"] for e in (ema, *extra_emas.values())),
+                        ],
                         usage.unused(),
                         made.features,
                         [optimizer.state[codebook][name] for name in ("exp_avg", "exp_avg_sq")],
@@ -217,6 +256,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
             saving = done % config.checkpoint_every == 0 or stopping or last
             if codes or logging or foretelling or evaluating or saving:
                 gate.read()
+                watch.check(done, last=last, warn=logger.warn)
             if codes:
                 logger.scalars(done, codes)
             if logging or foretelling:
@@ -261,21 +301,29 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed) -> Path:
                 logger.say(
                     f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
                 )
-            if saving:
+            if score is not None:
+                watch.count_test(score)
+            if (saving or watch.exhausted) and not watch.diverged:
                 with throughput.paused():
                     checkpoints.save(done, {**state, "step": done}, score)
-            if stopping:
+                    save_model(done, score)
+            if stopping or watch.exhausted:
                 break
 
     # The result
     checkpoints.close()
-    stopped = done < config.steps
+    stopped = done < config.steps and not watch.exhausted
     if stopped:
         logger.say(f"Stopped after step {done}; the same command goes on.")
+    best = checkpoints.best() if watch.exhausted else None
+    if best is not None:
+        checkpoints.load(best.path, {"ema": ema})
+        logger.say(f"The test has not got better for long enough; the model is that of step {best.step}.")
+        save_model(best.step, best.score)
+    elif done == start:
+        # Nothing was left to do; a setting of the model itself, such as its sampler, may be new.
+        save_model(done, checkpoints.committed()[-1].score)
     logger.close()
-    ema.copy_to(tokenizer)
-    if distributed.is_main and not stopped:
-        save_tokenizer(tokenizer, run_dir / "model")
     distributed.barrier()
     # Their reducers hold on to the group, and would end after it otherwise.
     del reconstructor, parallel_discriminator

@@ -8,6 +8,7 @@ Source: paper §3.1 and §4; official configs/maskgit_class_cond_config.py. The 
 released.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -32,6 +33,7 @@ from maskgit.training.numerics import attention, autocast, choose_precision, see
 from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.objectives.masking import draw_masks, hide_labels
 from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
+from maskgit.training.run.card import save_card, telling
 from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.run.folder import held_run, setup_run
 from maskgit.training.run.progress import (
@@ -42,7 +44,7 @@ from maskgit.training.run.progress import (
     host_numbers,
     peak_flops,
 )
-from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate
+from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate, Watch
 from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_evaluation import (
@@ -55,20 +57,31 @@ from maskgit.training.transformer_evaluation import (
 # What may differ when a run goes on, for it does not change what is computed.
 MAY_CHANGE = (
     "out", "tracker", "data", "test_data", "tokenizer", "device", "num_workers", "log_every", "evaluate_every", "sample_every",
-    "num_samples", "sampler", "checkpoint_every", "keep_last", "keep_best", "async_checkpoints",
+    "num_samples", "sampler", "checkpoint_every", "keep_last", "keep_best", "async_checkpoints", "patience", "max_diverged_steps",
     *STREAM_MAY_CHANGE,
 )  # fmt: skip
 
 # A loss this near to ln K is that of a model which has learned nothing.
 STUCK = 0.02
 STUCK_STEPS = 1000
+# A loss this far above that of guessing is of a model that has diverged.
+DIVERGED_LOSS = 1.0
+
+# What may differ where the user says --change: from then on the run computes with it.
+CHANGEABLE = (
+    "steps", "learning_rate", "lr_schedule", "warmup_steps", "decay_steps", "schedule_steps", "weight_decay",
+    "max_gradient_norm", "ema_decay", "extra_ema_decays", "precision", "label_smoothing", "label_dropout",
+    "compute_loss_for_all", "mask_schedule", "accumulate", "compile",
+)  # fmt: skip
 
 
-def train_transformer(config: TransformerTrainingConfig) -> Path:
+def train_transformer(config: TransformerTrainingConfig, *, change: bool = False) -> Path:
     """Train a transformer, or go on with a run that was stopped.
 
     Args:
         config: the run; the same config goes on where its folder `out` stopped.
+        change: whether settings in `CHANGEABLE` and the test data may differ from those that the run has had; from
+            its newest checkpoint on it computes with the new ones.
 
     Returns:
         The folder of the trained model: the tokenizer, and the transformer with the averaged weights.
@@ -77,24 +90,31 @@ def train_transformer(config: TransformerTrainingConfig) -> Path:
         ConfigError: a setting does not fit the data or the run in `out`.
         CheckpointError: the tokenizer or the model to start from cannot be read.
         DataError: the data are missing, made by another tokenizer, or changed since the run's checkpoint.
-        TrainingError: the loss or the gradient is not finite.
+        TrainingError: the loss has diverged, or the loss or the gradient is not finite.
         OutputError: the folder cannot be written, or another process trains in it.
         SystemExit: with code 75, after SIGTERM or SIGINT and a checkpoint; the same command goes on.
     """
     distributed = Distributed.init(config.device, group=config.fsdp)
     with held_run(config.out, distributed):
-        return _train(config, distributed)
+        return _train(config, distributed, change)
 
 
-def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
+def _train(config: TransformerTrainingConfig, distributed: Distributed, change: bool) -> Path:
     # Data
     device = distributed.device
     inputs = open_tokens(config, distributed.rank, distributed.world)
     test_cache = inputs.test_cache
     # A run whose learning rate does not look at the end may end later, or sooner if it is not there yet.
-    may_change = (*MAY_CHANGE, "steps") if config.lr_schedule == "constant" else MAY_CHANGE
+    endless = config.lr_schedule == "constant" and not config.decay_steps
     run_dir = setup_run(
-        config.out, config, inputs.fingerprints, distributed, may_change=may_change, caches=inputs.caches
+        config.out,
+        config,
+        inputs.fingerprints,
+        distributed,
+        may_change=(*MAY_CHANGE, "steps") if endless else MAY_CHANGE,
+        changeable=CHANGEABLE,
+        change=change,
+        caches=inputs.caches,
     )
 
     # Network
@@ -109,6 +129,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
         compile_blocks(transformer.layers)
     network = parallelize(transformer, distributed, fsdp=config.fsdp, blocks=transformer.layers)
     ema = EMA(transformer, config.ema_decay)
+    extra_emas = {str(decay): EMA(transformer, decay) for decay in config.extra_ema_decays}
 
     # Optimizer
     betas = (config.betas[0], config.betas[1])
@@ -118,6 +139,14 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
     max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
 
     # Checkpoints
+    guess = math.log(config.model.num_codes)
+    watch = Watch(
+        "loss",
+        guess + DIVERGED_LOSS,
+        f"guessing is {guess:.2f}",
+        max_diverged_steps=config.max_diverged_steps,
+        patience=config.patience,
+    )
     checkpoints = Checkpoints(
         run_dir,
         keep_last=config.keep_last,
@@ -125,11 +154,20 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
         asynchronous=config.async_checkpoints,
     )
     state = {"transformer": ModelAndOptimizer(transformer, optimizer), "ema": ema, "step": 0}
+    state |= {"watch": watch} | ({"extra_emas": extra_emas} if extra_emas else {})
     latest = checkpoints.latest()
-    start = int(checkpoints.load(latest, state)["step"]) if latest else 0
+    start = int(checkpoints.load(latest, state, newer=("extra_emas", "watch"))["step"]) if latest else 0
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
+
+    def save_model(step: int, score: float | None) -> None:
+        weights = {name: whole(value) for name, value in ema.average.items()}
+        if distributed.is_main:
+            scores = {} if score is None else {"test_loss": -score}
+            with telling(logger, step < config.steps):
+                save_card(save_result(config, inputs, weights, run_dir / "model"), run_dir, step, scores)
+
     checkpoints.report = logger.say
     for sentence in (*inputs.notes, *warnings_of_speed(config.precision, device, compiles=config.compile)):
         logger.say(sentence)
@@ -138,12 +176,12 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
     throughput = Throughput(config.batch_size, flops, peak)
     mean_loss = RunningMean()
     ratio_losses = RatioLosses(device)
-    gate = UpdateGate(device, optimizer)
+    gate = UpdateGate(device, optimizer, watch=watch)
     transformer.train()
     pin = copies_aside(device)
     with StopSignal(distributed) as stop, closing(inputs.train.from_step(start, pin=pin)) as batches:
         done = start
-        for step in range(start, config.steps):
+        for step in range(start, start if watch.exhausted else config.steps):
             batch = next(batches)
             score: float | None = None
             rate = learning_rate(
@@ -152,6 +190,8 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                 schedule=config.lr_schedule,
                 warmup_steps=config.warmup_steps,
                 total_steps=config.steps,
+                decay_steps=config.decay_steps,
+                schedule_steps=config.schedule_steps,
             )
             set_learning_rate(optimizer, rate)
             seed_step(config.seed, step, distributed.rank)
@@ -192,7 +232,8 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
             gate.check(step, logs)
             mean_loss.update(logs["loss"])
             optimizer.step()
-            ema.update(transformer)
+            for held in (ema, *extra_emas.values()):
+                held.update(transformer, step)
             throughput.step()
 
             # What people watch, and checkpoints
@@ -206,6 +247,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
             saving = done % config.checkpoint_every == 0 or stopping or last
             if logging or foretelling or evaluating or sampling or saving:
                 gate.read()
+                watch.check(done, last=last, warn=logger.warn)
             if logging or foretelling:
                 throughput.read()
                 left = throughput.time_left({flops: config.steps - done})
@@ -255,21 +297,29 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed) -> Path:
                     )
                 logger.sheet(done, "samples", samples.sheet)
                 warn_of_samples(logger, done, samples.tokens)
-            if saving:
+            if score is not None:
+                watch.count_test(score)
+            if (saving or watch.exhausted) and not watch.diverged:
                 with throughput.paused():
                     checkpoints.save(done, {**state, "step": done}, score)
-            if stopping:
+                    save_model(done, score)
+            if stopping or watch.exhausted:
                 break
 
     # The result
     checkpoints.close()
-    stopped = done < config.steps
+    stopped = done < config.steps and not watch.exhausted
     if stopped:
         logger.say(f"Stopped after step {done}; the same command goes on.")
+    best = checkpoints.best() if watch.exhausted else None
+    if best is not None:
+        checkpoints.load(best.path, {"ema": ema})
+        logger.say(f"The test has not got better for long enough; the model is that of step {best.step}.")
+        save_model(best.step, best.score)
+    elif done == start:
+        # Nothing was left to do; a setting of the model itself, such as its sampler, may be new.
+        save_model(done, checkpoints.committed()[-1].score)
     logger.close()
-    weights = {name: whole(value) for name, value in ema.average.items()}
-    if distributed.is_main and not stopped:
-        save_result(config, inputs, weights, run_dir / "model")
     distributed.barrier()
     # Its reducer holds on to the group, and would end after it otherwise.
     del network
@@ -328,8 +378,8 @@ def whole(value: Tensor) -> Tensor:
 
 def save_result(
     config: TransformerTrainingConfig, inputs: TokenInputs, weights: dict[str, Tensor], path: Path
-) -> None:
-    """Write the model folder of a run that is done."""
+) -> Path:
+    """Write a run's model folder, and return it."""
     transformer = Transformer(config.model)
     transformer.load_state_dict(weights, strict=True)
     model_config = ModelConfig(
@@ -340,4 +390,5 @@ def save_result(
         label_dropout=config.label_dropout,
         sampler=config.sampler,
     )
-    hub.save_model(MaskGIT(model_config, inputs.tokenizer.cpu(), transformer.eval()), path)
+    tokenizer = copy.deepcopy(inputs.tokenizer).cpu()
+    return hub.save_model(MaskGIT(model_config, tokenizer, transformer.eval()), path)

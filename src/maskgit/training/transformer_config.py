@@ -43,7 +43,11 @@ class TransformerTrainingConfig(Config):
         betas: AdamW's.
         weight_decay: of matrices.
         max_gradient_norm: gradients are scaled down to it; None leaves them.
-        ema_decay: of the averaged weights, which are those evaluated, sampled and saved.
+        decay_steps: at the end, the learning rate falls in a straight line to zero over so many steps; None is a
+            fifth of `steps` for "wsd" (warm-up, stable, decay), and none for other schedules.
+        schedule_steps: where a falling `lr_schedule` ends; None is `steps`. `--anneal` sets it.
+        extra_ema_decays: of further averages, kept beside for `maskgit train save-model` to choose from.
+        ema_decay: of the averaged weights, after a warm-up; they are those evaluated, sampled and saved.
         device: "auto", "cpu", "cuda" or the like.
         precision: what the network computes in: "auto", "float32" or "bfloat16".
         compile: whether `torch.compile` builds the layers.
@@ -53,6 +57,9 @@ class TransformerTrainingConfig(Config):
         sampler: how; also the finished model's own settings.
         tracker: where scalars and pictures are shown: "tensorboard", "wandb" or "none".
         keep_last, keep_best: checkpoints that stay; the best are those of the lowest loss on `test_data`.
+        patience: tests in a row without a better score after which the run ends with its best checkpoint's model;
+            None never ends it early.
+        max_diverged_steps: steps of a diverged loss after which the run stops; None only warns.
         async_checkpoints: whether checkpoints are written while training goes on.
 
     Source: paper §4 (Adam with β 0.9 and 0.96, label smoothing 0.1, dropout 0.1, batch 256, 300 epochs);
@@ -78,11 +85,14 @@ class TransformerTrainingConfig(Config):
     compute_loss_for_all: bool = False
     learning_rate: float = 1e-4
     lr_schedule: str = "constant"
+    decay_steps: int | None = None
+    schedule_steps: int | None = None
     warmup_steps: int = 5000
     betas: tuple[float, ...] = (0.9, 0.96)
     weight_decay: float = 4.5e-2
     max_gradient_norm: float | None = 1.0
     ema_decay: float = 0.999
+    extra_ema_decays: tuple[float, ...] = ()
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
@@ -96,6 +106,8 @@ class TransformerTrainingConfig(Config):
     tracker: str = "tensorboard"
     keep_last: int = 2
     keep_best: int = 0
+    patience: int | None = None
+    max_diverged_steps: int | None = 200
     async_checkpoints: bool = False
 
     def validate(self) -> None:
@@ -111,8 +123,15 @@ class TransformerTrainingConfig(Config):
         check_range("warmup_steps", self.warmup_steps, 0, 2**40)
         check_range("weight_decay", self.weight_decay, 0, 1e3)
         check_range("len(betas)", len(self.betas), 2, 2)
-        for beta in (*self.betas, self.ema_decay):
+        for beta in (*self.betas, self.ema_decay, *self.extra_ema_decays):
             check_range("betas and ema_decay", beta, 0, 1 - 1e-9)
+        for name in ("decay_steps", "schedule_steps", "patience", "max_diverged_steps"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1, 2**40)
+        if self.patience is not None and not self.keep_best:
+            raise ConfigError(
+                "patience needs keep_best of at least 1, so that the best checkpoint is still there."
+            )
         if self.max_gradient_norm is not None:
             check_range("max_gradient_norm", self.max_gradient_norm, 1e-12, 1e12)
         check_range("num_samples", self.num_samples, 1, 4096)

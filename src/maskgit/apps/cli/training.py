@@ -140,15 +140,24 @@ def tokenize(
 Changes = Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE")]
 
 
-def train_tokenizer(recipe: Positional[Path], changes: Changes = (), dry_run: bool = False) -> None:
+def train_tokenizer(
+    recipe: Positional[Path],
+    changes: Changes = (),
+    change: bool = False,
+    anneal: Annotated[int | None, arg(metavar="STEPS", help_behavior_hint="")] = None,
+    dry_run: bool = False,
+) -> None:
     """Train the first stage, which turns images into tokens and back.
 
     Args:
         recipe: TOML file; see `recipes/` for examples.
         changes: Override values of the recipe, in TOML, such as steps=1000 model.filters=64.
+        change: Let the run go on from its newest checkpoint with other values than before, such as learning_rate.
+        anneal: From the newest checkpoint on, let the learning rate fall to zero over so many steps, and end.
         dry_run: Only print parameter count, memory, steps and estimated time.
     """
     from maskgit.foundation.devices import rank_and_world
+    from maskgit.training.run.folder import annealed
     from maskgit.training.tokenizer_config import TokenizerTrainingConfig
     from maskgit.training.tokenizer_dry_run import dry_run as describe
     from maskgit.training.train_tokenizer import train_tokenizer as run
@@ -157,20 +166,33 @@ def train_tokenizer(recipe: Positional[Path], changes: Changes = (), dry_run: bo
     values = _values(recipe, changes)
     _check_stage(recipe, values, "tokenizer", TokenizerTrainingConfig, TransformerTrainingConfig)
     config = TokenizerTrainingConfig.from_dict(values)
-    print(describe(config, rank_and_world()[1]) if dry_run else run(config))
+    if anneal is not None:
+        config = annealed(config.out, config, anneal)
+    print(
+        describe(config, rank_and_world()[1]) if dry_run else run(config, change=change or anneal is not None)
+    )
 
 
-def train_transformer(recipe: Positional[Path], changes: Changes = (), dry_run: bool = False) -> None:
+def train_transformer(
+    recipe: Positional[Path],
+    changes: Changes = (),
+    change: bool = False,
+    anneal: Annotated[int | None, arg(metavar="STEPS", help_behavior_hint="")] = None,
+    dry_run: bool = False,
+) -> None:
     """Train the second stage, which predicts masked tokens.
 
     Args:
         recipe: TOML file; see `recipes/` for examples.
         changes: Override values of the recipe, in TOML, such as steps=1000 model.num_layers=8.
+        change: Let the run go on from its newest checkpoint with other values than before, such as learning_rate.
+        anneal: From the newest checkpoint on, let the learning rate fall to zero over so many steps, and end.
         dry_run: Only print parameter count, memory, steps and estimated time.
     """
     from maskgit.foundation.devices import rank_and_world
     from maskgit.training.inputs import completed
     from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+    from maskgit.training.run.folder import annealed
     from maskgit.training.train_transformer import train_transformer as run
     from maskgit.training.transformer_config import TransformerTrainingConfig
     from maskgit.training.transformer_dry_run import dry_run as describe
@@ -178,7 +200,11 @@ def train_transformer(recipe: Positional[Path], changes: Changes = (), dry_run: 
     values = _values(recipe, changes)
     _check_stage(recipe, values, "transformer", TransformerTrainingConfig, TokenizerTrainingConfig)
     config = TransformerTrainingConfig.from_dict(completed(values))
-    print(describe(config, rank_and_world()[1]) if dry_run else run(config))
+    if anneal is not None:
+        config = annealed(config.out, config, anneal)
+    print(
+        describe(config, rank_and_world()[1]) if dry_run else run(config, change=change or anneal is not None)
+    )
 
 
 def show_runs(

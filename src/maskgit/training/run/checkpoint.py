@@ -56,9 +56,9 @@ class ModelAndOptimizer:
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set both states; how the optimizer computes stays as the present device needs it."""
+        """Set both states; what the config or the present device says of the optimizer stays."""
         for group, saved in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True):
-            saved |= {name: group[name] for name in ("fused", "foreach") if name in group}
+            saved |= {name: group[name] for name in ("fused", "foreach", "weight_decay") if name in group}
         set_state_dict(
             self.model,
             self.optimizer,
@@ -199,12 +199,20 @@ class Checkpoints:
         found = [_read_marker(path) for path in sorted(self.folder.glob("step-*"))]
         return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.step)
 
-    def load(self, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    def best(self) -> Committed | None:
+        """Return the whole checkpoint of the highest score, or None where none has a score."""
+        scored = [entry for entry in self.committed() if entry.score is not None]
+        return max(scored, key=lambda entry: (entry.score, entry.step), default=None)
+
+    def load(self, path: Path, state: Mapping[str, Any], *, newer: tuple[str, ...] = ()) -> dict[str, Any]:
         """Read a checkpoint into tensors and `Stateful`s that are there; all processes call it.
 
         Args:
             path: a folder that `latest` returned.
-            state: of the structure that was saved. Tensors are filled in place and `Stateful`s loaded.
+            state: of the structure that was saved, or a part of it. Tensors are filled in place and `Stateful`s
+                loaded.
+            newer: names in `state` that the checkpoint may lack, in whole or in part, because settings were changed
+                or an older version wrote it; what is lacking stays as it is.
 
         Returns:
             The state, with the plain values that were saved in place of those given.
@@ -218,7 +226,13 @@ class Checkpoints:
             )
         expanded = _expand(state)
         try:
-            dcp.load(expanded, storage_reader=dcp.FileSystemReader(path), no_dist=not self._parallel)
+            reader = dcp.FileSystemReader(path)
+            if newer:
+                stored = reader.read_metadata().state_dict_metadata
+                for name in expanded.keys() & set(newer):
+                    expanded[name] = _stored_part(expanded[name], name, stored)
+                expanded = {name: value for name, value in expanded.items() if name not in newer or value}
+            dcp.load(expanded, storage_reader=reader, no_dist=not self._parallel)
         # Derived from BaseException; it holds each process's own error.
         except dcp.CheckpointException as error:
             reasons = "; ".join(str(_cause(failure)) for failure in error.failures.values())
@@ -314,10 +328,21 @@ def _expand(value: Any) -> Any:
     return value.state_dict() if isinstance(value, Stateful) else value
 
 
+def _stored_part(state: Any, prefix: str, stored: Mapping[str, Any]) -> Any:
+    """Return what a checkpoint holds of a nested state, given the dotted names of all that it holds."""
+    if not isinstance(state, Mapping):
+        return state
+    return {
+        key: _stored_part(item, f"{prefix}.{key}", stored)
+        for key, item in state.items()
+        if any(f"{name}.".startswith(f"{prefix}.{key}.") for name in stored)
+    }
+
+
 def _restore(given: Any, loaded: Any) -> Any:
     """Give `Stateful`s their loaded states, and return the rest as loaded."""
     if isinstance(given, Mapping):
-        return {key: _restore(item, loaded[key]) for key, item in given.items()}
+        return {key: _restore(item, loaded[key]) if key in loaded else item for key, item in given.items()}
     if isinstance(given, Stateful):
         given.load_state_dict(loaded)
         return given

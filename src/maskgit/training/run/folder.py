@@ -1,23 +1,24 @@
 """A run's folder: of one run, held by one process at a time; the same command goes on where it stopped.
 
     run.lock          while the run is at work; says by which process
-    run.json          the config and the data's fingerprint: a run of another config or data is refused
+    run.json          the config, the data's fingerprints, and the events: what was changed at which step
     checkpoints/      see `checkpoint`
     scalars.jsonl     one JSON object a line: {"step": …, name: value, …}
     losses.png        the same as curves, redrawn at each test and at the end
     samples/          image grids by step
     tensorboard/      the same for TensorBoard, if it is installed
-    model/            the trained model, written when the run is done
+    model/            the model, as of the newest checkpoint, with a card
 
 Exit codes: 0 the run is done; 2 an error that the user can mend; 75 (EX_TEMPFAIL) it was stopped by SIGTERM or
 SIGINT after writing a checkpoint, and the same command goes on.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from maskgit.data.image_cache import ImageCache
 from maskgit.data.token_cache import TokenCache
@@ -28,6 +29,7 @@ from maskgit.foundation.locks import locked
 from maskgit.training.distributed import Distributed
 from maskgit.training.run.checkpoint import Checkpoints
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 RUN, LOCK = "run.json", "run.lock"
 # A processor hashes as much in a few seconds.
 MAX_VERIFIED_BYTES = 2 << 30
@@ -90,6 +92,8 @@ def setup_run(
     distributed: Distributed,
     *,
     may_change: Iterable[str] = (),
+    changeable: Iterable[str] = (),
+    change: bool = False,
     caches: Iterable[ImageCache | TokenCache] = (),
 ) -> Path:
     """Make a run directory, or check that the one there is of the same run; all processes call it.
@@ -101,6 +105,9 @@ def setup_run(
         distributed: the processes.
         may_change: keys of the config that do not change what is computed, such as "num_workers" or
             "stream.source".
+        changeable: keys that may differ too, if `change` is set: from the newest checkpoint on the run computes
+            with their new values, and an event in run.json says so.
+        change: whether the user asks for that. The data by the name of "test" may then be others as well.
         caches: what is read. When a run goes on, those of at most `MAX_VERIFIED_BYTES` are read whole by the
             main process and compared with their fingerprints; of larger ones opening them compared the sizes.
 
@@ -115,27 +122,33 @@ def setup_run(
     """
     run_dir = expand(run_dir)
     path = run_dir / RUN
-    given = {"config": config.to_dict(), "data": dict(data)}
+    given: dict[str, Any] = {"config": config.to_dict(), "data": dict(data), "events": []}
     # Without a checkpoint there is nothing to lose, and the run begins anew.
     if checkpoints := Checkpoints(run_dir).committed():
         try:
             stored = json.loads(path.read_text("utf-8"))
             before, fingerprints = flat(_completed(config, stored["config"])), dict(stored["data"])
+            events = list(stored.get("events", []))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} cannot be read; choose another folder for this run.") from error
         now = flat(given["config"])
-        allowed = set(may_change)
-        changed = [
-            f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
+        made = checkpoints[-1].step
+        free, steerable = set(may_change), set(changeable)
+        differing = [
+            key
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & allowed
+            if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & free
         ]
-        if changed:
-            raise ConfigError(
-                f"{run_dir} holds a run of another config: {'; '.join(changed)}. Set these back to go on, or "
+        fixed = [key for key in differing if key not in steerable]
+        if differing and (fixed or not change):
+            described = [f"{key} (was {before.get(key)!r}, is {now.get(key)!r})" for key in differing]
+            advice = (
+                f"{', '.join(fixed)} cannot change in the middle of a run: set back to go on, or choose another folder."
+                if fixed
+                else f"Set back to go on as before, say --change to go on from step {made} with the new values, or "
                 "choose another folder."
             )
-        made = checkpoints[-1].step
+            raise ConfigError(f"{run_dir} holds a run of another config: {'; '.join(described)}. {advice}")
         if now.get("steps", made) < made:
             raise ConfigError(
                 f"The run in {run_dir} has made {made} steps already, but steps is {now['steps']}. Give at least "
@@ -145,6 +158,13 @@ def setup_run(
         changed = sorted(
             n for n in given["data"] if n in fingerprints and fingerprints[n] != given["data"][n]
         )
+        changes = {key: [before.get(key), now.get(key)] for key in differing}
+        if change and changed == ["test"]:
+            changes["test_data"], changed = [before.get("test_data"), now.get("test_data")], []
+        # A run whose newest checkpoint was lost goes on from the one before, with what was changed since.
+        given["events"] = [{**event, "step": min(event["step"], made)} for event in events]
+        if changes:
+            given["events"].append({"step": made, "changed": changes})
         if changed:
             raise DataError(
                 f"The data ({', '.join(changed)}) changed since the checkpoint in {run_dir}. Bring them back to go "
@@ -156,6 +176,37 @@ def setup_run(
         write_bytes(path, json.dumps(given, indent=2).encode() + b"\n")
     distributed.barrier()
     return run_dir
+
+
+def annealed(run_dir: str | Path, config: AnyConfig, steps: int) -> AnyConfig:
+    """Return a run's config with an end: from its newest checkpoint, the learning rate falls to zero.
+
+    Args:
+        run_dir: the run's folder.
+        config: the run's, with `steps`, `decay_steps` and `schedule_steps`.
+        steps: how many more to make. Where the run is in such a decay of so many steps, or at its end, it stays as it
+            is, so that the same command goes on.
+
+    Raises:
+        ConfigError: there is no checkpoint to go on from.
+        OutputError: the folder does not hold a run that can be read.
+    """
+    path = expand(run_dir) / RUN
+    committed = Checkpoints(path.parent).committed()
+    if not committed:
+        raise ConfigError(
+            f"{path.parent} holds no checkpoint to anneal from: begin the run without --anneal."
+        )
+    try:
+        stored = json.loads(path.read_text("utf-8"))["config"]
+        total, decay, schedule = (stored.get(name) for name in ("steps", "decay_steps", "schedule_steps"))
+        before = int(schedule or total)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{path} cannot be read; choose another folder for this run.") from error
+    made = committed[-1].step
+    if decay != steps or made < total - steps:
+        total, schedule = made + steps, before
+    return dataclasses.replace(config, **{"steps": total, "decay_steps": steps, "schedule_steps": schedule})
 
 
 def _verify(caches: Iterable[ImageCache | TokenCache], run_dir: Path, distributed: Distributed) -> None:
