@@ -122,7 +122,7 @@ def setup_run(
     """
     run_dir = expand(run_dir)
     path = run_dir / RUN
-    given: dict[str, Any] = {"config": config.to_dict(), "data": dict(data), "events": []}
+    given: dict[str, Any] = {"config": config.to_dict(), "data": dict(data)}
     # Without a checkpoint there is nothing to lose, and the run begins anew.
     if checkpoints := Checkpoints(run_dir).committed():
         try:
@@ -162,9 +162,11 @@ def setup_run(
         if change and changed == ["test"]:
             changes["test_data"], changed = [before.get("test_data"), now.get("test_data")], []
         # A run whose newest checkpoint was lost goes on from the one before, with what was changed since.
-        given["events"] = [{**event, "step": min(event["step"], made)} for event in events]
+        events = [{**event, "step": min(event["step"], made)} for event in events]
         if changes:
-            given["events"].append({"step": made, "changed": changes})
+            events.append({"step": made, "changed": changes})
+        if events:
+            given["events"] = events
         if changed:
             raise DataError(
                 f"The data ({', '.join(changed)}) changed since the checkpoint in {run_dir}. Bring them back to go "
