@@ -30,6 +30,7 @@ from maskgit.training.inputs import completed
 from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
 from maskgit.training.run.folder import annealed, held_run
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, TrainingError
+from maskgit.training.saving import save_model
 from maskgit.training.train_transformer import flops_per_image, train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
 from maskgit.training.transformer_dry_run import dry_run
@@ -766,3 +767,34 @@ def test_a_checkpoint_from_before_there_was_a_watch_goes_on(config, tmp_path, mo
     path.write_text(json.dumps(stored))
     train_transformer(config)
     assert_same_run(straight, config)
+
+
+def test_a_model_is_saved_from_any_checkpoint_and_average(config, tmp_path, monkeypatch):
+    config = replace(
+        config, test_data=config.data, evaluate_every=2, checkpoint_every=2, keep_last=3, keep_best=1,
+        extra_ema_decays=(0.2, 0.01),
+    )  # fmt: skip
+    train_transformer(config)
+
+    def weights(path: Path) -> torch.Tensor:
+        return hub.load_model(path).transformer.state_dict()["head.bias"]
+
+    newest = checkpointed(config.out)
+    for name, key in (("0.999", "ema."), ("0.2", "extra_emas.0.2."), ("raw", "transformer.model.")):
+        saved = save_model(config.out, tmp_path / name, ema=name)
+        assert (saved.step, saved.ema) == (6, name)
+        assert torch.equal(weights(saved.path), newest[f"{key}head.bias"])
+    assert not torch.equal(weights(tmp_path / "0.2"), weights(tmp_path / "0.999"))
+    # Of step 2, as a run of two steps ended.
+    brief = replace(config, steps=2, out=str(tmp_path / "brief"))
+    expected = weights(train_transformer(brief))
+    assert torch.equal(weights(save_model(config.out, tmp_path / "two", step=2, ema="0.999").path), expected)
+    # Left to itself it takes the average of the lowest test loss; the main one's was logged.
+    chosen = save_model(config.out, tmp_path / "chosen", best=True)
+    assert chosen.ema == min(chosen.scores, key=chosen.scores.get)
+    assert chosen.scores["0.999"] == pytest.approx(min(scalars(config.out, "test_loss")), rel=1e-6)
+    assert chosen.scores.keys() == {"0.999", "0.2", "0.01"}
+    with pytest.raises(ConfigError, match=r"one of 0\.999, 0\.2, 0\.01, raw"):
+        save_model(config.out, tmp_path / "x", ema="0.5")
+    with pytest.raises(CheckpointError, match=r"of step 3; those of steps: 2, 4, 6"):
+        save_model(config.out, tmp_path / "x", step=3)

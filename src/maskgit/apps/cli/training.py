@@ -235,6 +235,35 @@ def show_runs(
         time.sleep(FOLLOW_SECONDS)
 
 
+def save_model(
+    run: Positional[Path],
+    dest: Positional[Path],
+    step: Annotated[int | None, arg(metavar="STEP", help_behavior_hint="(default: the newest)")] = None,
+    best: bool = False,
+    ema: Annotated[
+        str | None, arg(metavar="DECAY|raw", help_behavior_hint="(default: the best on test data)")
+    ] = None,
+) -> None:
+    """Write a model from a checkpoint of a run of your own, also of one that was stopped.
+
+    Args:
+        run: Folder of the run.
+        dest: Model folder to write.
+        step: Step of the checkpoint.
+        best: Take the checkpoint with the best test score.
+        ema: Which weights: an average's decay, such as 0.999, or raw for the trained weights themselves.
+    """
+    from maskgit.training import saving
+
+    saved = saving.save_model(run, dest, step=step, best=best, ema=ema)
+    for name, score in saved.scores.items():
+        print(f"EMA {name}: {score:.4f} on test data")
+    print(
+        f"{saved.path}: step {saved.step}, "
+        + ("weights as trained" if saved.ema == "raw" else f"EMA {saved.ema}")
+    )
+
+
 def _command(name: str, function: Callable[..., None]) -> Any:
     """Return a command below `train`, which is called once all flags are read."""
 
@@ -248,6 +277,7 @@ def _command(name: str, function: Callable[..., None]) -> Any:
 COMMANDS: Any = (
     _command("tokenizer", train_tokenizer)
     | _command("transformer", train_transformer)
+    | _command("save-model", save_model)
     | _command("show", show_runs)
 )
 
