@@ -191,8 +191,8 @@ def train_transformer(
     """
     from maskgit.foundation.devices import rank_and_world
     from maskgit.training.inputs import completed
-    from maskgit.training.tokenizer_config import TokenizerTrainingConfig
     from maskgit.training.run.folder import annealed
+    from maskgit.training.tokenizer_config import TokenizerTrainingConfig
     from maskgit.training.train_transformer import train_transformer as run
     from maskgit.training.transformer_config import TransformerTrainingConfig
     from maskgit.training.transformer_dry_run import dry_run as describe
