@@ -1,6 +1,8 @@
 """From a folder of pictures to a generated sheet with the commands of docs/training.md and the smoke recipes."""
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,43 @@ def test_every_recipe_is_a_valid_config(path):
     head = path.read_text().split("\n\n")[0]
     for word in ("command:", "data:", "hardware:", "time:", "result:"):
         assert word in head
+
+
+# What each command of docs/training.md is given besides, to be quick.
+SMALLER = {
+    "tokenizer": (
+        "--set", "steps=4", "batch_size=4", "adversarial_start=2", "evaluate_every=4", "checkpoint_every=4",
+        "usage_window=2", "model.filters=8", "discriminator_filters=8", "model.codebook_size=32",
+    ),
+    "transformer": (
+        "--set", "steps=4", "batch_size=4", "evaluate_every=4", "sample_every=4", "checkpoint_every=4", "num_samples=4",
+        "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.intermediate_size=64", "sampler.steps=2",
+    ),
+    "evaluate": ("--num-images", 24, "--splits", 2),
+}  # fmt: skip
+
+
+def commands_of_the_page() -> list[list[str]]:
+    """Return the commands of the first block of docs/training.md."""
+    block = (RECIPES.parent / "docs" / "training.md").read_text("utf-8").split("```sh\n")[1].split("```")[0]
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("maskgit ")]
+
+
+def test_the_page_leads_from_photographs_to_a_report(pictures, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("cat", "square"), ("dog", "stripes")):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        shutil.copytree(pictures / folder, tmp_path / "photos" / name)
+    Path("recipes").symlink_to(RECIPES)
+    commands = commands_of_the_page()
+    assert [command[0] for command in commands].count("train") == 4
+    for command in commands:
+        name = command[1] if command[0] == "train" else command[0]
+        assert run(*command, *SMALLER.get(name, ())) == 0, command
+    told = capsys.readouterr().out
+    assert "data/photos/test: " in told
+    assert "4/4" in told
+    for made in ("runs.png", "report/report.html", "runs/photos-tokenizer/losses.png", "out/sheet.png"):
+        assert Path(made).is_file(), made

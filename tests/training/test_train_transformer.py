@@ -608,7 +608,7 @@ def test_the_shape_comes_from_the_data_and_from_the_model_to_start_from(folder, 
 
 
 def test_what_will_be_slow_is_said_first(config, monkeypatch, capsys):
-    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
     monkeypatch.setattr(numerics, "has_bfloat16_units", lambda: False)
     train_transformer(replace(config, compile=True, precision="bfloat16", steps=1))
     said = capsys.readouterr().err.splitlines()

@@ -1,6 +1,7 @@
 """Runs beside each other: how far each is, what it reached, and in which settings they differ."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +92,9 @@ def table_of_runs(runs: Sequence[Compared]) -> str:
 
 def table_of_settings(runs: Sequence[Compared]) -> str:
     """Return the settings in which runs differ, a line each; nothing where they differ in none."""
-    keys = sorted({key for run in runs for key in run.config} - set(SAME_RUN))
+    counts = Counter(key for run in runs for key in run.config)
+    # What one run alone has, such as a setting of its stage, is no difference.
+    keys = sorted(key for key, count in counts.items() if count > 1 and key not in SAME_RUN)
     rows = [("setting", *(run.name for run in runs))]
     for key in keys:
         values = [_shown(run.config[key]) if key in run.config else "–" for run in runs]

@@ -161,6 +161,8 @@ class Throughput:
             steps: how many will spend how many FLOPs on each image, such as {2e9: 500, 5e9: 1500}. Kinds of steps that
                 were not measured yet are taken to last as long as their FLOPs say.
         """
+        if not any(steps.values()):
+            return 0.0
         if not self._seconds:
             return math.nan
         known = max(self._seconds)
