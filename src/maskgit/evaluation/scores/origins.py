@@ -43,12 +43,7 @@ _DIMENSIONS = {
         "edm2's files belong to the feature net dinov2; those of dgm-eval, which resizes with Pillow, are near to "
         "it but not the same.",
     ),
-    768: Origin(
-        "CLIP's (ViT-L/14)",
-        ("clip",),
-        ("CLIP, ",),
-        "They must be unit-length embeddings of CLIP's ViT-L/14 at 336 pixels, as CMMD has them.",
-    ),
+    768: Origin("CLIP's (ViT-L/14)", (), ()),
 }
 _CLEAN_FID = {
     "legacy_tensorflow": Origin("clean-fid's (legacy_tensorflow)", _TF1, ("Inception, tf1 ",)),
