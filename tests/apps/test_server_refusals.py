@@ -418,7 +418,7 @@ def test_too_many_bodies_at_once_are_refused():
         async def send(message):
             sent.append(message)
 
-        await gate({"type": "http", "headers": []}, receive, send)
+        await gate({"type": "http", "path": "/v1/edit", "headers": []}, receive, send)
 
     async def run():
         first = [asyncio.create_task(post()) for _ in range(8)]
