@@ -56,6 +56,9 @@ def test_scores_of_parts_are_those_of_the_parts_alone(chunk):
         assert scores[2:] == density_coverage(real, part, k=3)
     assert found.inside.mean() == found.scores().precision
     assert found.balls.mean() / 3 == pytest.approx(found.scores().density)
+    for left_out in range(53):
+        without = found.scores(np.delete(np.arange(53), left_out)).coverage
+        assert without == pytest.approx(found.scores().coverage - found.only[left_out] / 70)
 
 
 def test_features_may_be_float32_tensors_far_from_zero():

@@ -131,8 +131,10 @@ class Manifolds:
     """All four scores of a set and of parts of it, from distances that are computed once and kept.
 
     Attributes:
+        num_real: N.
         inside: bool (M,), whether each generated vector lies in a ball of the real ones: its share is precision.
         balls: int64 (M,), how many it lies in: their mean divided by k is density.
+        only: int64 (M,), in how many of them no other lies: coverage loses these without it.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class Manifolds:
         """Compute the distances, which take 8·M·(N + M) bytes; the arguments are `precision_recall`'s."""
         self.k = check_whole("k", k)
         pair = _Pair(real, generated, self.k, chunk, device)
-        count = len(pair.generated)
+        count, self.num_real = len(pair.generated), len(pair.real)
         self._between = torch.empty(len(pair.real), count, dtype=torch.float64, device=pair.device)
         for rows, columns, squares in pair.pieces(pair.real, pair.generated):
             self._between[rows, columns] = squares
@@ -158,6 +160,8 @@ class Manifolds:
         self._hits = self._between <= pair.radii(pair.real, self.k)[:, None]
         self.inside = self._hits.any(0).cpu().numpy()
         self.balls = self._hits.sum(0).cpu().numpy()
+        alone = self._hits.sum(1) == 1
+        self.only = self._hits[alone].sum(0).cpu().numpy()
 
     def scores(self, rows: NDArray[np.int64] | None = None) -> ManifoldScores:
         """Return the scores of some generated vectors, more than k, or of all."""

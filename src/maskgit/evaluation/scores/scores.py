@@ -35,7 +35,7 @@ from maskgit.foundation.units import Arrays
 
 # Neighbours and images that precision, recall, density and coverage are of unless said otherwise.
 K_NEIGHBOURS, NEIGHBOUR_IMAGES = 3, 2000
-# Random halves whose scores say how much recall and coverage vary.
+# Random halves whose scores say how much recall varies.
 HALVES = 20
 # The least images of a split: a few more than the neighbours that must lie within it.
 MIN_SPLIT = 16
@@ -219,9 +219,9 @@ def manifolds(
 ) -> list[Score]:
     """Return precision, recall, density and coverage, where the reference has features enough.
 
-    Given the reference, each sample counts for itself in precision and density. Recall and coverage are of all samples
-    together, and vary as they do among random halves of them: drawn without replacement, since a sample that counts
-    twice has no distance to itself.
+    Given the reference, each sample counts for itself in precision and density. Coverage is of all samples together:
+    its interval is the jackknife's. Recall varies as it does among random halves of the samples: drawn without
+    replacement, since a sample that counts twice has no distance to itself.
 
     Args:
         pooled: float (N, D), the samples' features.
@@ -253,11 +253,14 @@ def manifolds(
         return Interval(max(0.0, value - half), min(1.0, value + half))
 
     density = mean_interval(found.balls / k, own)
+    # The jackknife that leaves out one sample at a time, of which no distance has to be computed again.
+    spread = mean_interval(len(rows) / found.num_real * found.only, own)
+    lost = (spread.high - spread.low) / 2
     intervals = {
         "precision": share_interval(found.inside, own),
         "recall": by_halves("recall"),
         "density": Interval(max(0.0, density.low), density.high),
-        "coverage": by_halves("coverage"),
+        "coverage": Interval(max(0.0, whole.coverage - lost), min(1.0, whole.coverage + lost)),
     }
     return [
         names.score(kind, getattr(whole, kind), interval, num_images=len(rows))
