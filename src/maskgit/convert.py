@@ -36,15 +36,15 @@ def load_official(
 
     Args:
         tokenizer, transformer: paths of Flax msgpack files.
-        activation, quantizer: what shapes cannot tell; None takes what `save_official` wrote beside the
-            transformer's, else "swish" and "vq", as the released checkpoints have them.
+        activation, quantizer: these cannot be inferred from shapes; None means what `save_official` wrote beside the
+            transformer's file, else "swish" and "vq", as in the released checkpoints.
 
     Returns:
-        A `MaskGIT` in float32 on the CPU. Classes' names, label dropout and sampler settings are those that
-        `save_official` wrote beside; without them, 1000 classes bear ImageNet's names.
+        A `MaskGIT` in float32 on the CPU. Class names, label dropout and sampler settings come from the file that
+        `save_official` wrote beside the checkpoints; without it, 1000 classes get ImageNet's names.
 
     Raises:
-        CheckpointError: a file is damaged, of the other stage, or does not fit.
-        ConfigError: the two do not belong together.
+        CheckpointError: a file is damaged, is of the other stage, or does not match its network.
+        ConfigError: the tokenizer and the transformer do not belong together.
     """
     return MaskGIT(*read_official(tokenizer, transformer, activation, quantizer))

@@ -10,7 +10,7 @@ Shapes: B images, S = N + 1 the sequence with its class token, K codes, h × w t
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -40,6 +40,14 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 # Of the tokenizer's largest activation, in float32: a GPU needs a large batch to be busy, a CPU's cache is small.
 SLICE_BYTES = {False: 2**31, True: 2**26}
+
+
+class Parts(NamedTuple):
+    """A config and the two networks that it describes, as checkpoints hold them."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    transformer: Transformer
 
 
 class Model:

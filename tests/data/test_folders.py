@@ -96,7 +96,7 @@ def test_no_class_is_lost_where_folders_are_nested(tmp_path, paths):
     assert evaluated(tmp_path / "data") == expected
     said = ImageCache.open(tmp_path / "out").left_out
     if paths[-1].count("/") > 1:
-        assert re.fullmatch(r"Folders of one name \(cat/(\w+), dog/\1\) are no classes: .*", said[0])
+        assert re.fullmatch(r"Folders with the same name \(cat/(\w+), dog/\1\) are not classes: .*", said[0])
     else:
         assert said == ()
 
@@ -130,7 +130,7 @@ def test_a_split_without_classes_is_read_where_it_is_named(tmp_path):
     root = write(tmp_path / "data", "train/cat/0.png", "train/dog/1.png", "test/2.png")
     assert packed(root, tmp_path / "out") == {0: "cat", 1: "dog"}
     assert evaluated(root, split="test") == {2: ""}
-    with pytest.raises(DataError, match="no folder for each class"):
+    with pytest.raises(DataError, match="no class folders"):
         pack_images(root, tmp_path / "test", size=SIDE, split="test")
     assert packed(root, tmp_path / "test", split="test", label_column=None) == {2: "image"}
 
@@ -143,7 +143,7 @@ def test_a_split_without_classes_is_read_where_it_is_named(tmp_path):
             ("bus/0.png", "car/1.png", "train/2.png"),
             r"no splits at all: its folders \(bus, car, train\) are classes",
         ),
-        (("0.png", "1.png"), "no splits at all: it holds pictures alone"),
+        (("0.png", "1.png"), "no splits at all: it holds only pictures"),
     ],
 )
 def test_a_split_that_is_not_there_is_an_error_everywhere(tmp_path, capsys, paths, said):
@@ -182,7 +182,7 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     assert left_out == open_pictures(root).left_out
     assert left_out == (
         "Left out, a link back to a folder above it: 1 (cat/back).",
-        "Left out, a link that leads nowhere, or no file: 2 (cat/itself, dog/gone.png).",
+        "Left out, a link to nothing, or not a regular file: 2 (cat/itself, dog/gone.png).",
     )
 
 
@@ -201,7 +201,7 @@ def test_all_that_is_left_out_is_counted_and_listed_but_what_is_hidden(tmp_path,
     expected = {0: "cat", 1: "dog"}
     assert packed(root, tmp_path / "out") == evaluated(root) == streamed(root, 2) == expected
     assert open_pictures(root).left_out == (
-        "Left out, no picture of a format that is read: 3 (dog/old.zip, dog/raw.CR2, notes.txt).",
+        "Left out, not a supported picture format: 3 (dog/old.zip, dog/raw.CR2, notes.txt).",
         "Left out, an empty folder: 1 (fox).",
     )
     assert cli.main(["pack", str(root), str(tmp_path / "again"), "--size", str(SIDE)]) == 0
@@ -210,25 +210,25 @@ def test_all_that_is_left_out_is_counted_and_listed_but_what_is_hidden(tmp_path,
 
 def test_pictures_beside_the_folders_of_classes_count_as_left_out(tmp_path):
     root = write(tmp_path / "data", "cat/0.png", "dog/1.png", "cover.png")
-    with pytest.raises(DataError, match=r"1 of the 3 .*cover.png: it lies beside the folders of classes"):
+    with pytest.raises(DataError, match=r"1 of the 3 .*cover.png: it is in none of the class folders"):
         pack_images(root, tmp_path / "out", size=SIDE)
     assert packed(root, tmp_path / "out", max_bad_share=0.5) == {0: "cat", 1: "dog"}
     batch = open_pictures(root).read(range(3))
     assert len(batch.images) == 2
-    assert "cover.png: it lies beside the folders of classes" in batch.skipped[0]
+    assert "cover.png: it is in none of the class folders" in batch.skipped[0]
 
 
 def test_a_folder_of_pictures_alone_says_what_to_do(tmp_path, capsys):
     root = write(tmp_path / "data", "0.png", "1.png")
     assert cli.main(["pack", str(root), str(tmp_path / "out"), "--size", str(SIDE)]) == 2
     said = capsys.readouterr().err
-    assert "no folder for each class. Sort them into folders, such as" in said
+    assert "no class folders. Sort them into folders, such as" in said
     assert "--label-column none" in said
     assert packed(root, tmp_path / "out", label_column=None) == {0: "image", 1: "image"}
     assert evaluated(root) == {0: "", 1: ""}
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.cr2").write_bytes(b"?")
-    with pytest.raises(DataError, match=r"is empty: .* no picture of a format that is read: 1 \(a.cr2\)"):
+    with pytest.raises(DataError, match=r"is empty: .* not a supported picture format: 1 \(a.cr2\)"):
         pack_images(tmp_path / "raw", tmp_path / "x", size=SIDE)
 
 
@@ -279,7 +279,7 @@ def test_metadata_beside_pictures_says_their_classes(tmp_path):
         '{"file_name": "0.png", "label": "x"}\n{"file_name": "1.png", "label": "y"}\n'
     )
     assert packed(root, tmp_path / "c", max_bad_share=0.5) == {0: "x", 1: "y"}
-    assert "2.png: no metadata file says what it is" in ImageCache.open(tmp_path / "c").skipped[0]
+    assert "2.png: no metadata file gives its label" in ImageCache.open(tmp_path / "c").skipped[0]
     (root / "metadata.jsonl").write_text("[1]\n")
     with pytest.raises(DataError, match="not a table of pictures"):
         pack_images(root, tmp_path / "d", size=SIDE)
@@ -292,12 +292,12 @@ def test_files_of_tables_that_no_split_holds_are_not_lost(tmp_path):
     table = pa.table({"image": [(root / "preview" / "0.png").read_bytes()], "label": [0]})
     for name in ("cars", "test_drive"):
         pq.write_table(table, root / f"{name}.parquet")
-    with pytest.raises(DataError, match=r"called after splits \(test\), but .*cars.parquet is not"):
+    with pytest.raises(DataError, match=r"named after splits \(test\), but .*cars.parquet is not"):
         pack_images(root, tmp_path / "out", size=SIDE)
     assert len(pack_images(root / "*.parquet", tmp_path / "all", size=SIDE)) == 2
     cache = pack_images(root, tmp_path / "test", size=SIDE, split="test")
     assert "in no split: 1" in cache.left_out[0]
-    assert "beside .parquet files, which are read in their place: 1 (preview/0.png)" in cache.left_out[1]
+    assert "beside .parquet files, which are read instead: 1 (preview/0.png)" in cache.left_out[1]
 
 
 def test_what_was_read_rightly_before_has_the_same_fingerprints(tmp_path):

@@ -82,7 +82,7 @@ def test_changed_bytes_are_noticed(images):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda path: (path / "meta.json").unlink(), "not a finished image cache"),
+        (lambda path: (path / "meta.json").unlink(), "not a complete image cache"),
         (lambda path: (path / "meta.json").write_text("{"), "is not JSON"),
         (lambda path: (path / "meta.json").write_text("[]"), "is not a JSON object"),
         (lambda path: edit(path, format=99), "format 99"),
@@ -161,7 +161,7 @@ def test_going_on_after_a_stop_keeps_what_was_done(tmp_path, images):
     with pytest.raises(KeyboardInterrupt):
         write(images, tmp_path / "tokens", RedTokenizer(stop_after=6))
     assert sorted(file.name for file in (tmp_path / "tokens").iterdir()) == ["plan.json", "tokens-00000.npy"]
-    with pytest.raises(DataError, match="not a finished token cache"):
+    with pytest.raises(DataError, match="not a complete token cache"):
         TokenCache.open(tmp_path / "tokens")
     rest = RedTokenizer()
     tokens = write(images, tmp_path / "tokens", rest)
@@ -193,9 +193,9 @@ def test_another_tokenizer_is_refused(tmp_path, images):
     with pytest.raises(DataError, match="made by another tokenizer"):
         tokens.check_tokenizer("u" * 64)
     for changed, message in (
-        ({"tokenizer_fingerprint": "u" * 64}, "another tokenizer fingerprint"),
-        ({"views": "centre"}, "another views"),
-        ({"shard_size": 5}, "another shard size"),
+        ({"tokenizer_fingerprint": "u" * 64}, "different tokenizer fingerprint"),
+        ({"views": "centre"}, "different views"),
+        ({"shard_size": 5}, "different shard size"),
     ):
         with pytest.raises(DataError, match=message):
             write(images, tmp_path / "tokens", **changed)
@@ -232,11 +232,11 @@ def test_too_small_a_disk_is_told_beforehand(tmp_path, images, monkeypatch):
     [
         ({"views": "tencrop"}, "ten_crop"),
         ({"views": "ten_crop"}, "need images of 9"),
-        ({"views": "random"}, "how many random crops"),
+        ({"views": "random"}, "the number of random crops"),
         ({"num_views": 3}, "cannot be 3"),
         ({"size": 6}, "multiple of 4"),
         ({"size": 12}, "need images of 12"),
-        ({"num_codes": 16}, "were announced"),
+        ({"num_codes": 16}, "instead of 16 codes"),
         ({"num_codes": 65_537}, "num_codes"),
         ({"rank": 1}, "rank"),
     ],

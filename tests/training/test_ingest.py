@@ -96,7 +96,7 @@ def test_folder_of_classes(tmp_path):
     }
     assert np.array_equal(cache.images[numbers(cache).index(11)], picture(11))
     assert (cache.num_skipped, cache.notes) == (0, ())
-    assert cache.left_out == ("Left out, no picture of a format that is read: 1 (cat/notes.txt).",)
+    assert cache.left_out == ("Left out, not a supported picture format: 1 (cat/notes.txt).",)
     again = pack_images(source, tmp_path / "again", size=SIDE, num_workers=1)
     assert again.fingerprint == cache.fingerprint
 
@@ -115,13 +115,13 @@ def test_one_class_and_one_image(tmp_path):
     cache = pack_images(make_folder(tmp_path / "data", classes=("cat",), each=1), tmp_path / "out", size=SIDE)
     assert (cache.class_names, cache.labels.tolist()) == (("cat",), [0])
     assert len(cache.notes) == 2
-    assert "one image only" in cache.notes[0]
-    assert "one class only" in cache.notes[1]
+    assert "only one image" in cache.notes[0]
+    assert "only one class" in cache.notes[1]
 
 
 def test_pictures_without_classes(tmp_path):
     source = make_folder(tmp_path / "data", classes=(".",))
-    with pytest.raises(DataError, match=r"no folder for each class\. Sort them .*--label-column none"):
+    with pytest.raises(DataError, match=r"no class folders\. Sort them .*--label-column none"):
         pack_images(source, tmp_path / "out", size=SIDE)
     cache = pack_images(source, tmp_path / "out", size=SIDE, label_column=None)
     assert (numbers(cache), cache.labels.tolist(), cache.num_classes) == ([0, 1, 2], [0, 0, 0], 1)
@@ -168,7 +168,7 @@ def test_text_labels_and_given_names(tmp_path):
     assert (cache.labels.tolist(), cache.class_names) == ([1, 0, 1], ("cat", "dog"))
     given = pack_images(file, tmp_path / "b", size=SIDE, class_names=["eel", "dog", "cat"])
     assert (given.labels.tolist(), given.class_names) == ([1, 2, 1], ("eel", "dog", "cat"))
-    assert given.notes == ("1 of 3 classes have no image.",)
+    assert given.notes == ("1 of 3 classes have no images.",)
     plain = pack_images(make_parquet(tmp_path / "plain.parquet"), tmp_path / "c", size=SIDE)
     assert plain.class_names == ("0", "1", "2")
 
@@ -194,8 +194,8 @@ def test_idx(tmp_path, pack, ending):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-1], "cut short: it holds 4 of 5"),
-        (lambda data: data + b"x", "goes on after its 5"),
+        (lambda data: data[:-1], "truncated: it holds 4 of 5"),
+        (lambda data: data + b"x", "has data after its 5"),
         (lambda data: b"\0\0\x0d" + data[3:], "not an IDX file"),
         (lambda data: data[:6], "header is incomplete"),
         (lambda data: data[:8] + b"\xff" * 8 + data[16:], "not allowed"),
@@ -286,14 +286,14 @@ def test_bad_labels_are_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path, "no file or folder here|does not exist"),
+        (lambda path: path, "not a local file or folder|does not exist"),
         (lambda path: path.mkdir(), "is empty: it holds no images"),
         (lambda path: make_folder(path, each=0), "is empty: it holds no images"),
         (lambda path: make_parquet(path / "a.parquet", count=3, bad=range(3)), "3 of the 3 images"),
         (lambda path: make_parquet(path / "a.parquet", count=0), "is empty"),
         (lambda path: make_parquet(path / "a.parquet", other=[1] * 6), "Its columns are: image, other"),
         (lambda path: truncate(make_parquet(path / "a.parquet")), "cannot be read"),
-        (lambda path: path.write_text("no data"), "of a kind that is not read"),
+        (lambda path: path.write_text("no data"), "not of a supported kind"),
     ],
 )
 def test_sources_without_images_are_refused(tmp_path, make, message):
@@ -310,7 +310,7 @@ def truncate(file):
 
 def test_a_name_that_is_not_to_be_had_is_refused(tmp_path):
     with pytest.raises(
-        DataError, match="nobody/nothing is no file or folder here, and on the hub it cannot be read"
+        DataError, match="nobody/nothing is not a local file or folder, and on the Hub it cannot be read"
     ):
         pack_images("nobody/nothing", tmp_path / "out", size=SIDE)
 
@@ -389,7 +389,7 @@ def test_streams_that_cannot_work_are_refused(tmp_path, shards):
         streamed(shards, class_names=None)
     with pytest.raises(DataError, match="IDX files, which are not streamed: pack them"):
         streamed(make_idx(tmp_path / "idx"))
-    with pytest.raises(ConfigError, match="revision is for data sets on the hub"):
+    with pytest.raises(ConfigError, match="revision applies to data sets on the Hub"):
         streamed(shards, revision="main")
 
 
@@ -414,7 +414,7 @@ def test_rows_of_the_hub_name_no_files_here(tmp_path, monkeypatch, form):
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     cache = pack_images("someone/hostile", tmp_path / "hub", size=SIDE, max_bad_share=0.5)
     assert numbers(cache) == [2]
-    assert "own.png, which is a file here" in cache.skipped[0]
+    assert "own.png, a local file" in cache.skipped[0]
     settings = {"seed": 0, "global_batch": 2, "size": SIDE, "augment": "none", "class_names": ("a", "b")}
     stream = StreamedImages("someone/hostile", max_bad_share=1, shuffle_buffer=0, num_workers=1, **settings)
     batches = stream.from_step(0)

@@ -286,7 +286,7 @@ def test_an_interrupt_ends_a_run_that_still_passes_over_rows(folder, monkeypatch
         ({"split": "test"}, "no split 'test'"),
         ({"lanes": 3}, "lanes must be 1, or a multiple of the 2 processes"),
         ({"source": "nothing/at/all"}, "does not exist"),
-        ({"revision": "main"}, "revision is for data sets on the hub"),
+        ({"revision": "main"}, "revision applies to data sets on the Hub"),
     ],
 )
 def test_streams_that_do_not_fit_are_refused_before_a_run_begins(configs, change, sentence):

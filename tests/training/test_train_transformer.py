@@ -498,7 +498,7 @@ def test_a_run_with_a_constant_rate_may_be_made_longer(config):
     ("change", "error", "sentence"),
     [
         ({"data": "foreign/tokens"}, DataError, "made by another tokenizer"),
-        ({"data": "nothing"}, DataError, "not a finished token cache"),
+        ({"data": "nothing"}, DataError, "not a complete token cache"),
         ({"tokenizer": "nothing"}, CheckpointError, "cannot be read"),
         ({"model": replace(MODEL, num_codes=32)}, ConfigError, r"model\.num_codes is 32, but .* have 16"),
         ({"model": replace(MODEL, num_classes=4)}, ConfigError, r"model\.num_classes is 4, but .* have 3"),

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from maskgit.checkpoints import hugging_face, weights
 from maskgit.checkpoints.official import read_official
-from maskgit.checkpoints.parts import Parts, Whole
 from maskgit.config import ModelConfig
 from maskgit.errors import (
     CheckpointError,
@@ -37,6 +36,7 @@ from maskgit.foundation.checks import Config
 from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype, shapes_only
 from maskgit.foundation.files import expand, read_json, write_folder, write_json
 from maskgit.foundation.locks import locked, waits_for
+from maskgit.model import Model, Parts
 from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
@@ -82,16 +82,16 @@ def load_named(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Parts:
-    """Return what a model is made of, by name or path; see `maskgit.hub.from_pretrained`.
+    """Return the parts of a model, by name or path; see `maskgit.hub.from_pretrained`.
 
     Args:
         name_or_path: a folder written by `save_model`; a name in `REGISTRY` (an official one is downloaded
             and converted once, then kept in the cache); or a Hugging Face Hub id such as "user/model", or
             "user/model@revision".
-        device: where the weights go; "auto" takes what is there.
-        dtype: the type that the networks compute in, such as torch.bfloat16 or "bfloat16"; "auto" is the one that
-            the weights are stored in, None is float32.
-        torch_dtype: the older name of dtype in diffusers and transformers; it wins where both are given.
+        device: where the weights go; "auto" uses a GPU if there is one.
+        dtype: the dtype that the networks compute in, such as torch.bfloat16 or "bfloat16"; "auto" means the dtype
+            that the weights are stored in, None means float32.
+        torch_dtype: the older name of dtype in diffusers and transformers; it wins if both are given.
         revision, token, cache_dir, local_files_only: see `locate`.
 
     Raises:
@@ -113,22 +113,22 @@ def locate(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Return the folder of a model, downloading and converting it if need be.
+    """Return the folder of a model, downloading and converting it if necessary.
 
     Args:
         name_or_path: see `from_pretrained`; of a training run's folder, its newest model is taken.
         revision: a commit, tag or branch, of a model on the Hugging Face Hub.
-        token: for the hub; None takes the one that `hf auth login` stored, False none.
-        cache_dir: where downloads are kept, in place of the cache that $MASKGIT_CACHE names, or $HF_HOME for
-            models on the hub.
-        local_files_only: take what was downloaded before, and ask no server.
+        token: for the Hub; None uses the one that `hf auth login` stored, False uses none.
+        cache_dir: where downloads are kept, instead of the cache in $MASKGIT_CACHE, or in $HF_HOME for models on the
+            Hub.
+        local_files_only: use earlier downloads, without contacting a server.
 
     Raises:
-        CheckpointError, ConfigError, DownloadError: there is no such model, or it cannot be had.
+        CheckpointError, ConfigError, DownloadError: there is no such model, or it cannot be downloaded.
         OutputError: it has to be downloaded, and the cache cannot be written.
     """
     name = str(name_or_path)
-    # Names come first, so that a folder which happens to be called so does not hide a model; ./name is the folder.
+    # Registered names take precedence over folders of the same name; ./name is the folder.
     entry = REGISTRY.get(name)
     path = expand(name_or_path)
     try:
@@ -138,10 +138,10 @@ def locate(
     hub_id = HUB_ID.fullmatch(name)
     if revision is not None and (entry or exists or not hub_id):
         raise ConfigError(
-            f"A revision is of a model on the Hugging Face Hub, but {name:.200} is not one: leave it out."
+            f"revision applies to models on the Hugging Face Hub, but {name:.200} is not one: leave it out."
         )
     if revision is not None and hub_id and hub_id[2]:
-        raise ConfigError(f"{name:.200} names a revision already: give it once.")
+        raise ConfigError(f"{name:.200} already names a revision: give only one.")
     if isinstance(entry, Path):
         return entry
     if isinstance(entry, Official):
@@ -185,7 +185,7 @@ def _converted(name: str, urls: Official, cache: Path | None, local_files_only: 
         return folder
     if local_files_only and not all(download.cached(url, downloads).is_file() for url in urls):
         raise DownloadError(
-            f"{name} is not in {root}, and local_files_only allows no download: leave it out once."
+            f"{name} is not in {root}, and local_files_only forbids downloads: leave it out once."
         )
     with (
         download.naming_the_cache() if cache is None else nullcontext(),
@@ -197,20 +197,20 @@ def _converted(name: str, urls: Official, cache: Path | None, local_files_only: 
         try:
             parts = read_official(paths[0], paths[1])
         except CheckpointError as error:
-            # What came may have been a proxy's page; its checksum must not stand in the way of the next try.
+            # The download may have been a proxy's error page; its checksum must not block the next attempt.
             for path in paths:
                 download.forget(path)
             raise CheckpointError(
-                f"What was downloaded is not {name}, and was thrown away: {error}"
+                f"The downloaded files are not {name}, and were deleted: {error}"
             ) from error
         return save_parts(parts, folder)
 
 
 def load_parts(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None = torch.float32) -> Parts:
-    """Return what the model in a folder is made of.
+    """Return the parts of the model in a folder.
 
     Raises:
-        CheckpointError: a file is missing or broken, or weights do not fit their config.
+        CheckpointError: a file is missing or broken, or weights do not match their config.
     """
     path = expand(path)
     index = read_json(path / INDEX, remedy=_REMEDY)
@@ -240,12 +240,12 @@ def load_tokenizer(
     """Return a tokenizer.
 
     Args:
-        path: a model's folder or name, or a folder that holds a tokenizer alone.
+        path: a model's folder or name, or a folder with only a tokenizer.
         device: where the weights go.
-        dtype: the type that the networks compute in.
+        dtype: the dtype that the network computes in.
 
     Raises:
-        CheckpointError: a file is missing or broken, or weights do not fit their config.
+        CheckpointError: a file is missing or broken, or weights do not match their config.
         ConfigError, DownloadError: there is no such model.
     """
     path = _model_of_run(expand(path)) if expand(path).is_dir() else locate(path)
@@ -260,7 +260,7 @@ def load_tokenizer(
 def _load_stage(
     kind: Callable[[Any], Module], config: Config, path: Path, device: Device, dtype: Dtype | None
 ) -> Module:
-    # "auto" keeps the type of each weight.
+    # "auto" keeps the dtype of each weight.
     chosen = torch.float32 if dtype is None else choose_dtype(dtype)
     with shapes_only():
         module = kind(config)
@@ -272,23 +272,23 @@ def _load_stage(
         found = {name: tuple(file.get_slice(name).get_shape()) for name, file in homes.items()}
         problems = weights.differences(expected, found)
         if problems:
-            raise CheckpointError(f"{path} does not fit its config: {weights.listed(problems)}.")
+            raise CheckpointError(f"{path} does not match its config: {weights.listed(problems)}.")
         state = {name: homes[name].get_tensor(name) for name in expected}
     wrong = [name for name, t in state.items() if t.is_floating_point() == (name in counters)]
     if wrong:
-        raise CheckpointError(f"{path} does not fit its config: {wrong[0]} is {state[wrong[0]].dtype}.")
+        raise CheckpointError(f"{path} does not match its config: {wrong[0]} is {state[wrong[0]].dtype}.")
     state = {name: t.to(chosen) if chosen and t.is_floating_point() else t for name, t in state.items()}
     weights.check_finite(
         state,
         path,
-        f"The file is broken, or its numbers are too large for {chosen}: use another, or float32.",
+        f"The file is broken, or its values are too large for {chosen}: use another file, or float32.",
     )
     module.load_state_dict({name: t.to(device) for name, t in state.items()}, strict=True, assign=True)
     return module.eval()
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """Return the safetensors files that hold a network: one, or the shards that an index beside it lists."""
+    """Return the safetensors files of a network: a single file, or the shards listed in an index beside it."""
     index = path.with_name(path.name + ".index.json")
     if path.exists() or not index.exists():
         return [path]
@@ -304,7 +304,7 @@ def _weight_files(path: Path) -> list[Path]:
 def _open_weights(path: Path) -> Iterator[Any]:
     with _blame_file(path):
         weights.check_is_no_pointer(path)
-        # Read on the CPU, whatever the device: safetensors knows some of them only.
+        # Read on the CPU, because safetensors supports only some devices.
         file = safe_open(path, framework="pt", device="cpu")
     with file as opened:
         yield opened
@@ -321,7 +321,7 @@ def _blame_file(path: Path) -> Iterator[None]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: Dtype | None = None) -> Path:
-    """Write a folder that holds a tokenizer alone; see `save_model`."""
+    """Write a folder with only a tokenizer; see `save_model`."""
     config = cast(Tokenizer, weights.unwrapped(tokenizer)).config
     state = _stored(Tokenizer, config, tokenizer, dtype)
 
@@ -334,7 +334,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: Dtype | Non
 def _stored(
     kind: Callable[[Any], nn.Module], config: Config, module: nn.Module, dtype: Dtype | None
 ) -> dict[str, Tensor]:
-    """Return a network's tensors as they are stored."""
+    """Return a network's tensors in the form in which they are stored."""
     stored = choose_dtype(dtype)
     state = {
         name: tensor.to("cpu", stored if tensor.is_floating_point() else None).contiguous()
@@ -343,7 +343,7 @@ def _stored(
     weights.check_finite(
         state,
         f"The {kind.__name__.lower()} is not saved",
-        "It is broken, or its numbers are too large for the type it is to be stored in.",
+        "It is broken, or its values are too large for the dtype of the file.",
     )
     return state
 
@@ -355,12 +355,12 @@ def _write_stage(folder: Path, config: dict[str, Any], state: dict[str, Tensor])
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(str(error)) from error
-    # safetensors makes it private.
+    # safetensors creates it readable by its owner alone.
     (folder / WEIGHTS).chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
 
 
 def push_to_hub(
-    model: Whole,
+    model: Model,
     repo_id: str,
     *,
     private: bool = False,
@@ -371,13 +371,13 @@ def push_to_hub(
 
     Args:
         model: the model.
-        repo_id: "user/name"; made if it does not exist.
-        private: whether a new one is private.
-        token: the user's; None takes the one that `hf auth login` stored.
-        commit_message: of the upload.
+        repo_id: "user/name"; created if it does not exist.
+        private: whether a new repository is private.
+        token: the user's; None uses the one that `hf auth login` stored.
+        commit_message: for the upload.
 
     Raises:
-        DownloadError: the hub refuses or cannot be reached.
+        DownloadError: the Hub refuses the upload or cannot be reached.
     """
     with tempfile.TemporaryDirectory() as folder:
         return hugging_face.upload(
@@ -389,29 +389,29 @@ def push_to_hub(
         )
 
 
-def save_model(model: Whole, path: str | Path, *, dtype: Dtype | None = None) -> Path:
-    """Write a model folder, whole or not at all; one that is there is replaced.
+def save_model(model: Model, path: str | Path, *, dtype: Dtype | None = None) -> Path:
+    """Write a model folder, whole or not at all; an existing model folder is replaced.
 
     Args:
         model: the model.
         path: the folder, made if needed.
-        dtype: the type that floating-point weights are stored in; None and "auto" keep theirs.
+        dtype: the dtype in which floating-point weights are stored; None and "auto" keep theirs.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: a weight is NaN or infinite, or would be in `dtype`.
-        ConfigError: the model is optimized, or a network is not the one that its config describes.
-        OutputError: it cannot be written, or something that is not a model stands there.
+        ConfigError: the model is optimized, or a network does not match its config.
+        OutputError: it cannot be written, or the path holds something other than a model.
     """
     if model.engine is not None:
-        raise ConfigError("An optimized model is for running; save the one that it was made from.")
+        raise ConfigError("An optimized model cannot be saved; save the model that it was made from.")
     return save_parts(Parts(model.config, model.tokenizer, model.transformer), path, dtype=dtype)
 
 
 def save_parts(parts: Parts, path: str | Path, *, dtype: Dtype | None = None) -> Path:
-    """Write what a model is made of; see `save_model`."""
+    """Write the parts of a model; see `save_model`."""
     states = {
         "tokenizer": _stored(Tokenizer, parts.config.tokenizer, parts.tokenizer, dtype),
         "transformer": _stored(Transformer, parts.config.transformer, parts.transformer, dtype),

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, and what its client's errors mean to users."""
+"""Models on the Hugging Face Hub, with its client's errors explained to users."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ def download(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Return the folder of a model on the hub, downloading what the cache lacks.
+    """Return the folder of a model on the Hub, downloading what is not in the cache.
 
     Args:
         repo_id: "user/model".
         revision, token, cache_dir, local_files_only: see `hub.locate`.
 
     Raises:
-        DownloadError: there is no such model or revision, or it cannot be had.
+        DownloadError: there is no such model or revision, or it cannot be downloaded.
         ConfigError: the environment names a proxy that needs a package.
         OutputError: the cache cannot be written.
     """
@@ -33,8 +33,8 @@ def download(
     folder = expand(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
     if str(folder).startswith("~"):
         raise OutputError(
-            f"This user has no home folder to keep {repo_id} in; name a folder that can be written with the "
-            "environment variable HF_HOME, or with cache_dir."
+            f"This user has no home folder to cache {repo_id} in; set the environment variable HF_HOME, or cache_dir, "
+            "to a writable folder."
         )
     try:
         return Path(
@@ -49,7 +49,7 @@ def download(
         )
     except MaskGITError:
         raise
-    # The hub's client raises its own, its HTTP library's and the system's errors; for the user all are one.
+    # The Hub's client raises its own, its HTTP library's and the system's errors.
     except Exception as error:
         raise _explained(repo_id, revision, folder, local_files_only, error) from error
 
@@ -63,11 +63,11 @@ def _explained(
     if isinstance(error, ImportError) and (missing := missing_socks(error)):
         return missing
     wanted = f"{repo_id!r}" if revision is None else f"{repo_id!r} at the revision {revision!r}"
-    # Those of the system; the hub's own are derived from the same class, but come without a number.
+    # Errors of the system; the Hub's own are of the same class, but have no errno.
     if isinstance(error, OSError) and error.errno and not isinstance(error, HfHubHTTPError | ConnectionError):
         told = str(output_error(folder, error)).removesuffix(" Choose another folder.")
         return OutputError(
-            f"{told} Name a folder that can be written with the environment variable HF_HOME, or with cache_dir."
+            f"{told} Set the environment variable HF_HOME, or cache_dir, to a writable folder."
         )
     if isinstance(error, RevisionNotFoundError):
         return DownloadError(
@@ -75,14 +75,14 @@ def _explained(
         )
     if isinstance(error, GatedRepoError):
         return DownloadError(
-            f"{repo_id!r} on the Hugging Face Hub is only for users who were granted access: ask for it on its "
-            "page, and log in with `hf auth login` or give a token."
+            f"{repo_id!r} on the Hugging Face Hub is gated: request access on its page, and log in with "
+            "`hf auth login` or give a token."
         )
     if constants.HF_HUB_OFFLINE or local_files_only:
         why = (
             "the environment variable HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) turns offline mode on: unset it"
             if constants.HF_HUB_OFFLINE
-            else "local_files_only allows no download: leave it out"
+            else "local_files_only forbids downloads: leave it out"
         )
         return DownloadError(
             f"There is no folder {repo_id!r}, {wanted} of the Hugging Face Hub is not in the cache {folder}, and "
@@ -101,7 +101,7 @@ def upload(
     """Upload a folder and return the URL of its repository; see `hub.push_to_hub`.
 
     Raises:
-        DownloadError: the hub refuses or cannot be reached.
+        DownloadError: the Hub refuses the upload or cannot be reached.
         ConfigError: the environment names a proxy that needs a package.
     """
     from huggingface_hub import HfApi
@@ -110,7 +110,7 @@ def upload(
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-    # The hub's client raises its own, its HTTP library's and the system's errors; for the user all are one.
+    # The Hub's client raises its own, its HTTP library's and the system's errors.
     except Exception as error:
         if isinstance(error, ImportError) and (missing := missing_socks(error)):
             raise missing from error

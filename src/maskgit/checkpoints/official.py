@@ -1,7 +1,7 @@
 """Official Flax checkpoints ↔ ours.
 
-Every parameter goes through an explicit table of (official path, our name, layout); one that is missing,
-surplus or misshapen is an error that names it.
+Every parameter goes through an explicit table of (official path, our name, layout); a missing, unexpected or misshapen
+parameter is an error that names it.
 """
 
 import json
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from maskgit.checkpoints import flax_msgpack as flaxio
 from maskgit.checkpoints import weights
 from maskgit.checkpoints.official_table import FLAX_NORMS, Row, tokenizer_table, transformer_table
-from maskgit.checkpoints.parts import Parts, Whole
 from maskgit.config import ModelConfig
 from maskgit.errors import CheckpointError, ConfigError, MaskGITError
 from maskgit.foundation import files
 from maskgit.foundation.checks import Config, check_choice
+from maskgit.model import Model, Parts
 from maskgit.networks.config import ACTIVATIONS, TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 Module = TypeVar("Module", bound=nn.Module)
 
-# What a model is made of; a trainer's checkpoint may hold more.
+# The collections of a model; a training checkpoint may hold more.
 COLLECTIONS = frozenset(("params", "batch_stats"))
 OFFICIAL_QUANTIZERS = ("vq", "gumbel")
-# The file beside checkpoints that tells what their format has no place for.
+# The file beside checkpoints for what their format cannot hold.
 TOLD, TOLD_VERSION = "model.json", 1
 # The largest official checkpoint has 692 MB.
 MAX_FILE_BYTES = 2**34
@@ -57,7 +57,7 @@ def to_state_dict(arrays: Arrays, table: list[Row]) -> dict[str, Tensor]:
         float32 tensors by our names.
 
     Raises:
-        CheckpointError: parameters are missing, surplus, misshapen or not finite; up to five are named.
+        CheckpointError: parameters are missing, unexpected, misshapen or not finite; up to five are named.
     """
     _check(arrays, table)
     parts: dict[str, dict[int, Tensor]] = {}
@@ -80,7 +80,7 @@ def _check(arrays: Arrays, table: list[Row]) -> None:
         elif array.dtype.kind != "f":
             problems.append(f"{path} is {array.dtype} instead of a float")
         elif not np.isfinite(_float32(array)).all():
-            problems.append(f"{path} holds NaN, infinity, or what is too large for float32")
+            problems.append(f"{path} holds NaN, infinity, or values too large for float32")
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"The checkpoint does not fit this network: {'; '.join(problems[:5])}{more}.")
@@ -106,17 +106,17 @@ def from_state_dict(state: dict[str, Tensor], table: list[Row]) -> Arrays:
 def infer_tokenizer_config(
     arrays: Arrays, *, activation: str = "swish", quantizer: str = "vq"
 ) -> TokenizerConfig:
-    """Return the config that an official tokenizer's paths and shapes tell.
+    """Infer the config of an official tokenizer from its parameters' paths and shapes.
 
     Args:
         arrays: by official path.
-        activation, quantizer: what shapes cannot tell.
+        activation, quantizer: these cannot be inferred from shapes.
 
     Raises:
         CheckpointError: it is not a tokenizer.
     """
     if "params/Embed_0/word_embeddings/embedding" in arrays:
-        raise CheckpointError("This is a transformer's checkpoint, and a tokenizer's is needed.")
+        raise CheckpointError("This is a transformer checkpoint, but a tokenizer checkpoint is needed.")
     try:
         filters = arrays["params/encoder/Conv_0/kernel"].shape[3]
         codebook_size, embedding_dim = arrays["params/quantizer/codebook"].shape
@@ -144,17 +144,17 @@ def infer_tokenizer_config(
 
 
 def infer_transformer_config(arrays: Arrays, *, num_codes: int = 1024) -> TransformerConfig:
-    """Return the config that an official transformer's paths and shapes tell.
+    """Infer the config of an official transformer from its parameters' paths and shapes.
 
     Args:
         arrays: by official path.
-        num_codes: the tokenizer's codebook size, which shapes cannot tell from the classes.
+        num_codes: the tokenizer's codebook size; the shapes only give the sum of codes and classes.
 
     Raises:
         CheckpointError: it is not a transformer.
     """
     if "params/quantizer/codebook" in arrays:
-        raise CheckpointError("This is a tokenizer's checkpoint, and a transformer's is needed.")
+        raise CheckpointError("This is a tokenizer checkpoint, but a transformer checkpoint is needed.")
     try:
         vocab_size, hidden_size = arrays["params/Embed_0/word_embeddings/embedding"].shape
         positions, _ = arrays["params/Embed_0/position_embeddings/embedding"].shape
@@ -166,7 +166,7 @@ def infer_transformer_config(arrays: Arrays, *, num_codes: int = 1024) -> Transf
     grid_size = math.isqrt(max(positions - 1, 0))
     if grid_size**2 != positions - 1:
         raise CheckpointError(
-            f"The transformer has {positions} positions, which are not a square grid and one."
+            f"The transformer has {positions} positions, which is not a square number plus one."
         )
     if vocab_size <= num_codes + 1:
         raise CheckpointError(
@@ -190,8 +190,7 @@ def _count(arrays: Arrays, pattern: str) -> int:
 def read_checkpoint(path: str | Path) -> Arrays:
     """Return the arrays of an official checkpoint by path ("params/encoder/Conv_0/kernel").
 
-    What a trainer keeps beside the model's collections, such as its optimizer's state, is left out, and a line in
-    the log says so.
+    Anything besides the model's collections, such as an optimizer's state, is left out, which is logged.
 
     Raises:
         CheckpointError: the file cannot be read or is not a Flax checkpoint.
@@ -201,9 +200,9 @@ def read_checkpoint(path: str | Path) -> Arrays:
         with path.open("rb") as file:
             size = path.stat().st_size
             if not 0 < size <= MAX_FILE_BYTES:
-                raise CheckpointError(f"{path} has {size} bytes, which no MaskGIT checkpoint has.")
+                raise CheckpointError(f"{path} has {size} bytes, which is no size of a MaskGIT checkpoint.")
             weights.check_is_no_pointer(path)
-            # Mapped, so that the file's bytes are not held a second time while its arrays are copied out.
+            # Mapped, so that the file is not held in memory a second time while its arrays are copied.
             with (
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
                 memoryview(data) as view,
@@ -214,7 +213,7 @@ def read_checkpoint(path: str | Path) -> Arrays:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     others = sorted(tree.keys() - COLLECTIONS)
     if others:
-        log.warning("%s: left out %s, which the model does not use.", path, ", ".join(map(repr, others[:8])))
+        log.warning("%s: ignoring %s, which the model does not use.", path, ", ".join(map(repr, others[:8])))
     arrays = dict(flaxio.leaves({key: tree[key] for key in tree if key in COLLECTIONS}))
     if not any(key.startswith("params/") for key in arrays):
         raise CheckpointError(f"{path} holds no 'params', so it is not a Flax model checkpoint.")
@@ -227,21 +226,7 @@ def read_official(
     activation: str | None = None,
     quantizer: str | None = None,
 ) -> Parts:
-    """Return what the model of two official checkpoints is made of; see `maskgit.convert.load_official`.
-
-    Args:
-        tokenizer, transformer: paths of Flax msgpack files.
-        activation, quantizer: what shapes cannot tell; None takes what `save_official` wrote beside the
-            transformer's, else "swish" and "vq", as the released checkpoints have them.
-
-    Returns:
-        A `MaskGIT` in float32 on the CPU. Classes' names, label dropout and sampler settings are those that
-        `save_official` wrote beside; without them, 1000 classes bear ImageNet's names.
-
-    Raises:
-        CheckpointError: a file is damaged, of the other stage, or does not fit.
-        ConfigError: the two do not belong together.
-    """
+    """Return the parts of the model in two official checkpoints; see `maskgit.convert.load_official`."""
     from maskgit.networks.classes import imagenet_class_names
 
     told = _read_told(files.expand(transformer).with_name(TOLD))
@@ -277,27 +262,26 @@ def read_official(
         )
         if (told.tokenizer, told.transformer) != (shape, transformer_config):
             raise CheckpointError(
-                f"{files.expand(transformer).with_name(TOLD)} describes another model than the checkpoints beside "
-                "it; remove it."
+                f"{files.expand(transformer).with_name(TOLD)} does not describe the checkpoints beside it; remove it."
             )
         config = replace(told, tokenizer=tokenizer_config)
     return Parts(config, first, second)
 
 
-def save_official(model: Whole, directory: str | Path) -> tuple[Path, Path]:
+def save_official(model: Model, directory: str | Path) -> tuple[Path, Path]:
     """Write a model as two official checkpoints, for users of the JAX code.
 
     Args:
         model: any `MaskGIT`.
-        directory: made if needed; gets `tokenizer_checkpoint` and `maskgit_checkpoint`, and beside them
-            `model.json` with what the format has no place for: classes' names, label dropout, sampler settings.
+        directory: made if needed; `tokenizer_checkpoint` and `maskgit_checkpoint` are written to it, and `model.json`
+            with what their format cannot hold: class names, label dropout, sampler settings.
 
     Returns:
         The two paths, tokenizer first.
 
     Raises:
         CheckpointError: a weight is NaN or infinite.
-        ConfigError: a network is not the one that its config describes, or has what no official one has.
+        ConfigError: a network does not match its config, or has parts that the official networks lack.
         OutputError: the folder cannot be written.
     """
     directory = files.expand(directory)
@@ -328,7 +312,7 @@ def save_official(model: Whole, directory: str | Path) -> tuple[Path, Path]:
 
 
 def _read_told(path: Path) -> ModelConfig | None:
-    """Return what `save_official` wrote beside its checkpoints; None where there is nothing."""
+    """Return the config that `save_official` wrote beside its checkpoints, or None."""
     if not path.is_file():
         return None
     values = files.read_json(path)
@@ -353,7 +337,7 @@ def _load(kind: Callable[..., Module], config: Config, state: dict[str, Tensor])
 
 @contextmanager
 def _blame(path: str | Path) -> Iterator[None]:
-    """Put the file's name before the message of an error about its contents."""
+    """Prefix errors about a file's contents with its name."""
     try:
         yield
     except MaskGITError as error:

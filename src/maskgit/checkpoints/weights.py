@@ -1,4 +1,4 @@
-"""The tensors of a network as they travel: under their own names, all of them, and every one a number."""
+"""The tensors of a network for saving and loading: under their own names, complete and finite."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,15 +12,15 @@ from maskgit.foundation.devices import shapes_only
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# The one child of what wraps a network: torch.compile, DataParallel and DDP, FSDP, activation checkpointing.
+# The name of the child in wrappers of a network: torch.compile, DataParallel and DDP, FSDP, activation checkpointing.
 WRAPPED = frozenset(("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the network itself if it stands in DataParallel or the like, whose methods are not its own.
+    """Return the network inside DataParallel or similar wrappers, which hide its methods.
 
-    What `torch.compile` made passes everything on to the network, and is returned as it is.
+    The result of `torch.compile` forwards everything to the network and is returned as it is.
     """
     inner, passes_on = module, True
     while True:
@@ -32,10 +32,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def own_state(kind: Callable[[Any], nn.Module], config: Any, module: nn.Module) -> dict[str, Tensor]:
-    """Return a network's tensors by the names that a fresh network of its config has, whatever wraps it or its parts.
+    """Return a network's tensors by the names in a new network of its config, whatever wraps it or its parts.
 
     Raises:
-        ConfigError: it has other tensors than such a network, so that nothing could read them back.
+        ConfigError: its tensors differ from those of such a network, so that they could not be loaded again.
     """
     with shapes_only():
         expected = shapes(kind(config).state_dict())
@@ -46,17 +46,17 @@ def own_state(kind: Callable[[Any], nn.Module], config: Any, module: nn.Module) 
     problems = differences(expected, shapes(state))
     if problems:
         raise ConfigError(
-            f"The {kind.__name__.lower()} is not the network of its config any more: {listed(problems)}. Save the "
-            "one that it was made from."
+            f"The {kind.__name__.lower()} no longer matches its config: {listed(problems)}. Save the network that it was "
+            "made from."
         )
     return state
 
 
 def plain_network(kind: Callable[[Any], Module], config: Any, module: nn.Module) -> Module:
-    """Return a network without what wraps it or its parts: itself, or a new one that shares its tensors.
+    """Return a network without wrappers: itself, or a new one that shares its tensors.
 
     Raises:
-        ConfigError: it is wrapped, and has other tensors than its config says.
+        ConfigError: it is wrapped, and its tensors do not match its config.
     """
     if not any(WRAPPED.intersection(name.split(".")) for name, _ in module.named_modules()):
         return cast(Module, module)
@@ -73,7 +73,7 @@ def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Say of each tensor that is missing, unknown or misshapen what is wrong with it, in order of names."""
+    """Return a description of each tensor that is missing, unknown or misshapen, sorted by name."""
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
     problems += [
@@ -90,11 +90,11 @@ def listed(problems: list[str]) -> str:
 
 
 def check_finite(state: Mapping[str, Tensor], place: object, advice: str) -> None:
-    """Refuse weights of which one is NaN or infinite.
+    """Refuse weights that contain NaN or infinity.
 
     Args:
         state: tensors by name.
-        place: what they are of, for the message.
+        place: where they are from, for the message.
         advice: what to do, a sentence.
 
     Raises:
@@ -105,8 +105,8 @@ def check_finite(state: Mapping[str, Tensor], place: object, advice: str) -> Non
     }
     if not tensors:
         return
-    # A sum tells at the speed of memory, and on a GPU all are waited for at once; only what it cannot
-    # clear, as it may overflow, is looked at number by number.
+    # A sum runs at memory speed, and on a GPU all sums are waited for at once. Only tensors whose sum is not finite,
+    # which may be mere overflow, are checked element by element.
     sums = torch.stack([tensor.detach().sum(dtype=torch.float32) for tensor in tensors.values()])
     for name in _names(tensors, sums.isfinite().logical_not().tolist()):
         if not bool(tensors[name].isfinite().all()):
@@ -119,16 +119,16 @@ def _names(tensors: Mapping[str, Tensor], chosen: Iterable[bool]) -> list[str]:
 
 
 def check_is_no_pointer(path: Path) -> None:
-    """Refuse the text that Git LFS leaves where a file was not downloaded.
+    """Refuse a Git LFS pointer, left where a file was not downloaded.
 
     Raises:
-        CheckpointError: it is such a pointer.
+        CheckpointError: it is a pointer.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
     if start == LFS_POINTER:
         raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the weights themselves. Fetch these with `git lfs pull` in its "
-            "folder, or download the file anew."
+            f"{path} is a Git LFS pointer, not the weights themselves. Run `git lfs pull` in its folder, or "
+            "download the file again."
         )

@@ -1,4 +1,4 @@
-"""Crops and flips of training images: pure functions of an image and of numbers drawn for it.
+"""Crops and flips of training images: pure functions of an image and its random draws.
 
 Images are uint8 (n, S, S, 3), RGB; draws are float32 (n, NUM_DRAWS), uniform in (0, 1); the result is uint8
 (n, s, s, 3) with s ≤ S.
@@ -14,12 +14,12 @@ from maskgit.errors import ConfigError
 from maskgit.foundation.checks import check_range
 
 NUM_DRAWS = 4
-# A random crop's side as a share of the image's. Crops are square: a model would learn any distortion.
+# The side of a random crop as a share of the image's. Crops are square: a model would learn distortions.
 CROP_SIDE = (0.8, 1.0)
 
 
 def resize_and_centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side of an image to `size` and cut out the middle square.
+    """Scale the shorter side of an image to `size` and crop the central square.
 
     An image that is `size` × `size` already is returned as it is.
 
@@ -31,7 +31,7 @@ def resize_and_centre_crop(image: Image.Image, size: int) -> Image.Image:
         RGB, `size` × `size`.
 
     Source: Dhariwal & Nichol (ADM), guided-diffusion image_datasets.py, center_crop_arr: halved by averaging
-    while it is twice too large, then bicubic.
+    while it is at least twice too large, then resized bicubically.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -56,7 +56,7 @@ def flip(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
 
 
 def crop_boxes(draws: np.ndarray, side: int) -> np.ndarray:
-    """Return square boxes, whose side is uniform in CROP_SIDE of the image's and whose place is uniform.
+    """Return square boxes of uniformly random side, within `CROP_SIDE` of the image's, and uniformly random position.
 
     Args:
         draws: float (n, 3), uniform in (0, 1).
@@ -66,7 +66,7 @@ def crop_boxes(draws: np.ndarray, side: int) -> np.ndarray:
         float64 (n, 4): left, top, right, bottom in pixels, within [0, side].
 
     Source: Dhariwal & Nichol (ADM), guided-diffusion image_datasets.py, random_crop_arr.
-    Differs: the box is cut before the image is scaled, so that it need not begin at a whole pixel.
+    Differs: the box is cropped before scaling, so that it need not start at a whole pixel.
     """
     draws = draws.astype(np.float64)
     low, high = CROP_SIDE
@@ -76,12 +76,12 @@ def crop_boxes(draws: np.ndarray, side: int) -> np.ndarray:
 
 
 def random_resized_crop(images: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
-    """Cut a random box out of each image and scale it, bicubic and antialiased.
+    """Crop a random box from each image and resize it, bicubic and antialiased.
 
     Args:
         images: uint8 (n, S, S, 3).
         draws: float (n, 3), uniform in (0, 1).
-        size: pixels a side wanted, s.
+        size: pixels per side of the result, s.
 
     Returns:
         uint8 (n, s, s, 3).
@@ -101,7 +101,7 @@ def corner_crop(images: np.ndarray, size: int, corner: int) -> np.ndarray:
 
 
 def mirror(images: np.ndarray) -> np.ndarray:
-    """Swap left and right."""
+    """Mirror images left to right."""
     return images[:, :, ::-1]
 
 
@@ -120,7 +120,7 @@ def _centre_and_mirror(images: np.ndarray, draws: np.ndarray, size: int, view: i
     return crops if view == 0 else mirror(crops)
 
 
-# How images are changed each time they are read: (images, draws, s) → images.
+# Augmentations, applied each time images are read: (images, draws, s) → images.
 AUGMENTATIONS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
     "none": lambda images, draws, size: centre_crop(images, size),
     "flip": lambda images, draws, size: flip(centre_crop(images, size), draws[:, 0]),
@@ -133,7 +133,7 @@ class Views:
     """Which crops of each image a token cache holds.
 
     Attributes:
-        num_views: how many, or None where any number can be drawn.
+        num_views: how many, or None if any number can be drawn.
         make: (images, draws, s, view) → the crops of one view.
         needs_margin: whether the images must be larger than the crops.
     """
@@ -143,21 +143,21 @@ class Views:
     needs_margin: bool = False
 
     def check(self, num_views: int | None, cached: int, size: int) -> int:
-        """Return the number of views, or say why these cannot be made.
+        """Return the number of views after checking that they can be made.
 
         Args:
-            num_views: how many are asked for, or None.
+            num_views: the requested number, or None.
             cached: pixels a side of the images, S.
             size: pixels a side of the crops, s.
 
         Raises:
-            ConfigError: the number is open or does not fit, or the images are too small.
+            ConfigError: the number is missing or wrong, or the images are too small.
         """
         if self.num_views is None and num_views is None:
-            raise ConfigError("Say with num_views how many random crops of each image there are to be.")
+            raise ConfigError("Set num_views to the number of random crops of each image.")
         if self.num_views is not None and num_views not in (None, self.num_views):
             raise ConfigError(
-                f"These views are {self.num_views} of each image, so num_views cannot be {num_views}."
+                f"There are {self.num_views} of these views per image, so num_views cannot be {num_views}."
             )
         least = size + self.needs_margin
         if cached < least:

@@ -1,7 +1,7 @@
 """Folders of pictures: which files are pictures, which folders are splits and classes, and what is left out.
 
-Sub folders are classes, unless the folders at the top are splits. Names of files say nothing. What is hidden is
-passed over; whatever else is not read is counted and listed.
+Subfolders are classes, unless the top-level folders are splits. File names carry no meaning. Hidden files are ignored;
+everything else that is not read is counted and listed.
 """
 
 import csv
@@ -20,19 +20,19 @@ PICTURE_SUFFIXES = frozenset((
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm",
     ".pnm", ".tif", ".tiff", ".webp",
 ))  # fmt: skip
-# Folders of these names are splits, in any case; what stands behind a name is what it is a synonym of.
+# Folders with these names, in upper or lower case, are splits; each name maps to the one it is a synonym of.
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-# What systems leave in folders, in lower case, beside names that begin with a dot.
+# What operating systems leave in folders, in lower case, besides names that begin with a dot.
 JUNK = frozenset(("__macosx", "@eadir", "thumbs.db", "desktop.ini"))
 METADATA = ("metadata.csv", "metadata.jsonl")
 _LISTED = 10
 
 
 class Scan(NamedTuple):
-    """What lies in a folder and below, by paths with / that begin there, sorted.
+    """The contents of a folder and its subfolders, as sorted relative paths with /.
 
     Attributes:
-        pictures: files whose names end as a picture's do.
+        pictures: files with the suffix of a picture.
         others: all other files.
         lost: what cannot be followed or opened, by reason.
     """
@@ -42,12 +42,12 @@ class Scan(NamedTuple):
     lost: dict[str, list[str]]
 
     def ending_in(self, suffix: str) -> list[str]:
-        """Return the other files that end so, in any case."""
+        """Return the other files with a suffix, in upper or lower case."""
         return [path for path in self.others if path.lower().endswith(suffix)]
 
 
 def scan(folder: Path) -> Scan:
-    """Look through a folder, following links.
+    """List a folder recursively, following links.
 
     Raises:
         DataError: the folder cannot be opened.
@@ -55,7 +55,7 @@ def scan(folder: Path) -> Scan:
     pictures: list[str] = []
     others: list[str] = []
     lost: defaultdict[str, list[str]] = defaultdict(list)
-    # Folders to look into, each with those above it, by which a link that leads back is known.
+    # Folders to visit, each with its ancestors, by which a cyclic link is detected.
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while waiting:
         home, above = waiting.pop()
@@ -79,7 +79,7 @@ def scan(folder: Path) -> Scan:
             if _is(entry.is_dir):
                 waiting.append((path + "/", above))
             elif not _is(entry.is_file):
-                lost["a link that leads nowhere, or no file"].append(path)
+                lost["a link to nothing, or not a regular file"].append(path)
             else:
                 (pictures if os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES else others).append(path)
     return Scan(sorted(pictures), sorted(others), {reason: sorted(lost[reason]) for reason in sorted(lost)})
@@ -90,7 +90,7 @@ def _is_junk(name: str) -> bool:
 
 
 def _is(asked: Any) -> bool:
-    """Return what a directory entry answers; a link that leads to itself is nothing."""
+    """Return the answer of a directory entry; a link to itself is neither file nor folder."""
     try:
         return bool(asked())
     except OSError:
@@ -99,15 +99,15 @@ def _is(asked: Any) -> bool:
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """The pictures of a folder, or of one split of it.
+    """The pictures of a folder, or of one of its splits.
 
     Attributes:
-        name: what it is, in words.
+        name: its name, for messages.
         root: the folder.
-        files: its pictures, as paths with / that begin at `root`, sorted.
-        labels: their classes; −1 for those that lie in no class folder.
-        class_names: of all splits; none where no picture lies in a sub folder.
-        left_out: a sentence for each reason why something was not read, or no class.
+        files: its pictures, as sorted paths with / relative to `root`.
+        labels: their classes; −1 for those in no class folder.
+        class_names: the classes of all splits; empty if no picture is in a subfolder.
+        left_out: a sentence for each reason why a file was not read, or a folder is not a class.
     """
 
     name: str
@@ -126,8 +126,8 @@ def read_folder(
     Args:
         folder: the folder.
         found: what `scan` found there.
-        split: which part; when None the only one, or "train".
-        labelled: whether sub folders are to be classes; where not, they may be splits that hold none.
+        split: which split; None means the only one, or "train".
+        labelled: whether subfolders are classes; if not, they may be splits without classes.
 
     Raises:
         DataError: there is no such split.
@@ -137,7 +137,7 @@ def read_folder(
     parts = {name: f"{home}{name}/" for name in splits}
     start = parts[chosen] if chosen is not None else ""
     files = [path for path in found.pictures if path.startswith(start)]
-    # The classes of all splits, so that their numbers are the same in each.
+    # The classes of all splits, so that their numbers agree.
     beginnings = tuple(parts.values()) or ("",)
     everything = [
         path[len(beginning) :]
@@ -164,15 +164,15 @@ def read_folder(
 
 
 def _find_splits(pictures: Sequence[str], *, sure: bool) -> tuple[str, tuple[str, ...]]:
-    """Return the folder that holds splits, and their names; none where sub folders are classes.
+    """Return the folder that holds splits, and their names; none if subfolders are classes.
 
     Args:
         pictures: paths.
-        sure: whether folders with the names of splits are splits though all hold pictures alone.
+        sure: whether folders named like splits are splits even if they hold only pictures.
     """
     home = ""
     while True:
-        # Of each folder, whether pictures lie in folders of it, and whether some lie in it.
+        # For each folder, whether it has pictures in subfolders; and whether any folder has pictures of its own.
         nested: dict[str, bool] = {}
         direct = False
         for path in pictures:
@@ -186,7 +186,7 @@ def _find_splits(pictures: Sequence[str], *, sure: bool) -> tuple[str, tuple[str
             return (home, ordered) if sure or any(nested.values()) else ("", ())
         if len(nested) != 1 or direct:
             return "", ()
-        # A folder alone, that holds nothing but folders, is the wrapping of what it holds.
+        # A single folder that holds only folders is a wrapper.
         home += next(iter(nested)) + "/"
 
 
@@ -198,16 +198,16 @@ def _choose_split(
             return None
         tops = sort_names({path.split("/")[0] for path in pictures if "/" in path})
         listed = ", ".join(tops[:5]) + (", …" if len(tops) > 5 else "")
-        why = f"its folders ({listed}) are classes" if tops else "it holds pictures alone"
-        raise DataError(f"{folder} has no split {split!r}, and no splits at all: {why}. Name none.")
+        why = f"its folders ({listed}) are classes" if tops else "it holds only pictures"
+        raise DataError(f"{folder} has no split {split!r}, and no splits at all: {why}. Leave the split out.")
     return pick_split(str(folder), split, splits)
 
 
 def pick_split(name: str, split: str | None, splits: Sequence[str]) -> str:
-    """Return the split that is meant: of that name, or a synonym; when None the only one, or "train".
+    """Return the requested split, by name or synonym; None means the only one, or "train".
 
     Raises:
-        DataError: there is none; those that there are are listed.
+        DataError: there is no such split; the message lists the splits.
     """
     if split is None and len(splits) == 1:
         return splits[0]
@@ -225,10 +225,10 @@ def _canonical(split: str) -> str:
 
 
 def _class_level(paths: Iterable[str]) -> tuple[int, list[str]]:
-    """Return how many folders down classes lie, and a sentence if that may surprise; those at the top have none.
+    """Return how many levels down the class folders are, and a sentence if that may be surprising.
 
-    It is the deepest level of folders that all pictures lie below, and at which no two folders have one name:
-    animals/cat and animals/dog are cats and dogs, but cat/indoor and dog/indoor are too.
+    It is the deepest level that all pictures in subfolders are below and at which no two folders have the same name:
+    animals/cat and animals/dog are the classes cat and dog, and so are cat/indoor and dog/indoor.
     """
     homes = {path.rpartition("/")[0] for path in paths if "/" in path}
     parts = [home.split("/") for home in homes]
@@ -248,7 +248,9 @@ def _class_level(paths: Iterable[str]) -> tuple[int, list[str]]:
         )
         if twice is None:
             break
-        said = [f"Folders of one name ({', '.join(twice)}) are no classes: the folders above them are."]
+        said = [
+            f"Folders with the same name ({', '.join(twice)}) are not classes: the folders above them are."
+        ]
         level -= 1
     return level, said
 
@@ -258,14 +260,14 @@ def _last(path: str) -> str:
 
 
 def _left_out(found: Scan, elsewhere: tuple[str, ...]) -> Iterator[str]:
-    """Give a sentence for each reason why something is not read, but for what lies elsewhere."""
+    """Yield a sentence for each reason why files are not read, except for files elsewhere."""
     others = [path for path in found.others if os.path.basename(path) not in METADATA]
-    for reason, paths in (("no picture of a format that is read", others), *found.lost.items()):
+    for reason, paths in (("not a supported picture format", others), *found.lost.items()):
         yield from describe(reason, [path for path in paths if not path.startswith(elsewhere or ("\0",))])
 
 
 def describe(reason: str, paths: Sequence[str]) -> list[str]:
-    """Return the sentence that counts and lists what is left out for a reason; none where nothing is."""
+    """Return a sentence that counts and lists what is left out for a reason; none if nothing is."""
     if not paths:
         return []
     listed = ", ".join(paths[:_LISTED]) + (", …" if len(paths) > _LISTED else "")
@@ -273,10 +275,10 @@ def describe(reason: str, paths: Sequence[str]) -> list[str]:
 
 
 def read_metadata(folder: Path, found: Scan) -> dict[str, dict[str, Any]]:
-    """Return what `metadata.csv` and `metadata.jsonl` files say of pictures, by path; numbers are integers.
+    """Return the rows of `metadata.csv` and `metadata.jsonl` files by picture path; numbers are integers.
 
     Raises:
-        DataError: a file is not of its format, or names no files.
+        DataError: a file is malformed, or has no file names.
     """
     table: dict[str, dict[str, Any]] = {}
     for path in found.others:

@@ -1,4 +1,4 @@
-"""Parquet files, WebDataset tars and data sets on the hub, as Hugging Face `datasets` reads them."""
+"""Parquet files, WebDataset tars and data sets on the Hub, read by Hugging Face `datasets`."""
 
 import glob
 import itertools
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
-# What `datasets` calls the readers of each kind of file.
+# The names of the readers in `datasets` for each kind of file.
 READERS = {".parquet": "parquet", ".tar": "webdataset"}
-# A Parquet file is otherwise read a row group at a time, which may be all of it.
+# By default a Parquet file is read by row groups, and one may be the whole file.
 OPTIONS = {"parquet": {"batch_size": 256}}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Columns:
     Attributes:
         image: the column of images.
         label: the column of labels, or None if all images have class 0.
-        class_names: the names that the stream itself gives for integer labels.
+        class_names: the stream's own names for integer labels.
     """
 
     image: str
@@ -43,10 +43,10 @@ class Columns:
 
     @classmethod
     def find(cls, dataset: "IterableDataset", name: str, image: str, label: str | None) -> "Columns":
-        """Find the columns, by name if one is asked for and by kind and usual names if it is "auto".
+        """Find the columns, by the given name, or for "auto" by type and usual names.
 
         Raises:
-            DataError: there is no such column; those that there are are listed.
+            DataError: there is no such column; the message lists the columns.
         """
         import datasets
 
@@ -71,14 +71,14 @@ def open_stream(
     local: bool,
     own_files: Sequence[str] = (),
 ) -> Source:
-    """Open files, or a name on the hub, as a stream whose images are not decoded.
+    """Open files, or a data set on the Hub, as a stream of encoded images.
 
     Args:
-        source: what they are called.
-        reader: the name under which `datasets` reads them, and `options` the settings for it.
-        wanted: which part of them.
-        local: whether they lie here, so that rows may name files here.
-        own_files: all files here that are to be read, where `datasets` tells splits by their names.
+        source: their name, for messages.
+        reader: the name of the reader in `datasets`, and `options` its settings.
+        wanted: what to read of them.
+        local: whether they are local, so that rows may refer to local files.
+        own_files: all local files to be read, from whose names `datasets` infers splits.
 
     Raises:
         DataError: it is missing, empty or unreadable, or has no such split or column.
@@ -89,13 +89,13 @@ def open_stream(
         raise DataError(
             f"Reading data sets needs the package `datasets`: {install_extra('train')}."
         ) from error
-    name = source if local else f"{source} is no file or folder here, and on the hub it"
+    name = source if local else f"{source} is not a local file or folder, and on the Hub it"
     if not local and str(datasets.config.HF_DATASETS_CACHE).startswith("~"):
         raise DataError(
-            f"This user has no home folder to keep what is read of {source}; name a folder that can be written with "
-            "the environment variable HF_HOME."
+            f"This user has no home folder to cache {source} in; set the environment variable HF_HOME to a writable "
+            "folder."
         )
-    # `datasets` makes a cache for every source, also for those that lie here and are never copied to it.
+    # `datasets` makes a cache for every source, even for local ones that are never copied to it.
     with tempfile.TemporaryDirectory() if local else nullcontext() as cache:
         builder = guard(
             name,
@@ -125,10 +125,10 @@ def open_stream(
 def _check_parts(
     source: str, files: Sequence[str], parts: dict[str, tuple[str, ...]], split: str | None
 ) -> list[str]:
-    """Return a sentence about files that no split holds.
+    """Return a sentence about files that are in no split.
 
     Raises:
-        DataError: there are some, and no split is asked for.
+        DataError: there are some, and no split was requested.
     """
     known = {Path(file) for held in parts.values() for file in held}
     rest = [file for file in files if Path(file) not in known]
@@ -136,17 +136,17 @@ def _check_parts(
         return []
     if split is None:
         raise DataError(
-            f"Some files of {source} are called after splits ({', '.join(parts)}), but {rest[0]} is not. Name a "
+            f"Some files of {source} are named after splits ({', '.join(parts)}), but {rest[0]} is not. Choose a "
             f"split, or give the files by a pattern, such as '{source}/*{Path(rest[0]).suffix}', to read all."
         )
     return describe("in no split", rest)
 
 
 def pattern_reader(source: str) -> tuple[str, dict[str, Any]] | None:
-    """Return the reader of the files that a path or pattern means, and its settings; None where there are none.
+    """Return the reader for the files that match a path or pattern, and its settings; None if there are none.
 
     Raises:
-        DataError: they are of a kind that is not read.
+        DataError: this kind of file is not supported.
     """
     files = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
     suffixes = {Path(file).suffix.lower() for file in files}
@@ -155,32 +155,31 @@ def pattern_reader(source: str) -> tuple[str, dict[str, Any]] | None:
         return reader, {"data_files": files, **OPTIONS.get(reader, {})}
     if files:
         raise DataError(
-            f"{source} is of a kind that is not read here: give a folder of images, "
-            f"or {', '.join(READERS)} files."
+            f"{source} is not of a supported kind: give a folder of images, or {', '.join(READERS)} files."
         )
     return None
 
 
 def is_hub_name(source: str) -> bool:
-    """Return whether a data set on the hub may be called so."""
+    """Return whether this can be the name of a data set on the Hub."""
     return _HUB_NAME.fullmatch(source) is not None and source.count("/") <= 1
 
 
 def read_rows(dataset: "IterableDataset", columns: Columns, name: str, local: bool) -> Iterator[Row]:
-    """Give the rows of a stream once, from its beginning.
+    """Yield the rows of a stream once, from its beginning.
 
     Args:
         dataset: the stream.
         columns: which of its columns to read.
-        name: what it is, in words.
-        local: whether it lies here, so that its rows may name files here.
+        name: its name, for messages.
+        local: whether it is local, so that its rows may refer to local files.
 
     Raises:
         DataError: the stream breaks.
     """
     wanted = [columns.image] + ([columns.label] if columns.label is not None else [])
     if dataset.features is not None:
-        # Read no column but these, and the samples' names that WebDataset gives.
+        # Read only these columns, and the sample names of WebDataset.
         dataset = dataset.select_columns(wanted + [key for key in ("__key__",) if key in dataset.features])
     rows = iter(dataset)
     for number in itertools.count():
@@ -194,7 +193,7 @@ def read_rows(dataset: "IterableDataset", columns: Columns, name: str, local: bo
 
 
 def schema_names(source: str | Path, columns: Columns) -> tuple[str, ...] | None:
-    """Return the class names that a Parquet file's schema holds as `label_names`: JSON, or between commas."""
+    """Return the class names in a Parquet file's schema, `label_names`: JSON, or separated by commas."""
     path = Path(source)
     found = path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(str(source), recursive=True))
     file = next(iter(sorted(found)), None)
@@ -215,12 +214,12 @@ def _read_names(file: Path) -> list[Any]:
 
 
 def guard(name: str, read: Callable[[], T]) -> T:
-    """Return what `read` does, any failure beneath it told as a `DataError` that names the source."""
+    """Return the result of `read`; any failure becomes a `DataError` that names the source."""
     try:
         return read()
     except MaskGITError:
         raise
-    # The readers of a dozen formats and of the network lie beneath, and raise errors of any kind.
+    # Readers of a dozen formats and the network are involved, and raise errors of any kind.
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise DataError(f"{name} cannot be read: {type(error).__name__}: {text}") from error

@@ -26,7 +26,7 @@ Stream = gzip.GzipFile | BufferedReader
 
 
 def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:
-    """Return the files of images and of labels of a split in a folder, or None if there are none."""
+    """Return the image and label files of a split in a folder, or None."""
     prefix = SPLITS.get(split)
     found = []
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
@@ -39,10 +39,10 @@ def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:
 
 
 def read_idx(images: Path, labels: Path) -> Iterator[tuple[np.ndarray, int]]:
-    """Give each image, uint8 (H, W), with its label.
+    """Yield each image, uint8 (H, W), with its label.
 
     Raises:
-        DataError: a file is not of this format, is cut short or too long, or the two differ in number.
+        DataError: a file has another format, is truncated or too long, or the two files differ in number.
     """
     counts = []
     for file, num_axes in ((images, 3), (labels, 1)):
@@ -61,10 +61,10 @@ def _items(file: Path, num_axes: int) -> Iterator[np.ndarray]:
         for i in range(count):
             data = stream.read(size)
             if len(data) < size:
-                raise DataError(f"{file} is cut short: it holds {i:,} of {count:,} items. Get it again.")
+                raise DataError(f"{file} is truncated: it holds {i:,} of {count:,} items. Download it again.")
             yield np.frombuffer(data, np.uint8).reshape(shape)
         if stream.read(1):
-            raise DataError(f"{file} goes on after its {count:,} items: it is damaged. Get it again.")
+            raise DataError(f"{file} has data after its {count:,} items: it is damaged. Download it again.")
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def _opened(file: Path) -> Iterator[Stream]:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
             yield stream
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {error}. Get it again.") from error
+        raise DataError(f"{file} cannot be read: {error}. Download it again.") from error
 
 
 def _shape(file: Path, stream: Stream, num_axes: int) -> tuple[int, ...]:
@@ -82,8 +82,8 @@ def _shape(file: Path, stream: Stream, num_axes: int) -> tuple[int, ...]:
         raise DataError(f"{file} is not an IDX file of bytes with {num_axes} axes.")
     data = stream.read(4 * head[3])
     if len(data) < 4 * head[3]:
-        raise DataError(f"{file} is cut short: its header is incomplete. Get it again.")
+        raise DataError(f"{file} is truncated: its header is incomplete. Download it again.")
     shape = struct.unpack(f">{head[3]}I", data)
     if not shape or shape[0] == 0 or not 0 < math.prod(shape[1:]) <= MAX_ITEM_BYTES:
-        raise DataError(f"{file} announces items of shape {shape[1:]} × {shape[:1]}, which is not allowed.")
+        raise DataError(f"{file} declares {shape[0]:,} items of shape {shape[1:]}, which is not allowed.")
     return shape

@@ -33,13 +33,13 @@ class ImageCache:
         path: its folder.
         images: uint8 (N, S, S, 3), RGB, memory-mapped.
         labels: int32 (N,), each in [0, len(class_names)), memory-mapped.
-        class_names: a name for each class; its number as text where the source has none.
+        class_names: a name for each class; its number as text if the source has no names.
         fingerprint: sha256 over sizes, images, labels and names, as hexadecimal digits.
-        source: what it was packed from, in words.
-        num_enlarged: images whose shorter side was below S.
+        source: what it was packed from.
+        num_enlarged: images whose shorter side was less than S.
         num_skipped: images that could not be read.
-        skipped: which ones and why, the first hundred.
-        left_out: a sentence for each reason why something else that lay there was not read.
+        skipped: the first hundred of them, and why.
+        left_out: a sentence for each reason why other files were not read.
     """
 
     path: Path
@@ -55,10 +55,10 @@ class ImageCache:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open the cache in a folder, reading no image yet.
+        """Open the cache in a folder without reading any image.
 
         Raises:
-            DataError: there is none, it is incomplete, or its files do not fit together.
+            DataError: there is none, it is incomplete, or its files are inconsistent.
         """
         path = expand(path)
         meta = read_meta(path, "image cache", "Pack the images with `maskgit pack`.")
@@ -77,7 +77,7 @@ class ImageCache:
                 int(meta["num_enlarged"]),
                 int(meta["num_skipped"]),
                 tuple(str(line) for line in meta["skipped"]),
-                # Caches of before do not say.
+                # Older caches do not have it.
                 tuple(str(line) for line in meta.get("left_out", ())),
             )
 
@@ -101,7 +101,7 @@ class ImageCache:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know before training on it, a sentence each."""
+        """What a user should know before training on it, one sentence each."""
         notes = []
         if self.num_skipped:
             notes.append(
@@ -112,19 +112,19 @@ class ImageCache:
                 f"{self.num_enlarged:,} images were smaller than {self.size} pixels and were enlarged."
             )
         if len(self) == 1:
-            notes.append("There is one image only: a model can do no more than memorize it.")
+            notes.append("There is only one image: a model can only memorize it.")
         if self.num_classes == 1:
-            notes.append("There is one class only: labels will have no effect.")
+            notes.append("There is only one class: labels will have no effect.")
         empty = self.num_classes - len(np.unique(self.labels))
         if empty:
-            notes.append(f"{empty:,} of {self.num_classes:,} classes have no image.")
+            notes.append(f"{empty:,} of {self.num_classes:,} classes have no images.")
         return tuple(notes)
 
     def verify(self) -> None:
         """Read every image and compare with the fingerprint.
 
         Raises:
-            DataError: the files are not what was packed.
+            DataError: the files have changed.
         """
         digest = image_digest(self.size)
         step = max(1, _CHUNK // self.images[0].nbytes)
@@ -144,12 +144,12 @@ class ImageCacheWriter:
         self.size = size
         self.count = 0
         self._digest = image_digest(size)
-        # Appended rather than mapped: a full disk is then an error, where a mapped file kills the process.
+        # Appended rather than mapped: on a full disk that is an error, while a mapped file would kill the process.
         self._file = open(folder / IMAGES, "wb")  # noqa: SIM115, closed by `close`
         self._write_header()
 
     def _write_header(self) -> None:
-        # numpy leaves room in a header for the first axis to grow, so its length never changes.
+        # NumPy leaves room in a header for the first axis to grow, so the header's length never changes.
         shape = (self.count, self.size, self.size, 3)
         np.lib.format.write_array_header_1_0(
             self._file, {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -165,7 +165,7 @@ class ImageCacheWriter:
         self.count += len(images)
 
     def finish(self, labels: np.ndarray, class_names: Sequence[str], **facts: Any) -> None:
-        """Write labels, int (N,), and the description; `facts` are the other attributes of `ImageCache`."""
+        """Write the labels, int (N,), and the description; `facts` are the other attributes of `ImageCache`."""
         labels = labels.astype("<i4")
         assert labels.shape == (self.count,)
         self._file.seek(0)
@@ -190,10 +190,10 @@ class ImageCacheWriter:
 
 @contextmanager
 def new_image_cache(out: str | Path, size: int) -> Iterator[ImageCacheWriter]:
-    """Give a writer whose cache appears at `out`, whole, once the block has ended well.
+    """Yield a writer; its cache appears at `out`, complete, once the block has ended without an error.
 
     Raises:
-        OutputError: something stands at `out`, or it cannot be written; nothing half-written is left behind.
+        OutputError: `out` exists, or cannot be written; nothing half-written is left behind.
     """
     out = destination(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -205,7 +205,7 @@ def new_image_cache(out: str | Path, size: int) -> Iterator[ImageCacheWriter]:
 def write_image_cache(
     out: str | Path, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> ImageCache:
-    """Write a cache of images that are in memory already.
+    """Write a cache of images in memory.
 
     Args:
         out: the folder to make.
@@ -231,7 +231,7 @@ def image_digest(size: int) -> Any:
 
 
 def finish_image_digest(digest: Any, labels: np.ndarray, class_names: Sequence[str]) -> str:
-    """Add labels and names to a digest that has seen all images, and return the fingerprint."""
+    """Add labels and names to the digest of all images, and return the fingerprint."""
     digest.update(labels.astype("<i4").tobytes())
     digest.update(json.dumps(list(class_names)).encode())
     return digest.hexdigest()
@@ -250,11 +250,11 @@ def read_meta(path: Path, kind: str, remedy: str) -> dict[str, Any]:
     """Return the description of the cache in a folder.
 
     Raises:
-        DataError: there is none, or it is not of this kind and format.
+        DataError: there is none, or it has another kind or format.
     """
     file = path / META
     if not file.is_file():
-        raise DataError(f"{path} is not a finished {kind}: it has no {META}. {remedy}")
+        raise DataError(f"{path} is not a complete {kind}: it has no {META}. {remedy}")
     meta = read_json(file, DataError, limit=MAX_META_BYTES, remedy=remedy)
     if (found := meta.get("kind")) != kind:
         raise DataError(

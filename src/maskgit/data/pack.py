@@ -1,8 +1,8 @@
 """Reading images and packing them into the cache that training reads.
 
-A source is a folder (a sub folder for each class, or Parquet files, WebDataset tars or IDX files), one such
-file, a pattern of files, or the name of a data set on the hub. It is read as a stream: memory stays bounded,
-no copy but the cache is written, and a picture that cannot be read costs that picture only.
+A source is a folder (with a subfolder for each class, or Parquet files, WebDataset tars or IDX files), one such file, a
+pattern of files, or the name of a data set on the Hub. It is read as a stream: memory stays bounded, nothing but the
+cache is written, and an unreadable picture is skipped.
 """
 
 import itertools
@@ -42,29 +42,29 @@ def pack_images(
 ) -> ImageCache:
     """Write every image of a data set, cropped to a square, into a folder.
 
-    An image's shorter side is scaled to `size` and its middle is kept; one of `size` × `size` pixels is kept
-    exactly. Pack larger than the training size if it is to draw random crops. What cannot be
-    read, or has no usable label, is left out, counted and listed.
+    An image's shorter side is scaled to `size` and the centre is kept; an image of `size` × `size` pixels is kept
+    exactly. To train on random crops, pack at a larger size. Images that cannot be read, or have no usable label, are
+    skipped, counted and listed.
 
     Args:
-        source: a folder, file, pattern of files, or name on the hub.
+        source: a folder, a file, a pattern of files, or a name on the Hub.
         out: the folder to make.
         size: pixels a side, S.
-        split: which part, as the source names it; when None its only one, or "train".
-        config: which configuration of a data set on the hub.
-        image_column: the column of images; found by its kind or name when "auto".
-        label_column: the column of labels; found by name when "auto"; None gives all images class 0.
-        class_names: names for integer labels, in place of those that the source gives.
-        max_bad_share: largest share of images that may be left out, in [0, 1].
-        num_workers: threads that decode.
+        split: which split, as the source names it; None means its only one, or "train".
+        config: which configuration of a data set on the Hub.
+        image_column: the column of images; "auto" finds it by its type or name.
+        label_column: the column of labels; "auto" finds it by name, None gives all images class 0.
+        class_names: names for integer labels, overriding those of the source.
+        max_bad_share: largest share of images that may be skipped, in [0, 1].
+        num_workers: decoding threads.
         progress: show a bar.
 
     Returns:
         The cache, opened.
 
     Raises:
-        DataError: the source is missing, empty, without labels, or bad in more than the allowed share.
-        OutputError: the folder exists or cannot be written. In either case nothing is left behind.
+        DataError: the source is missing, empty or without labels, or more than the allowed share is bad.
+        OutputError: the folder exists or cannot be written. Whatever fails, nothing is left behind.
     """
     size = check_count("size", size, 1, MAX_SIDE)
     max_bad_share = check_range("max_bad_share", max_bad_share, 0, 1)
@@ -115,7 +115,7 @@ class _Found:
 
 
 def _decode(row: Row, size: int, classes: ClassNumbers) -> _Found | str:
-    """Return what a row holds, or why it is left out."""
+    """Return the contents of a row, or why it is skipped."""
     try:
         label = classes.of(row)
         pixels, enlarged = decode_square(row.picture(), size)
@@ -125,7 +125,7 @@ def _decode(row: Row, size: int, classes: ClassNumbers) -> _Found | str:
 
 
 class _Labels:
-    """The labels seen so far; text labels are numbered when first seen, and sorted at the end."""
+    """The labels so far; text labels are numbered as they appear, and sorted at the end."""
 
     def __init__(self, names: tuple[str, ...] | None) -> None:
         self._names = names
@@ -133,15 +133,15 @@ class _Labels:
         self._texts: dict[str, int] = {}
 
     def add(self, labels: Sequence[int | str]) -> None:
-        """Keep some images' labels.
+        """Add labels.
 
         Raises:
-            DataError: some are numbers and some are text, or too many differ.
+            DataError: numbers and text are mixed, or there are too many different labels.
         """
         for label in labels:
             if self._numbers and isinstance(label, str) != bool(self._texts):
                 raise DataError(
-                    f"Some labels are numbers and some are text, such as {label!r}: make them alike."
+                    f"Some labels are numbers and some are text, such as {label!r}: use one kind."
                 )
             if isinstance(label, str):
                 label = self._texts.setdefault(label, len(self._texts))

@@ -1,4 +1,4 @@
-"""The images of a source, encoded, and how they are decoded; what a source says of itself."""
+"""Sources of images: their rows, still encoded, their classes, and how rows are decoded."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ AUTO = "auto"
 LABEL_COLUMNS = ("label", "labels", "cls", "class")
 REMOTE = frozenset(("hf", "zip", "tar", "gzip"))
 
-# Bytes of an image file, a path to one, or pixels, uint8 (H, W) or (H, W, 3).
+# The bytes of an image file, a path to one, or pixels, uint8 (H, W) or (H, W, 3).
 Picture = bytes | Path | np.ndarray
 
 
 class Unlabelled(NamedTuple):
-    """The label of an image that lacks one among images that have them.
+    """The label of an image without a label, among images that have one.
 
     Attributes:
-        reason: why, in words that follow the image's name.
+        reason: why, phrased to follow the image's name.
     """
 
     reason: str
@@ -35,13 +35,13 @@ class Unlabelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One image of a source, not yet decoded.
+    """One image of a source, still encoded.
 
     Attributes:
-        value: what the source holds for it.
-        label: its class as a number or as text, `Unlabelled`, or whatever else the source holds.
-        name: what to call it in a message.
-        local: whether its source lies here, so that it may name files here.
+        value: the source's value for it.
+        label: its class as a number or text, `Unlabelled`, or any other value in the source.
+        name: its name in messages.
+        local: whether its source is local, so that it may refer to local files.
     """
 
     value: Any
@@ -50,10 +50,10 @@ class Row:
     local: bool = False
 
     def picture(self) -> Picture:
-        """Return what can be decoded, fetching it if it lies elsewhere.
+        """Return the encoded picture, fetching it if it is remote.
 
         Raises:
-            ImageError: the source holds no image here.
+            ImageError: the row holds no image.
             OSError: it cannot be fetched.
         """
         value = self.value
@@ -67,26 +67,26 @@ class Row:
             return _pixels(value)
         if isinstance(value, bytes):
             return value
-        raise ImageError("there is no image")
+        raise ImageError("it holds no image")
 
     def complaint(self, error: Exception) -> str:
-        """Return why this row cannot be used, with its name."""
+        """Return why this row cannot be used, including its name."""
         text = str(error).rstrip(".")
         return text if self.name in text else f"{self.name}: {text}"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that can be read again and again.
+    """A data set that can be read repeatedly.
 
     Attributes:
         name: what it is, in words.
-        class_names: the names of its integer labels, or None if it has none.
-        read: gives the images of one of its shards, or all of them for None, in a fixed order.
-        num_shards: parts that can be read side by side.
-        files: what it is read from: paths, or addresses on the hub, which name the commit.
+        class_names: the names of its integer labels, or None.
+        read: yields the images of one shard, or of all for None, in a fixed order.
+        num_shards: parts that can be read in parallel.
+        files: the files it is read from: paths, or URLs on the Hub, which name the commit.
         of_pictures: whether each of these files is one image.
-        left_out: a sentence for each reason why something that lies there is not read.
+        left_out: a sentence for each reason why some files are not read.
     """
 
     name: str
@@ -98,12 +98,12 @@ class Source:
     left_out: tuple[str, ...] = ()
 
     def rows(self, shard: int | None = None) -> Iterator[Row]:
-        """Give the images once, from the beginning, of one shard or of all."""
+        """Yield the images of one shard or of all, once, from the beginning."""
         return self.read(shard)
 
 
 class Wanted(NamedTuple):
-    """Which part of a source is read; see `sources.open_source`."""
+    """What to read of a source; see `sources.open_source`."""
 
     split: str | None
     config: str | None
@@ -112,22 +112,22 @@ class Wanted(NamedTuple):
 
 
 class ClassNumbers:
-    """Tells the classes of rows."""
+    """Maps the labels of rows to classes."""
 
     def __init__(self, class_names: Sequence[str] | None) -> None:
-        """Take the names of the classes, or None where nothing says which text has which number."""
+        """Take the class names, or None if text labels have no numbers yet."""
         self._numbers: dict[str, int] | None = None
         self._limit = MAX_CLASSES
         if class_names is not None:
             self._limit = len(class_names)
-            # Of equal names the first counts.
+            # For equal names, the first counts.
             self._numbers = {name: i for i, name in reversed(list(enumerate(class_names)))}
 
     def of(self, row: Row) -> int | str:
-        """Return a row's class: a number, or text where nothing says which number it has.
+        """Return a row's class: a number, or text if class names are not known.
 
         Raises:
-            ImageError: the row has no label, or one that is no class.
+            ImageError: the row has no label, or its label is not a class.
         """
         label = row.label
         if isinstance(label, Unlabelled):
@@ -139,7 +139,7 @@ class ClassNumbers:
                 return self._numbers[label]
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < self._limit:
             raise ImageError(
-                f"its label is {label!r}, which is no class name and no class number below {self._limit:,}"
+                f"its label is {label!r}, which is neither a class name nor a class number below {self._limit:,}"
             )
         return label
 
@@ -203,14 +203,14 @@ def pick_column(
 
 
 def _fetch(path: str, local: bool) -> Picture:
-    """Return a file that `datasets` names: a path here, or a place on the hub or in an archive there."""
+    """Return a file named by `datasets`: a local path, or a file on the Hub or in an archive there."""
     kinds = {part.split("://")[0] for part in path.split("::") if "://" in part}
-    # A row may name any address, and must not make this machine fetch it.
+    # A row may contain any URL, and must not make this machine fetch it.
     if not kinds <= REMOTE:
-        raise ImageError(f"it lies at {path}, which is not fetched")
-    # A row of someone else's must not make private pictures part of a data set.
+        raise ImageError(f"it refers to {path}, which is not fetched")
+    # Another person's data set must not pull in private pictures of this machine.
     if not local and not path.split("::")[-1].startswith("hf://"):
-        raise ImageError(f"it is said to be {path}, which is a file here, not one of the data set's")
+        raise ImageError(f"it refers to {path}, a local file that is not part of the data set")
     if not kinds:
         return Path(path)
     import fsspec  # type: ignore[import-untyped]

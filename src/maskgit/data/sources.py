@@ -1,4 +1,4 @@
-"""One door to images, wherever they lie: folders, Parquet, WebDataset tars, IDX files and the hub."""
+"""Opening data sets of images: folders, Parquet files, WebDataset tars, IDX files and the Hugging Face Hub."""
 
 import os
 from collections.abc import Iterator
@@ -31,23 +31,25 @@ def open_source(
     """Open a data set for reading.
 
     Args:
-        source: a folder, file, pattern of files, or name on the hub.
-        split: which part, as the source names it; when None its only one, or "train".
-        config: which configuration of a data set on the hub.
-        image_column: the column of images; found by its kind or name when "auto".
-        label_column: the column of labels; found by name when "auto"; None gives all images class 0. In a folder
-            of pictures it is "label", the folder that a picture lies in, or a column of its metadata files.
-        revision: a commit, tag or branch of a data set on the hub.
+        source: a folder, a file, a pattern of files, or a name on the Hub.
+        split: which split, as the source names it; None means its only one, or "train".
+        config: which configuration of a data set on the Hub.
+        image_column: the column of images; "auto" finds it by its type or name.
+        label_column: the column of labels; "auto" finds it by name, None gives all images class 0. In a folder
+            of pictures it is "label", the folder that a picture is in, or a column of its metadata files.
+        revision: a commit, tag or branch of a data set on the Hub.
 
     Raises:
-        ConfigError: what is not on the hub has no revision.
+        ConfigError: a revision of something that is not on the Hub.
         DataError: it is missing or empty, or lacks the split, a column or classes.
     """
     path, text = Path(source), str(source)
     reader = None if path.is_dir() else pattern_reader(text)
     local = path.is_dir() or reader is not None
     if revision is not None and local:
-        raise ConfigError(f"revision is for data sets on the hub, but {source} is a file or folder here.")
+        raise ConfigError(
+            f"revision applies to data sets on the Hub, but {source} is a local file or folder."
+        )
     wanted = Wanted(split, config, image_column, label_column)
     if path.is_dir():
         return _open_folder(path, wanted)
@@ -61,7 +63,7 @@ def open_source(
 def _open_folder(folder: Path, wanted: Wanted) -> Source:
     if any(idx.find_idx(folder, name) for name in idx.SPLITS):
         return _open_idx(folder, wanted)
-    # The path may be a relative one, and the working directory may change while it is read.
+    # The path may be relative, and the working directory may change while it is read.
     root = Path(os.path.abspath(folder))
     found = scan(root)
     for suffix, reader in READERS.items():
@@ -69,7 +71,7 @@ def _open_folder(folder: Path, wanted: Wanted) -> Source:
         if files:
             options = {"data_dir": str(folder), **OPTIONS.get(reader, {})}
             opened = open_stream(str(folder), reader, options, wanted, local=True, own_files=files)
-            beside = describe(f"beside {suffix} files, which are read in their place", found.pictures)
+            beside = describe(f"beside {suffix} files, which are read instead", found.pictures)
             return replace(opened, left_out=(*opened.left_out, *beside))
     here = read_folder(folder, found, wanted.split, labelled=wanted.label_column is not None)
     if not here.files:
@@ -94,7 +96,7 @@ def _labels(
 
     Args:
         here: the folder.
-        table: what metadata files say of its pictures.
+        table: the rows of its metadata files, by picture.
         wanted: which columns hold images and labels.
 
     Raises:
@@ -108,17 +110,17 @@ def _labels(
     usual = [column for column in LABEL_COLUMNS if column in said] + ["label"]
     column = pick_column("labels", wanted.label_column, usual, columns, here.name, "--label-column")
     if column in said:
-        missing = Unlabelled("no metadata file says what it is")
+        missing = Unlabelled("no metadata file gives its label")
         labels = [table[file].get(column, missing) if file in table else missing for file in here.files]
         values = {row[column] for row in table.values() if column in row}
         return (sort_names(values) if all(isinstance(value, str) for value in values) else None), labels
     if max(here.labels) < 0:
         raise DataError(
-            f"{here.name} holds pictures, but no folder for each class. Sort them into folders, such as "
-            f"{here.root / 'cat'} and {here.root / 'dog'}, or name the column none to give all images one class "
-            "(--label-column none)."
+            f"{here.name} holds pictures, but no class folders. Sort them into folders, such as "
+            f"{here.root / 'cat'} and {here.root / 'dog'}, or give all images one class "
+            "with --label-column none."
         )
-    loose = Unlabelled("it lies beside the folders of classes, in none of them")
+    loose = Unlabelled("it is in none of the class folders")
     return here.class_names, [loose if label < 0 else label for label in here.labels]
 
 

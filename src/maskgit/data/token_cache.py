@@ -42,7 +42,7 @@ from maskgit.sampler.noise import uniform
 MAX_CODES = 2**16  # uint16 holds them
 
 PLAN = "plan.json"
-# What a token cache is made from: two caches that agree in these hold the same tokens.
+# What determines the tokens: two caches that agree in these hold the same tokens.
 PLAN_KEYS = (
     "format",
     "kind",
@@ -71,9 +71,9 @@ class TokenCache:
         shards: uint16 (n, V, h, w) each, memory-mapped; all but the last hold `shard_size` images.
         labels: int32 (N,), each in [0, len(class_names)), memory-mapped.
         class_names: a name for each class.
-        fingerprint: sha256 over the tokens, the labels and all that they were made from.
-        tokenizer_fingerprint: that of the tokenizer that made the tokens.
-        images_fingerprint: that of the image cache that they were made from.
+        fingerprint: sha256 of the tokens, the labels and everything they were made from.
+        tokenizer_fingerprint: the fingerprint of the tokenizer that made the tokens.
+        images_fingerprint: the fingerprint of the image cache.
         num_codes: every token is below this.
         image_size: pixels a side of the crops.
         views: name of the crops, in `augment.VIEWS`.
@@ -92,18 +92,18 @@ class TokenCache:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open the cache in a folder, reading no token yet.
+        """Open the cache in a folder without reading any token.
 
         Raises:
-            DataError: there is none, it is incomplete, or its files do not fit together.
+            DataError: there is none, it is incomplete, or its files are inconsistent.
         """
         path = expand(path)
-        meta = read_meta(path, "token cache", "Run `maskgit tokenize` (again): it goes on where it stopped.")
+        meta = read_meta(path, "token cache", "Run `maskgit tokenize` (again): it resumes where it stopped.")
         with checking(path, "token cache"):
             count, views, grid = meta["num_images"], meta["num_views"], meta["grid_size"]
             size, codes, names = meta["shard_size"], meta["num_codes"], tuple(meta["class_names"])
             require(1 <= grid <= MAX_GRID and 2 <= codes <= MAX_CODES, f"{codes} codes on a grid of {grid}")
-            # The labels first: their file's size vouches for the count that the shards are cut by.
+            # The labels first: the size of their file confirms the number of images.
             labels = map_labels(path / LABELS, count, names)
             shards = tuple(
                 map_array(path / shard_name(i), np.dtype("uint16"), (stop - start, views, grid, grid))
@@ -146,7 +146,7 @@ class TokenCache:
         return self.shards[0].shape[2]
 
     def take(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """Return the tokens of one view each of some images.
+        """Return the tokens of one view of each of some images.
 
         Args:
             indices: int (n,) in [0, N).
@@ -173,7 +173,7 @@ class TokenCache:
         """Read every token and compare with the fingerprint.
 
         Raises:
-            DataError: the files are not what was written.
+            DataError: the files have changed.
         """
         meta = read_meta(self.path, "token cache", "Make it again.")
         digests = [array_digest(shard) for shard in self.shards]
@@ -193,7 +193,7 @@ class TokenCache:
 
 
 class Encoder(Protocol):
-    """The part of a tokenizer that is needed here; see `tokenizer.Tokenizer`."""
+    """The part of `tokenizer.Tokenizer` that is needed here."""
 
     @property
     def patch_size(self) -> int:
@@ -223,7 +223,7 @@ def write_token_cache(
     world: int = 1,
     progress: bool = False,
 ) -> TokenCache | None:
-    """Write the tokens of all images into a folder, going on where a former call stopped.
+    """Write the tokens of all images into a folder, resuming where an earlier call stopped.
 
     Args:
         images: the images.
@@ -231,14 +231,14 @@ def write_token_cache(
         out: the folder to make or to complete.
         tokenizer_fingerprint: sha256 of the tokenizer's weights.
         num_codes: size of its codebook.
-        views: the crops of each image, a name in `augment.VIEWS`.
-        num_views: how many crops where `views` leaves it open ("random"), else None.
-        size: pixels a side of the crops, at most the cache's; the cache's when None.
+        views: which crops of each image, a name in `augment.VIEWS`.
+        num_views: how many crops if `views` does not fix the number ("random"), else None.
+        size: pixels per side of the crops, at most the cache's; None means the cache's.
         seed: of random crops, in [0, 2⁶⁴).
         batch_size: images encoded at once.
-        shard_size: images in a file; a call that is stopped loses at most one file's work.
+        shard_size: images per file; an interrupted call loses the work of at most one file.
         device: where the tokenizer is.
-        rank: which process this is; each does every `world`-th shard.
+        rank: which process this is; each writes every `world`-th shard.
         world: number of processes.
         progress: show a bar.
 
@@ -246,9 +246,9 @@ def write_token_cache(
         The cache, opened; None if other processes have not written their shards yet.
 
     Raises:
-        ConfigError: a setting is out of range or does not fit the images or the tokenizer.
+        ConfigError: a setting is out of range, or does not match the images or the tokenizer.
         DataError: the folder holds other tokens.
-        OutputError: it cannot be written; the shards that are complete are kept.
+        OutputError: it cannot be written; complete shards are kept.
     """
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
     shard_size = check_count("shard_size", shard_size, 1, 2**30)
@@ -297,7 +297,7 @@ class _Shard:
     num_codes: int
 
     def load(self) -> np.ndarray | None:
-        """Return the tokens, memory-mapped, if they are there and whole."""
+        """Return the tokens, memory-mapped, if the file is complete."""
         try:
             tokens = np.load(self.file, mmap_mode="r", allow_pickle=False)
         except (OSError, EOFError, ValueError):
@@ -316,7 +316,7 @@ def _shards(out: Path, plan: dict[str, Any]) -> list[_Shard]:
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> None:
-    """Make the folder and say in it what it will hold, or check that what it holds is that."""
+    """Make the folder and store the plan in it, or check that it holds the same plan."""
     file = out / PLAN
     if file.is_file():
         remedy = f"Remove {out}, or choose another folder."
@@ -324,13 +324,15 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
         changed = [key for key in plan if former.get(key) != plan[key]]
         if changed:
             raise DataError(
-                f"{out} holds tokens that were made with another {changed[0].replace('_', ' ')}. "
+                f"{out} holds tokens made with a different {changed[0].replace('_', ' ')}. "
                 "Remove it, or choose another folder."
             )
         return
-    # Another process may be writing the plan this moment, under a hidden name.
+    # Another process may just be writing the plan, under a hidden name.
     if out.exists() and (not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir())):
-        raise OutputError(f"{out} already exists and is no token cache. Remove it, or choose another folder.")
+        raise OutputError(
+            f"{out} already exists and is not a token cache. Remove it, or choose another folder."
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out).free
@@ -373,14 +375,14 @@ def _encode_shard(
             ):
                 raise ConfigError(
                     f"The tokenizer gives tokens {codes.min()} to {codes.max()} of shape {codes.shape[1:]}, "
-                    f"but {shard.num_codes} codes on a grid of {shard.shape[2:]} were announced."
+                    f"instead of {shard.num_codes} codes on a grid of {shard.shape[2:]}."
                 )
             tokens[first - shard.start : last - shard.start, view] = codes
     return tokens
 
 
 def _finish(out: Path, plan: dict[str, Any], shards: list[_Shard], labels: np.ndarray) -> TokenCache | None:
-    """Describe the cache once all shards are there."""
+    """Write the description once all shards are complete."""
     if not (out / META).is_file():
         digests = []
         for shard in shards:
