@@ -18,9 +18,10 @@ from PIL import Image
 from maskgit.apps.cli.commands import main
 from maskgit.engine import probe
 
-# A user whom the system does not know, on a system where one folder alone can be written.
+# A user whom the system does not know, on a system where one folder alone can be written, gives commands one after
+# another: each is answered by a line with its exit code and what it wrote to standard error.
 SCRIPT = """
-import errno, os, pwd, sys
+import contextlib, errno, io, json, os, pwd, sys
 
 def unknown(uid):
     raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -52,68 +53,97 @@ from maskgit.engine import probe
 # Which is measured anew without a cache, and takes long on a busy machine.
 probe._measure = lambda: dict.fromkeys(probe.names(), 1.0)
 sys.addaudithook(read_only)
-sys.exit(main(sys.argv[2:]))
+answers = []
+for arguments in json.loads(sys.argv[2]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(arguments)
+    answers.append((code, said.getvalue()))
+print(json.dumps(answers))
 """
 HOMES = ("HOME", "MASKGIT_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
-def run(folder, *arguments, **environment):
+def run(folder: Path, *commands: list[str], **environment: str) -> list[tuple[int, str]]:
+    """Return the exit code of each command and what it wrote to standard error."""
     kept = {key: value for key, value in os.environ.items() if key not in HOMES}
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), *map(str, arguments)],
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), json.dumps(commands)],
         env=kept | {"TMPDIR": str(folder)} | environment,
         cwd="/",
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def save_photos(folder: Path) -> Path:
+    for name in ("a", "b"):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (40, 40), (100 * i, 50, 0)).save(folder / "photos" / name / f"{i}.png")
+    return folder / "photos"
 
 
 @pytest.fixture
 def photos(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(2):
-            Image.new("RGB", (40, 40), (100 * i, 50, 0)).save(tmp_path / "photos" / name / f"{i}.png")
-    return tmp_path / "photos"
+    return save_photos(tmp_path)
 
 
 COMMANDS = {
-    "generate": ("generate", "--class", "frog", "--steps", "1", "--out", "OUT"),
-    "edit": ("edit", "PHOTO", "--box", "0", "0", "8", "8", "--class", "frog", "--steps", "1", "--out", "OUT"),
-    "info": ("info", "cifar10"),
-    "pack": ("pack", "PHOTOS", "OUT/packed", "--size", "8"),
-    "convert": ("convert", "cifar10", "OUT/flax", "--to-flax"),
+    "generate": "generate --class frog --steps 1 --out OUT/frogs",
+    "edit": "edit PHOTO --box 0 0 8 8 --class frog --steps 1 --out OUT/edited",
+    "info": "info cifar10",
+    "pack": "pack PHOTOS OUT/packed --size 8",
+    "convert": "convert cifar10 OUT/flax --to-flax",
 }
+# Neither is in a cache.
+REMOTE = {"imagenet256": "MASKGIT_CACHE", "someone/model": "HF_HOME"}
 
 
-@pytest.mark.parametrize("home", [{}, {"HOME": "/nowhere"}], ids=["no-home", "unwritable-home"])
+HOMELESS = [{}, {"HOME": "/nowhere"}]
+
+
+@pytest.fixture(scope="module")
+def answers(request, tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """What all commands say without a home, and what `info` says of a model that needs a cache."""
+    folder = tmp_path_factory.mktemp("homeless")
+    photos = save_photos(folder)
+    (folder / "out").mkdir()
+    places = {"OUT": f"{folder}/out", "PHOTOS": f"{photos}", "PHOTO": f"{photos}/a/1.png"}
+    commands = {
+        name: [re.sub("[A-Z]+", lambda m: places[m[0]], word) for word in text.split()]
+        for name, text in COMMANDS.items()
+    }
+    commands |= {model: ["info", model] for model in REMOTE}
+    return dict(zip(commands, run(folder, *commands.values(), **request.param), strict=True))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_needs_no_cache_works_without_a_home(command, home, tmp_path, photos):
-    places = {"OUT": f"{tmp_path}/out", "PHOTO": f"{photos}/a/1.png", "PHOTOS": f"{photos}"}
-    arguments = [places.get(text, text.replace("OUT/", f"{tmp_path}/out/")) for text in COMMANDS[command]]
-    (tmp_path / "out").mkdir()
-    done = run(tmp_path, *arguments, **home)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("answers", HOMELESS, ids=["no-home", "unwritable-home"], indirect=True)
+def test_what_needs_no_cache_works_without_a_home(command, answers):
+    code, said = answers[command]
+    assert code == 0, said
+    assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(
-    ("model", "variable"), [("imagenet256", "MASKGIT_CACHE"), ("someone/model", "HF_HOME")]
-)
-def test_what_needs_a_cache_says_which_variable_to_set(model, variable, tmp_path):
-    done = run(tmp_path, "info", model)
-    assert done.returncode == 2
-    assert variable in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("model", REMOTE)
+@pytest.mark.parametrize("answers", HOMELESS[:1], ids=["no-home"], indirect=True)
+def test_what_needs_a_cache_says_which_variable_to_set(model, answers):
+    code, said = answers[model]
+    assert code == 2
+    assert REMOTE[model] in said
+    assert "Traceback" not in said
 
 
-def test_a_home_that_cannot_be_written_is_no_fault_of_the_network(tmp_path):
-    done = run(tmp_path, "info", "imagenet256", HOME="/nowhere")
-    assert done.returncode == 2
-    assert "Read-only file system" in done.stderr
-    assert "MASKGIT_CACHE" in done.stderr
-    assert "network" not in done.stderr
+@pytest.mark.parametrize("answers", HOMELESS[1:], ids=["unwritable-home"], indirect=True)
+def test_a_home_that_cannot_be_written_is_no_fault_of_the_network(answers):
+    code, said = answers["imagenet256"]
+    assert code == 2
+    assert "Read-only file system" in said
+    assert "MASKGIT_CACHE" in said
+    assert "network" not in said
 
 
 # A number that no account has.
