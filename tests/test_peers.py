@@ -214,6 +214,49 @@ def test_maskbit_decodings_token_for_token(records, name):
     assert torch.equal(history[:, :, 1:].transpose(0, 1), expected.flatten(2))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "lowered"),
+    [
+        (
+            "halton_cfg",
+            SamplerConfig(
+                steps=8,
+                policy="halton",
+                policy_options={"roll": False},
+                mask_schedule="arccos",
+                guidance_scale=3.0,
+                tables=StepTables(temperature=tuple(1 / (1 + 0.2 * i / 7) for i in range(8))),
+            ),
+            0,
+        ),
+        (
+            "halton_plain",
+            SamplerConfig(steps=6, policy="halton", policy_options={"roll": False}, mask_schedule="arccos"),
+            40,
+        ),
+    ],
+)
+def test_halton_decodings_token_for_token(records, name, settings, lowered):
+    record = records["halton"]
+    state = weights(SHAPES["halton"]["tiny_plain"])
+    state["head.bias"][128] -= lowered
+    network = built(Transformer, halton.transformer_of_halton(state, num_heads=4))
+    vocabulary = Vocabulary.of(network.config)
+    history = decode(
+        lambda sequence: network(sequence, codes=vocabulary.num_logits),
+        vocabulary.sequence(record["decode_labels"]),
+        settings,
+        mask_token=vocabulary.mask,
+        noise=RecordedNoise(3, vocabulary.num_tokens, vocabulary.num_logits, 1),
+    )
+    sampled, written = record[f"{name}_sampled"], record[f"{name}_masks"]
+    ours = history[:, :, 1:].transpose(0, 1).unflatten(2, (8, 8))
+    assert torch.equal(ours[written], sampled[written])
+    tokenizer = built(Tokenizer, halton.tokenizer_of_llamagen(weights(SHAPES["halton"]["tiny_vq"])))
+    pixels = 2 * tokenizer.decode(vocabulary.grid(history[:, -1])).clamp(0, 1) - 1
+    assert_close(pixels, record[f"{name}_pixels"])
+
+
 @pytest.mark.parametrize(("heads", "name"), [(6, "transformer_tiny_16_proj1")])
 def test_the_full_size_halton_transformer(heads, name):
     shapes, record = _full("halton", name)

@@ -251,7 +251,7 @@ class _Watched:
         indices = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
         free = free_tokens(sequences, model.vocabulary.mask)
         words = seed_words(self.seeds, model.device)
-        noise = ImageNoise.of_words(words, indices, sequences.shape[1], model.vocabulary.num_codes)
+        noise = ImageNoise.of_words(words, indices, sequences.shape[1], model.vocabulary.num_logits)
         policy = make_policy(config.policy, config.policy_options)
         num_tokens = model.vocabulary.num_tokens
         pipe._num_timesteps = num_steps(config, num_tokens, remasks=policy.remasks, start_step=start_step)

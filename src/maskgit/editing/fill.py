@@ -78,7 +78,7 @@ def fill_batches(
         batch = upload(sequences[rows], model.device)
         first = draw.first_index + start
         indices = torch.arange(first, first + len(batch), device=model.device)
-        noise = ImageNoise(draw.seed, indices, batch.shape[1], model.vocabulary.num_codes)
+        noise = ImageNoise(draw.seed, indices, batch.shape[1], model.vocabulary.num_logits)
         part = None if switch is None else (switch[0], upload(switch[1][rows], model.device))
         history = []
         for made in _steps(model, batch, config, noise, start_step, part, known=known):

@@ -312,7 +312,7 @@ class Batcher:
         sequence, free, words, index = packed.split([size, size, 2, 1])
         row = _Row(job, requester, plan, sequence, free.bool(), words, index[0])
         noise = self._noise([row])
-        memory = begin(plan.policy, row.free[None], self.model.vocabulary.num_codes, noise)
+        memory = begin(plan.policy, row.free[None], self.model.vocabulary.num_logits, noise)
         row.memory = tuple(part[0] for part in memory)
         return row
 
@@ -330,7 +330,7 @@ class Batcher:
             torch.stack([row.words for row in rows]),
             torch.stack([row.index for row in rows]),
             self.model.vocabulary.num_tokens + 1,
-            self.model.vocabulary.num_codes,
+            self.model.vocabulary.num_logits,
         )
 
     @torch.no_grad()

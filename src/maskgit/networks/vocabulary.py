@@ -28,22 +28,32 @@ class Vocabulary:
         num_classes: classes C.
         grid_size: tokens a side of the image.
         groups: tokens of the sequence for each of the image.
+        predict_mask: whether the mask itself can be drawn, as the code K. Such a token stays masked for the
+            transformer, is never drawn anew, and counts as the last code in the end.
     """
 
     num_codes: int
     num_classes: int
     grid_size: int
     groups: int = 1
+    predict_mask: bool = False
 
     @classmethod
     def of(cls, config: TransformerConfig) -> "Vocabulary":
         """Return a transformer's vocabulary."""
-        return cls(config.unit_codes, config.num_classes, config.grid_size, config.groups)
+        return cls(
+            config.unit_codes, config.num_classes, config.grid_size, config.groups, config.predict_mask
+        )
 
     @property
     def mask(self) -> int:
         """The token that stands for "to be predicted": the last row."""
         return self.num_codes + self.num_classes
+
+    @property
+    def num_logits(self) -> int:
+        """What a token is drawn from: the codes, and perhaps the mask."""
+        return self.num_codes + self.predict_mask
 
     @property
     def size(self) -> int:
@@ -109,6 +119,8 @@ class Vocabulary:
         import torch
 
         grid = sequence[..., 1:].unflatten(-1, (self.grid_size, self.grid_size, self.groups))
+        if self.predict_mask and grid.dtype == torch.int64:
+            grid = grid.clamp(max=self.num_codes - 1)
         if self.groups == 1:
             return grid[..., 0]
         if grid.dtype == torch.bool:

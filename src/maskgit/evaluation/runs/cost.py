@@ -45,9 +45,9 @@ def passes_by_step(model: Model, sampler: SamplerConfig) -> list[int]:
     def predict(rows: torch.Tensor) -> torch.Tensor:
         nonlocal counted
         counted += len(rows)
-        return torch.zeros(*rows.shape, vocabulary.num_codes)
+        return torch.zeros(*rows.shape, vocabulary.num_logits)
 
-    noise = ImageNoise(0, torch.zeros(1, dtype=torch.int64), sequence.shape[1], vocabulary.num_codes)
+    noise = ImageNoise(0, torch.zeros(1, dtype=torch.int64), sequence.shape[1], vocabulary.num_logits)
     for _ in decode_steps(predict, sequence, sampler, mask_token=vocabulary.mask, noise=noise):
         passes.append(counted)
         counted = 0
@@ -63,7 +63,7 @@ def network_flops(model: Model) -> tuple[int, int]:
         grid = torch.zeros_like(model.vocabulary.grid(sequence))
     counts = []
     for run in (
-        lambda: transformer(sequence, codes=model.vocabulary.num_codes),
+        lambda: transformer(sequence, codes=model.vocabulary.num_logits),
         lambda: tokenizer.decode(grid),
     ):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
