@@ -4,18 +4,26 @@ The records in tests/golden/peers were computed by the authors' code with weight
 fourth position's logits are kept. Full-size networks are compared where ../shared/golden/peers is.
 """
 
+import hashlib
+import http.server
+import io
 import json
 import math
+import threading
 import zlib
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from maskgit import MaskGIT
+from maskgit.apps.cli import main
 from maskgit.checkpoints import halton, maskbit
+from maskgit.checkpoints.published import PUBLISHED
 from maskgit.checkpoints.torch_files import read_torch_file
-from maskgit.errors import CheckpointError
+from maskgit.errors import CheckpointError, DownloadError
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
@@ -290,6 +298,109 @@ def test_published_files_are_read_whatever_stands_before_their_names(tmp_path):
     path = tmp_path / "model.pth"
     torch.save({"iter": 3, "model_state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}}, path)
     assert read_torch_file(path).keys() == state.keys()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub of files by path; "raw" paths answer with a Git LFS pointer."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    stated: ClassVar[str | None] = None
+
+    def do_GET(self):
+        _, _, rest = self.path.strip("/").partition("/resolve/main/")
+        body = self.files.get(rest)
+        if "/raw/main/" in self.path:
+            content = self.files.get(self.path.rsplit("/", 1)[1])
+            digest = self.stated or hashlib.sha256(content or b"").hexdigest()
+            body = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize 1\n".encode()
+        if body is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def local_hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Hub, "files", {})
+    monkeypatch.setattr(Hub, "stated", None)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def packed(state: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def publish(hub) -> None:
+    """Put tiny files where the registry looks for those of maskbit-14."""
+    hub.files["maskbit_tokenizer_14bit.bin"] = packed(weights(SHAPES["maskbit"]["tiny_lfq"]))
+    hub.files["maskbit_generator_14bit.bin"] = packed(weights(SHAPES["maskbit"]["tiny_lfq_bert_2"]))
+
+
+def test_a_published_model_is_fetched_converted_and_kept(local_hub):
+    publish(local_hub)
+    model = MaskGIT.from_pretrained("maskbit-14")
+    assert model.config.sampler.guidance_scale == pytest.approx(8.1)
+    assert model.config.transformer.groups == 2
+    output = model.generate([1, 2], seed=4, steps=3)
+    local_hub.files.clear()  # The network is gone.
+    again = MaskGIT.from_pretrained("maskbit-14")
+    assert torch.equal(again.generate([1, 2], seed=4, steps=3).tokens, output.tokens)
+
+
+def test_a_file_that_is_not_what_the_hub_states_is_thrown_away(local_hub):
+    publish(local_hub)
+    local_hub.stated = "0" * 64
+    with pytest.raises(DownloadError, match="not the file that the hub states"):
+        MaskGIT.from_pretrained("maskbit-14")
+    local_hub.stated = None
+    MaskGIT.from_pretrained("maskbit-14")
+
+
+def test_another_projects_file_under_the_name_is_refused(local_hub):
+    publish(local_hub)
+    local_hub.files["maskbit_generator_14bit.bin"] = packed(weights(SHAPES["halton"]["tiny_plain"]))
+    with pytest.raises(CheckpointError, match="no checkpoint of MaskBit"):
+        MaskGIT.from_pretrained("maskbit-14")
+
+
+def test_a_hub_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(DownloadError, match="cannot be reached"):
+        MaskGIT.from_pretrained("halton-384")
+
+
+def test_every_published_name_has_its_files_and_settings():
+    assert {"halton-256", "halton-384", "maskbit-10", "maskbit-18"} <= set(PUBLISHED)
+    for name, entry in PUBLISHED.items():
+        assert entry.tokenizer.url().startswith("https://huggingface.co/"), name
+        assert entry.sampler.guides(), name
+
+
+def test_the_command_converts_files(tmp_path):
+    paths = []
+    for name, shapes in {"tokenizer.pt": "tiny_vq", "transformer.pth": "tiny_plain"}.items():
+        paths.append(tmp_path / name)
+        torch.save(weights(SHAPES["halton"][shapes]), paths[-1])
+    arguments = ["--transformer", paths[1], "--as", "halton", "--heads", "4"]
+    main(["convert", *map(str, [paths[0], tmp_path / "model", *arguments])])
+    model = MaskGIT.from_pretrained(tmp_path / "model")
+    assert model.config.sampler.policy == "halton"
+    edited = model.generate([3], seed=1, steps=4)
+    assert edited.tokens.max() < 128
 
 
 class Malicious:

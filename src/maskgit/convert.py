@@ -1,4 +1,4 @@
-"""Official Flax checkpoints ↔ ours: the face of `maskgit.checkpoints.official`."""
+"""Official Flax checkpoints ↔ ours, and other projects' torch files → ours: the face of `maskgit.checkpoints`."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from maskgit.checkpoints.official import (
     save_official,
     to_state_dict,
 )
+from maskgit.checkpoints.published import read_published
 from maskgit.pipeline import MaskGIT
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "infer_tokenizer_config",
     "infer_transformer_config",
     "load_official",
+    "load_published",
     "read_checkpoint",
     "save_official",
     "to_state_dict",
@@ -48,3 +50,23 @@ def load_official(
         ConfigError: the tokenizer and the transformer do not belong together.
     """
     return MaskGIT(*read_official(tokenizer, transformer, activation, quantizer))
+
+
+def load_published(
+    project: str, tokenizer: str | Path, transformer: str | Path, *, num_heads: int | None = None
+) -> MaskGIT:
+    """Return the model of two torch checkpoints that another project published.
+
+    Args:
+        project: "halton", for Halton-MaskGIT with LlamaGen's tokenizer, or "maskbit".
+        tokenizer, transformer: paths; they are untrusted, and read without running code.
+        num_heads: attention heads, if the transformer is of no published size.
+
+    Returns:
+        A `MaskGIT` in float32 on the CPU.
+
+    Raises:
+        CheckpointError: a file is damaged, of another project, or asks for code to be run.
+        ConfigError: the project is unknown, or the two do not belong together.
+    """
+    return MaskGIT(*read_published(project, tokenizer, transformer, num_heads=num_heads))

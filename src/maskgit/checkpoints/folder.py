@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from maskgit.checkpoints import hugging_face, weights
 from maskgit.checkpoints.official import read_official
+from maskgit.checkpoints.published import PUBLISHED, HubFile, Published, read_published
 from maskgit.config import ModelConfig
 from maskgit.errors import (
     CheckpointError,
@@ -54,10 +55,15 @@ class Official(NamedTuple):
     tokenizer: str
     transformer: str
 
+    @property
+    def about(self) -> str:
+        """What `maskgit info` says of it."""
+        return self.transformer
+
 
 _RELEASED = "https://storage.googleapis.com/maskgit-public/checkpoints"
 # A path is a folder inside the package.
-REGISTRY: dict[str, Official | Path] = {
+REGISTRY: dict[str, Official | Published | Path] = {
     "cifar10": Path(__file__).parents[1] / "assets" / "models" / "cifar10",
     "imagenet256": Official(
         f"{_RELEASED}/tokenizer_imagenet256_checkpoint", f"{_RELEASED}/maskgit_imagenet256_checkpoint"
@@ -65,8 +71,10 @@ REGISTRY: dict[str, Official | Path] = {
     "imagenet512": Official(
         f"{_RELEASED}/tokenizer_imagenet512_checkpoint", f"{_RELEASED}/maskgit_imagenet512_checkpoint"
     ),
+    **PUBLISHED,
 }
 DEFAULT_MODEL = "cifar10"
+LFS_CHECKSUM = re.compile(r"oid sha256:([0-9a-f]{64})")
 # A name on the Hugging Face Hub, and perhaps a revision.
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?")
 
@@ -144,7 +152,7 @@ def locate(
         raise ConfigError(f"{name:.200} already names a revision: give only one.")
     if isinstance(entry, Path):
         return entry
-    if isinstance(entry, Official):
+    if isinstance(entry, Official | Published):
         return _converted(name, entry, None if cache_dir is None else expand(cache_dir), local_files_only)
     if is_dir:
         return _model_of_run(path)
@@ -178,7 +186,9 @@ def _model_of_run(path: Path) -> Path:
     return path / "model"
 
 
-def _converted(name: str, urls: Official, cache: Path | None, local_files_only: bool) -> Path:
+def _converted(name: str, entry: Official | Published, cache: Path | None, local_files_only: bool) -> Path:
+    """Return the folder of a model that others released, downloading and converting it the first time."""
+    urls = [file if isinstance(file, str) else file.url() for file in (entry.tokenizer, entry.transformer)]
     root = cache or download.cache_dir()
     folder, downloads = root / "models" / name, root / "downloads"
     if (folder / INDEX).is_file():
@@ -193,9 +203,12 @@ def _converted(name: str, urls: Official, cache: Path | None, local_files_only: 
     ):
         if (folder / INDEX).is_file():
             return folder
-        paths = [download.fetch(url, folder=downloads) for url in urls]
+        paths = _fetched(entry.tokenizer, downloads), _fetched(entry.transformer, downloads)
         try:
-            parts = read_official(paths[0], paths[1])
+            if isinstance(entry, Published):
+                parts = read_published(entry.project, *paths, entry.sampler)
+            else:
+                parts = read_official(*paths)
         except CheckpointError as error:
             # The download may have been a proxy's error page; its checksum must not block the next attempt.
             for path in paths:
@@ -204,6 +217,24 @@ def _converted(name: str, urls: Official, cache: Path | None, local_files_only: 
                 f"The downloaded files are not {name}, and were deleted: {error}"
             ) from error
         return save_parts(parts, folder)
+
+
+def _fetched(file: str | HubFile, downloads: Path) -> Path:
+    """Return the local copy of a URL or of a file on the hub, whose checksum there is compared.
+
+    Raises:
+        DownloadError: it cannot be had, or is not what the hub states.
+    """
+    if isinstance(file, str):
+        return download.fetch(file, folder=downloads)
+    path = download.fetch(file.url(), folder=downloads)
+    stated = LFS_CHECKSUM.search(download.read_text(file.url("raw"), 1024))
+    if stated and stated[1] != download.sha256(path):
+        download.forget(path)
+        raise DownloadError(
+            f"{file.url()} is not the file that the hub states (SHA-256 {stated[1]}), and was thrown away; try again."
+        )
+    return path
 
 
 def load_parts(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None = torch.float32) -> Parts:

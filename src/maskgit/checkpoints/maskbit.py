@@ -15,7 +15,7 @@ from maskgit.networks.config import TokenizerConfig, TransformerConfig
 
 
 def transformer_of_maskbit(
-    state: Mapping[str, Tensor], *, num_heads: int = 16
+    state: Mapping[str, Tensor], *, num_heads: int | None = None
 ) -> tuple[TransformerConfig, dict[str, Tensor]]:
     """Return a MaskBit generator's config, and its weights by the names that `Transformer` gives them.
 
@@ -24,7 +24,7 @@ def transformer_of_maskbit(
 
     Args:
         state: the published weights by name.
-        num_heads: attention heads; the published models have 16.
+        num_heads: attention heads; None is the 16 of the published models.
 
     Raises:
         CheckpointError: something is missing or left over.
@@ -50,7 +50,7 @@ def transformer_of_maskbit(
         grid_size=round((source.shape("pos_emb")[1] - 1) ** 0.5),
         hidden_size=width,
         num_layers=source.count("transformer.layers.{}."),
-        num_heads=num_heads,
+        num_heads=num_heads or 16,
         intermediate_size=source.shape("transformer.layers.0.1.net.0.weight")[0],
         block="pre_norm" if pre_norm else "official",
         activation="gelu",

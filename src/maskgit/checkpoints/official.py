@@ -9,7 +9,7 @@ import logging
 import math
 import mmap
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from maskgit.checkpoints.official_table import FLAX_NORMS, Row, tokenizer_table,
 from maskgit.config import ModelConfig
 from maskgit.errors import CheckpointError, ConfigError, MaskGITError
 from maskgit.foundation import files
-from maskgit.foundation.checks import Config, check_choice
+from maskgit.foundation.checks import check_choice
 from maskgit.model import Model, Parts
 from maskgit.networks.config import ACTIVATIONS, TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer
@@ -239,13 +239,15 @@ def read_official(
     arrays = read_checkpoint(tokenizer)
     with _blame(tokenizer):
         tokenizer_config = infer_tokenizer_config(arrays, **kinds)
-        first = _load(Tokenizer, tokenizer_config, to_state_dict(arrays, tokenizer_table(tokenizer_config)))
+        first = weights.loaded(
+            Tokenizer, tokenizer_config, to_state_dict(arrays, tokenizer_table(tokenizer_config))
+        )
     arrays = read_checkpoint(transformer)
     with _blame(transformer):
         transformer_config = infer_transformer_config(arrays, num_codes=tokenizer_config.codebook_size)
         if told:
             transformer_config = replace(transformer_config, dropout=told.transformer.dropout)
-        second = _load(
+        second = weights.loaded(
             Transformer, transformer_config, to_state_dict(arrays, transformer_table(transformer_config))
         )
     config = ModelConfig(
@@ -322,17 +324,6 @@ def _read_told(path: Path) -> ModelConfig | None:
         )
     with _blame(path):
         return ModelConfig.from_dict(values)
-
-
-def _load(kind: Callable[..., Module], config: Config, state: dict[str, Tensor]) -> Module:
-    """Return the network with the given weights, without drawing random ones first."""
-    with torch.device("meta"):
-        module = kind(config)
-    for name, buffer in module.named_buffers():
-        if name.endswith("num_batches_tracked"):  # BatchNorm's, which Flax does not have
-            state[name] = torch.zeros_like(buffer, device="cpu")
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.eval()
 
 
 @contextmanager

@@ -52,6 +52,26 @@ def own_state(kind: Callable[[Any], nn.Module], config: Any, module: nn.Module) 
     return state
 
 
+def loaded(kind: Callable[[Any], Module], config: Any, state: Mapping[str, Tensor]) -> Module:
+    """Return the network of a config with the given weights, without drawing random ones first.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or misshapen.
+    """
+    with torch.device("meta"):
+        module = kind(config)
+    counts = {  # BatchNorm's, which Flax does not have
+        name: torch.zeros_like(buffer, device="cpu")
+        for name, buffer in module.named_buffers()
+        if name.endswith("num_batches_tracked")
+    }
+    problems = differences(shapes(module.state_dict()), shapes({**counts, **state}))
+    if problems:
+        raise CheckpointError(f"The weights are not those of their config: {listed(problems)}.")
+    module.load_state_dict({**counts, **state}, strict=True, assign=True)
+    return module.eval()
+
+
 def plain_network(kind: Callable[[Any], Module], config: Any, module: nn.Module) -> Module:
     """Return a network without wrappers: itself, or a new one that shares its tensors.
 

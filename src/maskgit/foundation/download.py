@@ -96,6 +96,23 @@ def fetch(url: str, *, folder: Path | None = None) -> Path:
     return path
 
 
+def read_text(url: str, limit: int) -> str:
+    """Return the first `limit` bytes at a URL as text; nothing is kept.
+
+    Raises:
+        DownloadError: the URL cannot be reached or is refused.
+    """
+    _check_url(url)
+    request = urllib.request.Request(url, headers={"User-Agent": "maskgit"})
+    try:
+        with urllib.request.build_opener(_Redirects, _Proxies).open(request, timeout=TIMEOUT_S) as answer:
+            return answer.read(limit).decode("utf-8", "replace")
+    except urllib.error.HTTPError as error:
+        raise DownloadError(f"{url} responded with {error.code} {error.reason}; try again later.") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DownloadError(f"{url} cannot be reached ({getattr(error, 'reason', error)}).") from error
+
+
 def cached(url: str, folder: Path) -> Path:
     """Return where `fetch` keeps a URL in a folder."""
     name = Path(urllib.parse.urlsplit(url).path).name[:80]

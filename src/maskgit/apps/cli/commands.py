@@ -199,9 +199,11 @@ def convert(
         str | None, arg(metavar="{swish,relu}", help_behavior_hint="(default: swish)")
     ] = None,
     quantizer: Annotated[str | None, arg(metavar="{vq,gumbel}", help_behavior_hint="(default: vq)")] = None,
+    project: Annotated[str | None, arg(name="as", metavar="{halton,maskbit}", help_behavior_hint="")] = None,
+    heads: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None,
     overwrite: bool = False,
 ) -> None:
-    """Convert official checkpoints to a model folder, or back.
+    """Convert official or other projects' checkpoints to a model folder, or to official ones.
 
     Args:
         source: The tokenizer's checkpoint; a folder with `tokenizer_*` and `maskgit_*` checkpoints; or, with
@@ -211,6 +213,9 @@ def convert(
         to_flax: Convert a model folder to official checkpoints, for the JAX code.
         activation: Activation of the tokenizer, which official checkpoints do not record.
         quantizer: Quantizer of the tokenizer, which official checkpoints do not record.
+        project: The project whose torch files these are: halton (with LlamaGen's tokenizer) or maskbit. They are read
+            without running code.
+        heads: With --as, the transformer's attention heads, if it is of no published size.
         overwrite: Replace an existing model or existing checkpoints.
     """
     from maskgit import convert as conversion
@@ -227,6 +232,14 @@ def convert(
             )
         for path in conversion.save_official(hub.from_pretrained(source), dest):
             print(path)
+        return
+    if project is not None:
+        if transformer is None or kinds:
+            raise ConfigError(
+                "--as takes the tokenizer's file and --transformer, and no --activation or --quantizer."
+            )
+        made = conversion.load_published(project, source, transformer, num_heads=heads)
+        print(hub.save_model(made, dest))
         return
     first, second = (source, transformer) if transformer else conversion.find_official(source)
     print(hub.save_model(conversion.load_official(first, second, **kinds), dest))
@@ -267,7 +280,7 @@ def info(model: Positional[str] = "", classes: bool = False) -> None:
 
     if not model:
         for name, entry in hub.REGISTRY.items():
-            print(f"{name:14}{'bundled with the package' if isinstance(entry, Path) else entry.transformer}")
+            print(f"{name:18}{'bundled with the package' if isinstance(entry, Path) else entry.about}")
         return
     pipe = hub.from_pretrained(model)
     config = pipe.config
