@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from maskgit import MaskGIT
-from maskgit.errors import ConfigError
+from maskgit.errors import ConfigError, DataError
 from maskgit.evaluation.networks.features import load_feature_net
 from maskgit.evaluation.runs.tuning import SearchSpace, feature_distance, tune
 from maskgit.evaluation.scores.statistics import Collector
@@ -52,9 +52,13 @@ def test_the_distance_to_a_reference_is_small_for_its_own_images(tiny):
     far = (near * 0.3).clamp(0, 1)
     collector = Collector(net)
     collector.add(near)
-    metric = feature_distance(net, collector.finish())
-    assert metric(near, None) == pytest.approx(0, abs=1e-3)
-    assert metric(far, None) > 1
+    reference = collector.finish()
+    frechet, kernel = (feature_distance(net, reference, distance) for distance in ("fd", "kd"))
+    assert frechet(near, None) == pytest.approx(0, abs=1e-3)
+    assert frechet(far, None) > 1
+    assert kernel(near, None) < 0 < kernel(far, None)  # Unbiased, so below 0 of the very same images.
+    with pytest.raises(DataError, match="keeps no features"):
+        feature_distance(net, dataclasses.replace(reference, features=None))
 
 
 @pytest.mark.parametrize(

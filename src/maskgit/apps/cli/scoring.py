@@ -62,10 +62,14 @@ def print_report(out: Path, path: Path | None) -> None:
 
 def score_table(scores: "list[Score]") -> str:
     width = max(len(score.name) for score in scores)
-    lines = [f"{'score':{width}}  {'value':>10}  {'95 % interval':22}  better"]
+    lines = [f"{'score':{width}}  {'value':>10}  {'interval':30}  better"]
     for score in scores:
-        ends = "" if score.interval is None else f"{score.interval.low:.4g} to {score.interval.high:.4g}"
-        lines.append(f"{score.name:{width}}  {score.value:10.4g}  {ends:22}  {score.better}".rstrip())
+        ends = (
+            ""
+            if score.interval is None
+            else f"{score.interval.low:.4g} to {score.interval.high:.4g} ({score.level})"
+        )
+        lines.append(f"{score.name:{width}}  {score.value:10.4g}  {ends:30}  {score.better}".rstrip())
     return "\n".join(lines)
 
 

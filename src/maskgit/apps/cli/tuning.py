@@ -15,6 +15,7 @@ def tune(
     name: Annotated[str, arg(metavar="NAME")] = "tuned",
     out: Path = Path("presets"),
     features: Annotated[str, arg(metavar="NET")] = "effnet-lite0",
+    distance: Annotated[str, arg(metavar="{kd,fd}")] = "kd",
     weights: Annotated[str | None, arg(metavar="PATH|URL", help_behavior_hint="")] = None,
     trials: int = 30,
     num_images: int = 1000,
@@ -31,8 +32,7 @@ def tune(
 ) -> None:
     """Search for the sampler settings with the best score, and write them as a preset for --preset.
 
-    The score is the Fréchet distance between samples and a reference in a network's features; lower is better. In
-    Python, `maskgit.evaluation.runs.tuning.tune` takes any metric.
+    The score is a distance between samples and a reference in a network's features; lower is better. In Python, `maskgit.evaluation.runs.tuning.tune` takes any metric.
 
     Args:
         model: Name, folder or Hugging Face id of a model.
@@ -40,6 +40,7 @@ def tune(
         name: Name of the preset; the file is OUT/NAME.json.
         out: Folder for the preset.
         features: Feature network: effnet-lite0, inception, inception-pytorch-fid or dinov2.
+        distance: kd, the kernel distance, which is unbiased at any number of images, or fd, the Fréchet distance.
         weights: Its weights, if no installed package provides them.
         trials: Number of settings to try; the first are the model's own.
         num_images: Images per trial.
@@ -75,7 +76,7 @@ def tune(
 
     found = search(
         pipe,
-        feature_distance(net, statistics),
+        feature_distance(net, statistics, distance),
         space=space,
         trials=trials,
         num_images=num_images,
@@ -85,7 +86,7 @@ def tune(
     )
     about = {
         "model": model,
-        "metric": f"fd_{features}",
+        "metric": f"{distance}_{features}",
         "score": round(found.score, 4),
         "own_score": round(found.trials[0][1], 4),
         "num_images": num_images,

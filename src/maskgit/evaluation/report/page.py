@@ -97,7 +97,7 @@ def _card(score: Score, k: int | None, *, first: bool) -> str:
     better = f"<span>{score.better} is better</span>" if score.better else ""
     interval = ""
     if score.interval is not None:
-        interval = f"95 %: {number(score.interval.low)} – {number(score.interval.high)}"
+        interval = f"{score.level}: {number(score.interval.low)} – {number(score.interval.high)}"
     neighbours = score.name.startswith(("precision", "recall", "density", "coverage"))
     about = [f"N = {score.num_images:,}"] if score.num_images else []
     about += [score.features] if score.features else []
@@ -218,7 +218,7 @@ def _classes(report: Report) -> str:
         rows = ["<h3>Best</h3>", *rows[:half], "<h3>Worst</h3>", *rows[half:]]
     key = (
         '<ul class="key"><li><i></i>samples that show their class</li>'
-        '<li><i class="line"></i>95 % interval</li><li><i class="tick"></i>the same of real images that are held out</li></ul>'
+        '<li><i class="line"></i>interval</li><li><i class="tick"></i>the same of real images that are held out</li></ul>'
     )
     count = f"{len(chosen)} of {len(report.classes):,}" if len(chosen) < len(report.classes) else "All"
     return (

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskgit.errors import ConfigError, install_extra
+from maskgit.errors import ConfigError, DataError, install_extra
+from maskgit.evaluation.metrics.distributions import kernel_distance
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.scores.statistics import Collector, ImageStatistics, compare
 from maskgit.foundation.checks import Config, check_choice, check_count, check_range, check_seed
@@ -154,19 +155,43 @@ def _suggest(trial: Any, space: SearchSpace, guided: bool) -> dict[str, Any]:
     return settings
 
 
-def feature_distance(net: FeatureNet, reference: ImageStatistics, *, batch_size: int = 64) -> Metric:
-    """Return the metric that is the Fréchet distance of a net's features to a reference; lower is better.
+DISTANCES = ("kd", "fd")
+
+
+def feature_distance(
+    net: FeatureNet, reference: ImageStatistics, distance: str = "kd", *, batch_size: int = 64
+) -> Metric:
+    """Return the metric that is a distance of a net's features to a reference; lower is better.
+
+    Args:
+        net: the feature net.
+        reference: statistics that it made.
+        distance: "kd", the kernel distance, which is unbiased however few images there are; or "fd", the Fréchet
+            distance, whose bias at a few thousand images is larger than what settings change.
+        batch_size: images measured at once.
 
     Raises:
-        DataError: the reference was made with another net (when the metric is asked).
+        DataError: the reference keeps no features, which a kernel distance reads; or, when the metric is asked, it was
+            made with another net.
     """
-
+    check_choice("distance", distance, DISTANCES)
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
+    real = reference.features
+    if distance == "kd" and (real is None or len(real) < 2):
+        raise DataError(
+            "The reference keeps no features, which a kernel distance reads: make it with `maskgit stats`, or choose "
+            "fd."
+        )
 
     def metric(images: Tensor, labels: Tensor) -> float:
-        collector = Collector(net, keep=0)
+        collector = Collector(net, keep=len(images) if distance == "kd" else 0)
         for batch in images.split(batch_size):
             collector.add(batch)
-        return compare(reference, collector.finish()).pooled.distance
+        found = collector.finish()
+        frechet = compare(reference, found).pooled.distance
+        if distance == "fd" or real is None or found.features is None:
+            return frechet
+        size = min(len(real), len(found.features))
+        return kernel_distance(real, found.features, subsets=1, subset_size=size).mean
 
     return metric

@@ -33,7 +33,7 @@ class Score:
     Attributes:
         name: what it is called, such as "fid" or "fd_effnet-lite0".
         value: of all images.
-        interval: where the value would lie for other samples, 95 %; None where there were too few images or
+        interval: where the value would lie for other samples, at `level`; None where there were too few images or
             no method is known to hold that.
         title: what people call it.
         better: "lower", "higher", or "" where neither is.
@@ -52,6 +52,11 @@ class Score:
     num_images: int = 0
     features: str = ""
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
+
+    @property
+    def level(self) -> str:
+        """How often the interval holds the value of new samples, as benchmarks/coverage.py measures it."""
+        return "90 %" if self.name.startswith(("inception_score", "perplexity")) else "95 %"
 
 
 def with_baselines(scores: Sequence[Score], baselines: Mapping[str, Sequence[Score]]) -> list[Score]:
