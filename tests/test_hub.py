@@ -256,35 +256,36 @@ def test_push_to_hub_uploads_a_whole_folder(tiny, monkeypatch):
     assert_equal(tiny, seen["model"])
 
 
+# It imports once and saves in children, which wait for one another.
 SAVE = """
-import sys
+import os, sys, traceback
 from maskgit import hub
+
 model = hub.load_model(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
-model.save_pretrained(sys.argv[2])
+gates = [os.pipe() for _ in range(3)]
+children = []
+for gate in gates:
+    child = os.fork()
+    if child == 0:
+        try:
+            os.read(gate[0], 1)
+            model.save_pretrained(sys.argv[2])
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    children.append(child)
+for gate in gates:
+    os.write(gate[1], b"x")
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
 """
 
 
 def test_processes_may_save_into_one_new_folder(tiny, folder, tmp_path):
     target = tmp_path / "new" / "model"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SAVE, str(folder), str(target)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(3)
-    ]
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in processes:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
+    command = [sys.executable, "-c", SAVE, str(folder), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     assert_equal(tiny, hub.load_model(target))
     assert list(target.parent.iterdir()) == [target]
 
@@ -438,13 +439,17 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
 
 ASK = """
-import json, sys
+import json, os, sys
 from maskgit import MaskGIT
 for options in json.loads(sys.argv[1]):
+    environment = options.pop("environment", {})
+    os.environ.update(environment)
     try:
         print(MaskGIT.from_pretrained("user/model", **options).config.label_dropout)
     except Exception as error:
         print(type(error).__name__, " ".join(str(error).split()))
+    for name in environment:
+        del os.environ[name]
 """
 
 
@@ -520,14 +525,24 @@ def test_a_name_may_hold_the_revision(folder, tmp_path, monkeypatch):
     assert len(asked) == 5
 
 
-@pytest.mark.parametrize("variable", ["ALL_PROXY", "https_proxy", "HTTPS_PROXY"])
-def test_a_proxy_that_needs_a_package_is_no_fault_of_the_network(variable, tmp_path):
-    # As where the package is not installed.
-    (tmp_path / "socksio.py").write_text("raise ImportError('not there')")
-    path = os.pathsep.join([str(tmp_path), *sys.path])
-    (told,) = ask(
-        [{"cache_dir": str(tmp_path)}], PYTHONPATH=path, HF_ENDPOINT="", **{variable: "socks5://127.0.0.1:9"}
-    )
+PROXIES = ["ALL_PROXY", "https_proxy", "HTTPS_PROXY"]
+
+
+@pytest.fixture(scope="module")
+def behind_socks(tmp_path_factory) -> dict[str, str]:
+    """What is said where each variable names a SOCKS proxy and the package for it is not installed."""
+    folder = tmp_path_factory.mktemp("socks")
+    (folder / "socksio.py").write_text("raise ImportError('not there')")
+    path = os.pathsep.join([str(folder), *sys.path])
+    questions = [
+        {"cache_dir": str(folder), "environment": {variable: "socks5://127.0.0.1:9"}} for variable in PROXIES
+    ]
+    return dict(zip(PROXIES, ask(questions, PYTHONPATH=path, HF_ENDPOINT=""), strict=True))
+
+
+@pytest.mark.parametrize("variable", PROXIES)
+def test_a_proxy_that_needs_a_package_is_no_fault_of_the_network(variable, behind_socks):
+    told = behind_socks[variable]
     assert told.startswith("ConfigError The environment names a SOCKS proxy, which needs the package socksio")
 
 
