@@ -49,8 +49,8 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 test: lint types $(VENV)/.packages
-	# Two at a time, a file in one process; tests compute in one thread each.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	# Two at a time, a file in one process, in the order of tests/conftest.py; tests compute in one thread each.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Runs docs/demo.ipynb anew, with its pictures.
 notebook: $(VENV)/.test

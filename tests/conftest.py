@@ -14,6 +14,33 @@ GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+# The files that take longest, longest first.
+LONG = (
+    "test_engine.py",
+    "test_export_compiled.py",
+    "test_notebook.py",
+    "test_train_transformer.py",
+    "test_webui_browser.py",
+    "test_ray_serve.py",
+    "test_killed.py",
+    "test_environments.py",
+    "test_release.py",
+    "test_export.py",
+    "test_hub.py",
+    "test_behind_proxies.py",
+    "test_server_process.py",
+    "test_train_tokenizer.py",
+    "test_benchmarks.py",
+    "test_streams.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, lest one process end with them alone; `make test` keeps the order."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_machine(tmp_path_factory: pytest.TempPathFactory):
     """Keep tests off the user's cache and the network."""
