@@ -102,11 +102,11 @@ def main() -> None:
             print(path)
 
         page = opened(WIDE, dark=False)
-        start(page, "Generate", "Generate", "pictures in", label="horse")
+        start(page, "Generate", "Generate", "images in", label="horse")
         shoot(page, "generate")
-        load_photo(page, photo, "Fill in what I paint")
+        load_photo(page, photo, "Fill a painted area")
         drag(page, ".canvas canvas", [(0.42, 0.45), (0.55, 0.4), (0.5, 0.55)])
-        start(page, "Edit", "Edit", "picture in", label="frog")
+        start(page, "Edit", "Edit", "image in", label="frog")
         shoot(page, "edit")
         page = opened(WIDE, dark=True)
         start(page, "Inside", "Look inside", "Decoded in", label="horse")
@@ -116,7 +116,7 @@ def main() -> None:
         page = opened(NARROW, dark=True)
         load_photo(page, photo, "Replace a box")
         drag(page, ".boxer", [(0.3, 0.3), (0.7, 0.8)])
-        start(page, "Edit", "Edit", "picture in", label="automobile")
+        start(page, "Edit", "Edit", "image in", label="automobile")
         shoot(page, "phone")
         browser.close()
 

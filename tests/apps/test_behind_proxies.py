@@ -113,7 +113,7 @@ def test_the_page_generates_and_edits_under_the_path(url, tmp_path):
         page.on("pageerror", lambda error: broken.append(str(error)))
         page.goto(f"{url}/")
         page.get_by_role("button", name="Generate", exact=True).click()
-        page.locator(".status:visible", has_text="4 pictures in").wait_for()
+        page.locator(".status:visible", has_text="4 images in").wait_for()
         expect(page.locator(".pictures img:visible")).to_have_count(4)
         with page.expect_download() as download:
             page.locator("a.save:visible", has_text="Save PNG").first.click()
@@ -121,9 +121,9 @@ def test_the_page_generates_and_edits_under_the_path(url, tmp_path):
         page.get_by_role("tab", name="Edit").click()
         page.locator(".upload input[type=file]").set_input_files(tmp_path / "meadow.png")
         page.locator(".status:visible", has_text="meadow.png, 96 × 64 pixels").wait_for()
-        page.get_by_label("Vary all of it").check()
+        page.get_by_label("Vary the whole image").check()
         page.get_by_role("button", name="Edit", exact=True).click()
-        page.locator(".status:visible", has_text="1 picture in").wait_for()
+        page.locator(".status:visible", has_text="1 image in").wait_for()
         browser.close()
     assert images.read_settings(tmp_path / "made.png")["command"] == "generate"
     assert not broken

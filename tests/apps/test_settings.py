@@ -1,11 +1,14 @@
 """The one description of settings against what they describe: the sampler's config, requests, commands, the client."""
 
 import dataclasses
+import inspect
 
 import pytest
 
 from maskgit.apps.cli.flags import Sampler
+from maskgit.apps.client import calls
 from maskgit.apps.client.calls import Making
+from maskgit.apps.serving import schemas
 from maskgit.apps.serving.schemas import Generate, Sampled
 from maskgit.apps.settings import SETTINGS
 from maskgit.errors import ConfigError
@@ -38,3 +41,11 @@ def test_requests_say_what_the_settings_do():
     described = Generate.model_json_schema()["properties"]
     for name in (*NAMES, "num_images", "seed", "first_index", "priority"):
         assert described[name]["description"] == SETTINGS[name].help
+
+
+@pytest.mark.parametrize("name", ["edit", "inpaint", "outpaint", "reconstruct", "detokenize"])
+def test_the_client_has_the_server_s_defaults(name):
+    fields = getattr(schemas, name.capitalize()).model_fields
+    for argument, parameter in inspect.signature(getattr(calls, name)).parameters.items():
+        if parameter.default is not parameter.empty:
+            assert parameter.default == fields[{"label": "class_"}.get(argument, argument)].default, argument

@@ -231,7 +231,7 @@ def test_the_first_step_is_seen_before_the_second_is_made(visit, pipe, monkeypat
     expect(page.locator(".pictures img:visible")).to_have_count(4)
     expect(page.locator("a.save:visible")).to_have_count(0)
     go_on.set()
-    said(page, "4 pictures in")
+    said(page, "4 images in")
     expect(page.locator("a.save:visible")).to_have_count(4)
 
 
@@ -243,7 +243,7 @@ def test_a_picture_is_downloaded_with_its_settings_and_made_again(visit, pipe, t
     page.get_by_label("number input for Steps").locator("visible=true").press("Tab")
     expect(page.get_by_label("range slider for Steps").locator("visible=true")).to_have_value("6")
     press(page, "Generate")
-    said(page, "4 pictures in")
+    said(page, "4 images in")
     first = saved(page, tmp_path, 2)
     assert first.name == "frog-5-00002.png"
     settings = images.read_settings(first)
@@ -254,10 +254,10 @@ def test_a_picture_is_downloaded_with_its_settings_and_made_again(visit, pipe, t
     assert np.abs(pixels(first) - np.asarray(expected)).max() <= 1
 
     again = visit()
-    choose_file(again, "Settings from a picture", first)
-    said(again, "These are the settings of frog-5-00002.png")
+    choose_file(again, "Load settings from a PNG", first)
+    said(again, "Settings loaded from frog-5-00002.png")
     press(again, "Generate")
-    said(again, "1 picture in")
+    said(again, "1 image in")
     second = saved(again, tmp_path / "again")
     assert images.read_settings(second) == settings
     assert np.abs(pixels(first) - pixels(second)).max() <= 1
@@ -273,7 +273,7 @@ def test_what_is_painted_is_filled_in_and_can_be_painted_again(visit, photo, tmp
     wait_for_colour(page, PAINT)
     choose_class(page, "frog")
     press(page, "Edit")
-    said(page, "1 picture in")
+    said(page, "1 image in")
     first = saved(page, tmp_path)
     settings = images.read_settings(first)
     assert (settings["command"], settings["class"], settings["photo"]) == ("inpaint", "frog", "meadow.png")
@@ -290,14 +290,14 @@ def test_what_is_painted_is_filled_in_and_can_be_painted_again(visit, photo, tmp
 
     again = visit()
     tab(again, "Edit")
-    choose_file(again, "Settings from a picture", first)
+    choose_file(again, "Load settings from a PNG", first)
     said(again, "was made from meadow.png; upload that photo first")
     upload(again, photo)
     said(again, "meadow.png, 96 × 64 pixels")
-    choose_file(again, "Settings from a picture", first)
-    said(again, "These are the settings of")
+    choose_file(again, "Load settings from a PNG", first)
+    said(again, "Settings loaded from")
     press(again, "Edit")
-    said(again, "1 picture in")
+    said(again, "1 image in")
     second = saved(again, tmp_path / "again")
     assert images.read_settings(second) == settings
     assert np.array_equal(pixels(first), pixels(second))
@@ -317,7 +317,7 @@ def test_a_box_is_drawn_and_replaced(visit, photo, tmp_path):
     assert np.abs(np.array(box) - [24, 16, 24, 32]).max() <= 1
     choose_class(page, "ship")
     press(page, "Edit")
-    said(page, "1 picture in")
+    said(page, "1 image in")
     path = saved(page, tmp_path)
     assert images.read_settings(path)["box"] == [box]
     changed = (pixels(path) != pixels(photo)).any(-1)
@@ -340,7 +340,7 @@ def test_a_box_is_there_before_the_server_answers(visit, photo):
     drag(page, ".boxer", (0.25, 0.25), (0.5, 0.75))
     expect(page.get_by_label("Width", exact=True)).not_to_have_value("0")
     press(page, "Edit")
-    said(page, "1 picture in")
+    said(page, "1 image in")
 
 
 def test_a_photo_goes_on_beyond_its_edges(visit, photo, tmp_path):
@@ -348,10 +348,10 @@ def test_a_photo_goes_on_beyond_its_edges(visit, photo, tmp_path):
     tab(page, "Edit")
     upload(page, photo)
     said(page, "meadow.png")
-    page.get_by_label("Go beyond the edges").check()
+    page.get_by_label("Extend beyond the edges").check()
     page.get_by_label("left", exact=True).uncheck()
     press(page, "Edit")
-    said(page, "1 picture in")
+    said(page, "1 image in")
     path = saved(page, tmp_path)
     # Its shorter side is the model's 32 pixels then, and 16 are added.
     assert Image.open(path).size == (48 + 16, 32)
@@ -365,9 +365,9 @@ def test_a_photo_is_varied(visit, photo, tmp_path):
     tab(page, "Edit")
     upload(page, photo)
     said(page, "meadow.png")
-    page.get_by_label("Vary all of it").check()
+    page.get_by_label("Vary the whole image").check()
     press(page, "Edit")
-    said(page, "the model took it for")
+    said(page, "guessed class")
     assert images.read_settings(saved(page, tmp_path))["strength"] == 0.5
 
 
@@ -424,7 +424,7 @@ def test_what_is_mistaken_in_a_form_is_answered_with_a_sentence(visit, photo):
     press(page, "Generate")
     said(page, "The seed must be a whole number, but is <i>seven</i>")
     seed.fill("0")
-    choose_file(page, "Settings from a picture", photo)
+    choose_file(page, "Load settings from a PNG", photo)
     said(page, "meadow.png holds no settings")
     tab(page, "Edit")
     upload(page, photo)
@@ -462,7 +462,7 @@ def test_two_people_do_not_see_each_others_pictures(visit, photo):
         choose_class(page, name)
         press(page, "Generate")
     for page in (ours, theirs):
-        said(page, "4 pictures in")
+        said(page, "4 images in")
     links = [
         [link.get_attribute("href") for link in page.locator("a.save:visible").all()]
         for page in (ours, theirs)
@@ -493,7 +493,7 @@ def test_everything_is_reached_by_the_keyboard(visit):
         assert name in reached
     assert reached[-1] == "Generate"
     page.keyboard.press("Enter")
-    said(page, "4 pictures in")
+    said(page, "4 images in")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -512,7 +512,7 @@ def test_it_fits_screens_wide_and_narrow(visit, photo, tmp_path, dark):
             page.screenshot(path=path, full_page=True)
 
     press(page, "Generate")
-    said(page, "4 pictures in")
+    said(page, "4 images in")
     look("generate")
     shown = page.locator(".pictures img:visible").first
     assert shown.bounding_box()["width"] > 300
@@ -527,7 +527,7 @@ def test_it_fits_screens_wide_and_narrow(visit, photo, tmp_path, dark):
     page.locator(".boxer img").wait_for()
     drag(page, ".boxer", (0.3, 0.2), (0.6, 0.8))
     press(page, "Edit")
-    said(page, "1 picture in")
+    said(page, "1 image in")
     look("edit")
     tab(page, "Inside")
     press(page, "Look inside")

@@ -33,11 +33,10 @@ from maskgit.apps.cli.output import (
     save_sheet,
     slug,
 )
-from maskgit.apps.cli.serving import serve
+from maskgit.apps.cli.serving import page, serve
 from maskgit.apps.cli.streams import open_closed, outlets
 from maskgit.apps.cli.training import pack, tokenize, train
 from maskgit.apps.cli.tuning import tune
-from maskgit.apps.cli.webui import page
 from maskgit.errors import ConfigError, MaskGITError, OutputError
 from maskgit.foundation.files import expand_argument
 from maskgit.foundation.notes import listening

@@ -1,4 +1,4 @@
-"""The command that serves a model over HTTP."""
+"""The commands that start a server: `maskgit serve` and `maskgit app`."""
 
 from collections.abc import Callable
 from copy import copy
@@ -10,6 +10,7 @@ from tyro.conf import arg
 from maskgit.apps.cli.flags import Marking, Model
 from maskgit.apps.serving.options import Limits, Network
 from maskgit.errors import ConfigError, install_extra
+from maskgit.foundation.checks import check_count
 from maskgit.foundation.proxies import missing_socks
 
 
@@ -26,7 +27,7 @@ def serve(
     """Serve a model over HTTP; see docs/serving.md.
 
     Args:
-        host: Address to listen on; 0.0.0.0 is all of this machine's.
+        host: Address to listen on: 127.0.0.1 for this machine only, 0.0.0.0 for everyone who can reach it.
         port: Port to listen on; 0 picks a free one.
         api_key_file: File of API keys, one per line; clients must send one of them.
         page: Serve the page of `maskgit app` at /, if Gradio is installed. Not with API keys, which browsers do not send.
@@ -45,20 +46,20 @@ def serve(
     network.check()
     keys = list(read_keys(api_key_file)) if api_key_file else []
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Before the model is loaded, so that nobody waits for what cannot be shown.
-    mount = _page() if page and not keys and find_spec("gradio") else None
+    # Before the model is loaded, so that a missing package or a taken port is reported at once.
+    mount = _page_mount() if page and not keys and find_spec("gradio") else None
     with bind(host, port) as listener:
         pipe = model.load()
         service = Service(pipe, model.model, limits, recorded=model.recorded("serve"), marking=marking)
-        # The page's pictures are made beside the batches of requests, by a model that shares the weights.
+        # The page decodes outside the batches of requests, with a model that shares the weights.
         mounted = mount and partial(mount, pipe=copy(pipe), name=model.model, marking=marking)
         announce = partial(_announce, model.model)
         reload = partial(_reload, keys, api_key_file) if api_key_file else None
         run(service, listener, keys, announce, mounted, network, reload)
 
 
-def _page() -> Callable[..., object]:
-    """Return what puts the page into a server."""
+def _page_mount() -> Callable[..., object]:
+    """Return the function that mounts the page in a server."""
     try:
         from maskgit.apps.webui.page import mount
     except ImportError as error:
@@ -70,7 +71,7 @@ def _page() -> Callable[..., object]:
 
 
 def _reload(keys: list[str], path: Path) -> None:
-    """Take the keys that a file holds now in place of those before; if it is wrong, those before stay."""
+    """Replace the keys by those now in the file; an invalid file leaves them as they are."""
     from maskgit.apps.serving.middleware import read_keys
 
     try:
@@ -83,3 +84,28 @@ def _reload(keys: list[str], path: Path) -> None:
 
 def _announce(name: str, url: str) -> None:
     print(f"Serving {name} at {url}", flush=True)
+
+
+def page(
+    model: Model,
+    marking: Marking,
+    network: Network,
+    port: Annotated[int, arg(metavar="INT")] = 7860,
+    host: str = "127.0.0.1",
+) -> None:
+    """Serve a web page to generate, edit, inspect and compare images.
+
+    Args:
+        port: Port to listen on; 0 picks a free one.
+        host: Address to listen on: 127.0.0.1 for this machine only, 0.0.0.0 for everyone who can reach it.
+    """
+    check_count("port", port, 0, 65_535)
+    network.check()
+    print("loading the libraries…", flush=True)
+    try:
+        from maskgit.apps.webui import serving
+    except ImportError as error:
+        raise missing_socks(error) or ConfigError(
+            f"The page needs the package {error.name}: {install_extra('app')}."
+        ) from error
+    serving.serve(model, host, port, network, marking)

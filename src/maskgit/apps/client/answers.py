@@ -1,4 +1,4 @@
-"""What a client makes of a server's answers; nothing here needs a connection."""
+"""Reading a server's answers, without a connection."""
 
 import base64
 import binascii
@@ -18,11 +18,11 @@ from maskgit.images import reading as imagefiles
 
 Body = TypeVar("Body", bound=BaseModel)
 
-# Pixels of a picture that comes.
+# Largest image that is decoded.
 _MAX_PIXELS = 100_000_000
-# Characters of what somebody else than our server says.
+# Characters quoted of an answer that is not from a maskgit server.
 _MAX_SAID = 300
-# Statuses of what passes, with their kinds where a proxy gives them without any.
+# Statuses worth a retry, and the kinds they get when a proxy sends them without one.
 _KINDS = {429: "overloaded", 503: "unavailable"}
 
 
@@ -32,8 +32,8 @@ class RequestError(MaskGITError):
     Attributes:
         kind: the error's type: the server's (docs/serving.md), or "unreachable", "timeout",
             "not_understood".
-        status: of HTTP, or None if there was no answer.
-        retry_after: seconds after which the server says to come again, or None.
+        status: HTTP status, or None if there was no answer.
+        retry_after: seconds to wait before a retry, as the server says, or None.
     """
 
     def __init__(
@@ -46,19 +46,19 @@ class RequestError(MaskGITError):
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same request may be answered later."""
+        """Whether the same request may succeed later."""
         return self.kind == "unreachable" or self.status in _KINDS
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of an answer.
+    """One image of an answer.
 
     Attributes:
         image: mode RGB or RGBA.
-        data: the file that came; a PNG holds its settings (`maskgit.images.read_settings`).
-        media_type: of the file.
-        seed, index: what it was drawn from, or None.
+        data: the file as received; a PNG holds its settings (`maskgit.images.read_settings`).
+        media_type: the file's media type, such as image/png.
+        seed, index: those of the image, or None where nothing was sampled.
         tokens: rows of the token grid, if asked for.
     """
 
@@ -72,14 +72,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The answer of what makes pictures.
+    """The answer to a request for images.
 
     Attributes:
-        pictures: as many as were asked for.
-        model: its name.
-        settings: what made them.
-        class_guess: which class an edit found, where it was asked to guess, or None.
-        notes: what the server has to say of how it understood the request.
+        pictures: the images with their files, in order of index.
+        model: the model's name.
+        settings: the settings that the images were made with.
+        class_guess: the class that the model chose, if it was asked to guess, or None.
+        notes: the server's remarks on how the request was understood.
     """
 
     pictures: list[Picture]
@@ -90,17 +90,18 @@ class Pictures:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The pictures as PIL images."""
+        """The images as PIL images."""
         return [picture.image for picture in self.pictures]
 
 
 @dataclass(frozen=True)
 class Preview:
-    """An image as it is after a step.
+    """An image after a decoding step.
 
     Attributes:
-        step, index: the step's and the image's number.
-        image: mode RGB, small.
+        step: number of the step, from 0.
+        index: index of the image.
+        image: mode RGB, scaled down.
     """
 
     step: int
@@ -109,13 +110,13 @@ class Preview:
 
 
 def check(answer: httpx.Response) -> None:
-    """Raise what an answer says is wrong.
+    """Raise the error that an answer reports, if any.
 
     Args:
-        answer: read whole, if its status is an error's.
+        answer: if its status is an error's, its body has been read.
 
     Raises:
-        RequestError: with the server's message, or what else it said.
+        RequestError: the status is an error's; the message is the server's, or the start of the body.
     """
     if answer.is_success:
         return
@@ -139,10 +140,10 @@ class EventReader:
         self._done = False
 
     def feed(self, line: str) -> Preview | Pictures | None:
-        """Take a line, and return the event that it ends, if any.
+        """Take a line, and return the event it completes, if any.
 
         Raises:
-            RequestError: the event is an error, or not to be understood.
+            RequestError: the event is an error, or cannot be read.
         """
         if line.startswith("event:"):
             self._name = line[6:].strip()
@@ -155,7 +156,7 @@ class EventReader:
         return None
 
     def finish(self) -> None:
-        """Say that there are no more lines.
+        """Check, after the last line, that the result has arrived.
 
         Raises:
             RequestError: the result is missing.
@@ -173,7 +174,7 @@ class EventReader:
         if name == "error":
             fault = _validated(data, schemas.ErrorAnswer).error
             raise RequestError(fault.message, fault.type)
-        # A newer server may tell more.
+        # Newer servers may send further events.
         return None
 
 
@@ -184,7 +185,7 @@ class _PreviewData(BaseModel):
 
 
 def _seconds(header: str | None) -> float | None:
-    """Return what the header Retry-After says, which may be seconds or a date, or None."""
+    """Return the seconds to wait by the header Retry-After, a number or a date, or None."""
     text = (header or "").strip()
     if text.isdecimal() and len(text) < 10:
         return float(text)
@@ -209,28 +210,28 @@ def _not_understood() -> RequestError:
 
 
 def parse(answer: httpx.Response, schema: type[Body]) -> Body:
-    """Return what an answer in JSON holds.
+    """Return the content of a JSON answer.
 
     Raises:
-        RequestError: it is an error, or another's answer.
+        RequestError: it is an error, or not an answer of this kind.
     """
     check(answer)
     return _validated(answer.content, schema)
 
 
 def read_health(answer: httpx.Response) -> str:
-    """Return a server's own word for its state; 503 belongs to one of them."""
+    """Return a server's state, ready or not ready; the latter comes with status 503."""
     if answer.status_code == 503:
         try:
             return schemas.Health.model_validate_json(answer.content).status
         except ValidationError:
-            # It is another's 503, say a proxy's.
+            # Some proxy's 503, not the server's.
             check(answer)
     return parse(answer, schemas.Health).status
 
 
 def read_pictures(answer: httpx.Response) -> Pictures:
-    """Return an answer's pictures, decoded; see `parse`."""
+    """Return an answer's images, decoded; see `parse`."""
     return _pictures(parse(answer, schemas.Pictures))
 
 
@@ -243,7 +244,7 @@ def _pictures(body: schemas.Pictures) -> Pictures:
 
 
 def _decoded(text: str) -> tuple[Image.Image, bytes]:
-    """Return a picture that came as base64, and its file."""
+    """Return an image sent as base64, and its file."""
     try:
         data = base64.b64decode(text, validate=True)
         return imagefiles.read(data, _MAX_PIXELS, imagefiles.keep_alpha), data

@@ -1,6 +1,6 @@
-"""What a client can ask of a server, without a connection: each function describes one request.
+"""The requests of a client, without a connection: each function describes one.
 
-`maskgit.apps.client.client` has them as methods that send it and return its answer.
+The clients in `maskgit.apps.client.client` have them as methods that send the request and return its answer.
 """
 
 import io
@@ -23,22 +23,22 @@ from maskgit.images import reading as imagefiles
 
 T = TypeVar("T")
 Label = int | str | None
-# A picture to send: a path, a file's bytes, or a PIL image.
+# An image to send: a path, a file's bytes, or a PIL image.
 Source = str | os.PathLike[str] | bytes | Image.Image
 
-# Of a file that is sent; servers take less.
+# Largest file that is sent; servers accept less.
 _MAX_BYTES = 2**28
 
 
 class Making(TypedDict, total=False):
-    """What every request that decodes tokens may say; the sampler's settings are those of docs/samplers.md.
+    """Optional arguments of every request that decodes tokens; docs/samplers.md describes the sampler's settings.
 
     Attributes:
-        num_images: ≥ 1.
-        seed: in [0, 2⁶⁴); with the index, it decides an image.
+        num_images: number of images, at least 1.
+        seed: in [0, 2⁶⁴); seed and index together determine an image.
         first_index: index of the first image.
-        format: of the files that are sent.
-        return_tokens: whether to send the images' tokens, too.
+        format: file format of the images in the answer.
+        return_tokens: whether to return the images' tokens, too.
         priority: "low" lets all other requests go first.
     """
 
@@ -68,10 +68,10 @@ class Call(Generic[T]):
 
     Attributes:
         path: of the URL.
-        read: makes of an answer what is returned; raises `RequestError`.
+        read: turns the HTTP answer into the result; raises `RequestError`.
         fields: JSON values, or None for a request without a body.
-        files: pictures beside them.
-        patient: whether it is sent again when the server has no place, or is not there.
+        files: image files by field name.
+        patient: whether it is retried while the server is full, not ready or unreachable.
     """
 
     path: str
@@ -84,11 +84,11 @@ class Call(Generic[T]):
         """Return the arguments of `httpx.Client.request`.
 
         Args:
-            timeout: seconds after which the server may drop it.
-            stream: whether the answer is to be told in events.
+            timeout: seconds after which the server may drop the request.
+            stream: whether to ask for server-sent events.
 
         Raises:
-            ConfigError: a field is no JSON value.
+            ConfigError: a field cannot be written as JSON.
         """
         if self.fields is None:
             return {"method": "GET", "url": self.path}
@@ -105,7 +105,7 @@ class Call(Generic[T]):
 
 
 def generate(label: Label, **making: Unpack[Making]) -> Call[Pictures]:
-    """Make new images of a class.
+    """Generate images of a class.
 
     Args:
         label: a class name or number, None for no class.
@@ -124,15 +124,15 @@ def edit(
     feather: float | None = None,
     **making: Unpack[Making],
 ) -> Call[Pictures]:
-    """Replace what is in boxes of a photo by a class; see `MaskGIT.edit`.
+    """Replace boxes of a photo with a class; see `MaskGIT.edit`.
 
     Args:
         image: a path, a file's bytes or a PIL image.
-        boxes: (left, top, width, height) each, in pixels of the photo as it is seen.
+        boxes: (left, top, width, height) each, in pixels of the photo as displayed.
         label: a class name or number, None for no class.
-        rule: which tokens a box covers.
-        start_step: the step to begin decoding at; None is the server's choice.
-        feather: radius of the soft edge; None is the server's choice.
+        rule: "cover" replaces every token that a box touches, "official" follows the official notebook.
+        start_step: step to start decoding at; None is the server's default.
+        feather: radius in pixels of the soft edge; None is the server's default.
         **making: see `Making`.
     """
     fields = {"boxes": [list(box) for box in boxes], "class": label, "rule": rule, **making}
@@ -152,22 +152,23 @@ def inpaint(
     feather: float | None = None,
     **making: Unpack[Making],
 ) -> Call[Pictures]:
-    """Fill in a painted part of a photo; see `MaskGIT.inpaint`.
+    """Fill in the masked part of a photo; see `MaskGIT.inpaint`.
 
     Args:
         image: a path, a file's bytes or a PIL image.
-        mask: the same, white where the photo is to be made new; "alpha" is where it is transparent.
-        label: a class name or number, None for no class, "guess" for the likeliest.
-        invert: whether all that the mask does not mark is to be made new.
-        share: of a token's pixels that must be painted, in [0, 1].
-        dilate: tokens by which the mask grows.
-        start_step: the step to begin decoding at.
-        feather: radius of the soft edge; None is the server's choice.
+        mask: a black and white image, also as a path, bytes or PIL image, white where to inpaint; "alpha" inpaints
+            the photo's transparent parts.
+        label: a class name or number, None for no class, "guess" lets the model choose the likeliest.
+        invert: whether to replace what the mask leaves out and keep what it marks.
+        share: share of a token's pixels, in [0, 1], that the mask must mark before the token is replaced.
+        dilate: number of tokens to grow the mask by.
+        start_step: step to start decoding at.
+        feather: radius in pixels of the soft edge; None is the server's default.
         **making: see `Making`.
     """
     fields = {"class": label, "share": share, "dilate": dilate, "start_step": start_step, **making}
     fields |= _given(feather=feather)
-    # A server of before does not know the field.
+    # Older servers do not know the field.
     fields |= {"invert": True} if invert else {}
     files = {"image": _file(image)}
     if isinstance(mask, str) and mask == "alpha":
@@ -190,15 +191,15 @@ def outpaint(
     feather: float | None = None,
     **making: Unpack[Making],
 ) -> Call[Pictures]:
-    """Go on with a photo beyond its edges; see `MaskGIT.outpaint`.
+    """Extend a photo beyond its edges; see `MaskGIT.outpaint`.
 
     Args:
         image: a path, a file's bytes or a PIL image.
         left, right, top, bottom: pixels to add.
-        canvas: in their place, (width, height) of the result.
-        position: (x, y) of the photo in the canvas; None is the middle.
+        canvas: (width, height) of the result, in place of the pixels to add.
+        position: (x, y) of the photo's top left corner on the canvas; None is the middle.
         label: a class name or number, None for no class.
-        feather: pixels over which the photo fades into what is new; None is the server's choice.
+        feather: pixels inside the photo over which it blends into the new content; None is the server's default.
         **making: see `Making`.
     """
     fields = {"left": left, "right": right, "top": top, "bottom": bottom, "class": label, **making}
@@ -211,19 +212,19 @@ def outpaint(
 
 
 def reconstruct(image: Source, *, format: Format = "png", return_tokens: bool = False) -> Call[Pictures]:
-    """Show what the tokenizer keeps of a picture.
+    """Encode an image to tokens and decode it again.
 
     Args:
         image: a path, a file's bytes or a PIL image.
-        format: of the file that is sent back.
-        return_tokens: whether to send its tokens, too.
+        format: file format of the image in the answer.
+        return_tokens: whether to return its tokens, too.
     """
     fields = {"format": format, "return_tokens": return_tokens}
     return Call("/v1/reconstruct", read_pictures, fields, {"image": _file(image)})
 
 
 def tokenize(image: Source) -> Call[list[list[int]]]:
-    """Return a picture's tokens, rows of the token grid from the top.
+    """Return an image's tokens: rows of the token grid, top row first.
 
     Args:
         image: a path, a file's bytes or a PIL image.
@@ -236,19 +237,19 @@ def tokenize(image: Source) -> Call[list[list[int]]]:
 def detokenize(
     tokens: Sequence[Sequence[int]], *, format: Format = "png", return_tokens: bool = False
 ) -> Call[Pictures]:
-    """Show the picture of tokens.
+    """Decode tokens to an image.
 
     Args:
-        tokens: rows of the token grid, from the top.
-        format: of the file that is sent back.
-        return_tokens: whether to send the tokens back, too.
+        tokens: rows of the token grid, top row first.
+        format: file format of the image in the answer.
+        return_tokens: whether to return the tokens, too.
     """
     fields = {"tokens": [list(row) for row in tokens], "format": format, "return_tokens": return_tokens}
     return Call("/v1/detokenize", read_pictures, fields)
 
 
 def models() -> Call[list[ModelCard]]:
-    """Say what models are served."""
+    """List the models that the server offers."""
     return Call("/v1/models", lambda answer: parse(answer, schemas.Models).models)
 
 
@@ -258,12 +259,12 @@ def classes() -> Call[list[ClassName]]:
 
 
 def health() -> Call[str]:
-    """Return "ready", or "not ready" if the server lives but takes no requests; asked once."""
+    """Return "ready", or "not ready" if the server runs but accepts no requests; never retried."""
     return Call("/readyz", read_health, patient=False)
 
 
 def _json(name: str, value: Any) -> str:
-    """Return a field as JSON, which it is in a form, too, so that "3" stays a name there."""
+    """Return a field as JSON; forms carry JSON, too, so that the string "3" stays a class name."""
     try:
         return json.dumps(plain(value), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -275,18 +276,18 @@ def _given(**fields: Any) -> dict[str, Any]:
 
 
 def _file(source: Source) -> bytes:
-    """Return a picture as a file's bytes; only a PIL image is encoded, as PNG."""
+    """Return an image as a file's bytes; a PIL image is encoded as PNG."""
     if isinstance(source, bytes):
         return source
     if isinstance(source, Image.Image):
         data = io.BytesIO()
-        # It may not have been read from its file yet.
+        # Pillow may not have read its file yet.
         with imagefiles.decoding("The image"):
             imagefiles.keep_alpha(source).save(data, "PNG")
         return data.getvalue()
     if not isinstance(source, str | os.PathLike):
         raise ImageError(
-            f"A picture must be a path, a file's bytes or a PIL image, but is a {type(source).__name__}."
+            f"An image must be a path, a file's bytes or a PIL image, but is a {type(source).__name__}."
         )
     try:
         with expand(source).open("rb") as file:
@@ -294,5 +295,5 @@ def _file(source: Source) -> bytes:
     except (OSError, ValueError) as error:
         raise ImageError(f"{source} cannot be read: {error}.") from error
     if len(content) > _MAX_BYTES:
-        raise ImageError(f"{source} is larger than {_MAX_BYTES:,} bytes; make the picture smaller first.")
+        raise ImageError(f"{source} is larger than {_MAX_BYTES:,} bytes; make the image smaller first.")
     return content

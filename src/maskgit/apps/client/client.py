@@ -1,4 +1,4 @@
-"""A client of `maskgit serve`, in two kinds that differ only in how they wait.
+"""Clients of `maskgit serve`: `Client` blocks, `AsyncClient` is awaited.
 
 with Client("http://127.0.0.1:8000") as client:
     client.generate("frog", seed=1).images[0].save("frog.png")
@@ -44,16 +44,15 @@ Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
 KEY_VARIABLE = "MASKGIT_API_KEY"
 _CONNECT_SECONDS = 10.0
-# The server ends a late request itself, with an error that says so.
+# The server itself ends late requests with an error that says so.
 _GRACE_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
-# What may go well a moment later. An answer that takes too long is not among them: sent again, the request
-# would only add to the load.
+# Failures worth a retry. A late answer is not among them: sent again, the request would only add to the load.
 _PASSING = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
 class _Connected(Generic[Http]):
-    """What both kinds of client are made with."""
+    """What both clients share: the server's address, the connection and the limits on retries."""
 
     _http_class: type[Http]
     _transport_class: type[httpx.HTTPTransport] | type[httpx.AsyncHTTPTransport]
@@ -67,16 +66,16 @@ class _Connected(Generic[Http]):
         retries: int = 5,
         max_wait: float = 60.0,
     ) -> None:
-        """Describe the server; nothing is sent yet.
+        """Connect to nothing yet; the first request does.
 
         Args:
-            url: the server's, such as http://127.0.0.1:8000.
-            api_key: None takes $MASKGIT_API_KEY, if that is set.
-            timeout: seconds that an answer may take; the server is told, and drops what is late.
-            retries: how often a request is sent again that the server has no place for (429, 503) or that
-                does not reach it. The same request has the same answer, so this changes nothing.
-            max_wait: seconds that a request waits between its attempts, all together. The server's
-                Retry-After is kept to; if it goes beyond, the error is raised at once.
+            url: the server's address, such as http://127.0.0.1:8000.
+            api_key: key to send; None uses $MASKGIT_API_KEY if that is set.
+            timeout: seconds that an answer may take, 0.01 to 86,400; the server is told, and drops late requests.
+            retries: how often a request is sent again after a 429 or 503, or when it does not reach the server,
+                0 to 1000. The same request has the same answer, so retries are safe.
+            max_wait: total seconds to wait between the attempts of a request, 0 to 86,400. Retry-After is
+                respected; if it exceeds what is left, the error is raised at once.
 
         Raises:
             ConfigError: the URL or the key cannot be sent, a number is out of range, or the environment names a
@@ -96,9 +95,9 @@ class _Connected(Generic[Http]):
         return self._http_class(
             base_url=self.url,
             headers=headers,
-            # A client that many threads share may wait for a connection of its own.
+            # No limit on waiting for a connection, since many threads may share the client.
             timeout=httpx.Timeout(self.timeout + _GRACE_SECONDS, connect=_CONNECT_SECONDS, pool=None),
-            # Given one, httpx does not look for proxies itself.
+            # With a transport, httpx does not look for proxies itself.
             transport=self._transport(),
         )
 
@@ -128,7 +127,7 @@ class _Connected(Generic[Http]):
 
 
 class _Attempts:
-    """The attempts at one request, of which this decides whether there is another."""
+    """The attempts at one request: decides whether and when to retry."""
 
     def __init__(self, url: str, timeout: float, retries: int, max_wait: float) -> None:
         self._url, self._timeout = url, timeout
@@ -136,18 +135,18 @@ class _Attempts:
         self._next = _FIRST_PAUSE
 
     def begun(self) -> None:
-        """Say that part of the answer has been handed on: from now on it cannot be asked for anew."""
+        """Stop retrying: part of the answer has been yielded, and would be yielded twice."""
         self._retries = 0
 
     def pause(self, error: RequestError | httpx.RequestError) -> float:
         """Return the seconds to wait before the next attempt.
 
         Raises:
-            RequestError: there is none.
+            RequestError: no attempt is left, or a retry would not help.
         """
         failure = error if isinstance(error, RequestError) else self._understood(error)
         seconds = self._next if failure.retry_after is None else failure.retry_after
-        # Clients that were refused together do not come again together.
+        # Jitter, so that clients that were refused together do not return together.
         seconds *= 1 + random.random() / 4
         if failure.may_pass and self._retries and seconds <= self._waiting:
             self._retries -= 1
@@ -179,7 +178,7 @@ def _check_url(url: str) -> str:
         parts = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
         raise ConfigError("The server's URL cannot be read; give one like http://127.0.0.1:8000.") from error
-    # What is in front of the host would be shown wherever the URL is.
+    # A user and password would appear wherever the URL is shown.
     if parts.scheme not in ("http", "https") or not parts.host or parts.userinfo or parts.query:
         raise ConfigError(
             "The server's URL must be like http://127.0.0.1:8000: http or https, without user or query."
@@ -188,7 +187,7 @@ def _check_url(url: str) -> str:
 
 
 def _authorization(key: str) -> dict[str, str]:
-    """Return the header that shows a key; what cannot be one is refused here, where it is not repeated."""
+    """Return the header for a key; an invalid key is refused here, in a message that does not repeat it."""
     if not key:
         return {}
     if not key.isascii() or not key.isprintable() or " " in key:
@@ -197,7 +196,7 @@ def _authorization(key: str) -> dict[str, str]:
 
 
 def _looks_like(build: Callable[..., Any], method: Callable[..., Any], name: str | None = None) -> None:
-    """Give a method the name, the text and, behind self, the parameters of what describes its request."""
+    """Give a method the name, the docstring and, after self, the parameters of its function in `calls`."""
     own = inspect.signature(build)
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     method.__name__ = name or build.__name__
@@ -246,10 +245,10 @@ def _streamed_async(
 
 
 class Client(_Connected[httpx.Client]):
-    """Asks a server, and waits; threads may share it.
+    """A blocking client; threads may share it.
 
-    Every method raises `RequestError` if it is not answered as asked, and `ImageError` if a picture cannot be
-    sent. The methods that begin with stream_ give each step's `Preview`, and last the `Pictures`.
+    Every method raises `RequestError` if the request fails, and `ImageError` if an image cannot be sent. The
+    methods that begin with stream_ yield `Preview`s of the images as they form, then the `Pictures`.
     """
 
     _http_class = httpx.Client
@@ -264,11 +263,11 @@ class Client(_Connected[httpx.Client]):
         self.close()
 
     def close(self) -> None:
-        """End its connections."""
+        """Close the connections."""
         self._http.close()
 
     def send(self, call: Call[T]) -> T:
-        """Return the answer of a request."""
+        """Send a request and return its answer."""
         attempts = self._attempts(call.patient)
         while True:
             try:
@@ -278,7 +277,7 @@ class Client(_Connected[httpx.Client]):
             time.sleep(pause)
 
     def stream(self, call: Call[Pictures]) -> Iterator[Preview | Pictures]:
-        """Give a request's previews, and last its answer; when the iterator is closed, the server stops."""
+        """Yield a request's previews, then its answer; closing the iterator cancels the request on the server."""
         attempts = self._attempts(call.patient)
         while True:
             try:
@@ -315,7 +314,7 @@ class Client(_Connected[httpx.Client]):
 
 
 class AsyncClient(_Connected[httpx.AsyncClient]):
-    """Asks a server from asyncio; otherwise as `Client`, whose methods are awaited here."""
+    """A client for asyncio: the methods of `Client`, awaited."""
 
     _http_class = httpx.AsyncClient
     _transport_class = httpx.AsyncHTTPTransport
@@ -329,11 +328,11 @@ class AsyncClient(_Connected[httpx.AsyncClient]):
         await self.close()
 
     async def close(self) -> None:
-        """End its connections."""
+        """Close the connections."""
         await self._http.aclose()
 
     async def send(self, call: Call[T]) -> T:
-        """Return the answer of a request."""
+        """Send a request and return its answer."""
         attempts = self._attempts(call.patient)
         while True:
             try:
@@ -343,7 +342,7 @@ class AsyncClient(_Connected[httpx.AsyncClient]):
             await asyncio.sleep(pause)
 
     async def stream(self, call: Call[Pictures]) -> AsyncIterator[Preview | Pictures]:
-        """Give a request's previews, and last its answer; when the iterator is closed, the server stops."""
+        """Yield a request's previews, then its answer; closing the iterator cancels the request on the server."""
         attempts = self._attempts(call.patient)
         while True:
             try:

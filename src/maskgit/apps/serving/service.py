@@ -223,11 +223,6 @@ class Service:
         with self._changed:
             self._draining = True
 
-    def wait_idle(self, seconds: float | None = None) -> bool:
-        """Wait until nothing is accepted that is not answered; return whether that is so."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._tickets, seconds)
-
     def cancel_all(self) -> None:
         """Cancel what is accepted."""
         with self._changed:

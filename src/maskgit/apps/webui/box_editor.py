@@ -54,7 +54,7 @@ class Boxer:
         """
         box = [int(values[field] or 0) for field in self.numbers]
         if not (box[2] and box[3]):
-            raise RegionError("There is no box yet; draw one on the photo, or give its numbers.")
+            raise RegionError("There is no box yet: draw one on the photo or enter its coordinates.")
         return box
 
     def show(self, photo: Photo, box: list[int] | None = None) -> Values:

@@ -28,8 +28,10 @@ def compare_tab(studio: Studio) -> None:
             with gr.Column(min_width=260, elem_classes="fields"):
                 forms.append(SamplerForm(studio, name=side, config=config))
     with gr.Column(elem_classes="results"):
-        status = gr.HTML(pictures.note("Change A or B, then Compare: the seed is the same for both."))
-        shown = gr.HTML(pictures.empty("Pictures of both appear here side by side."))
+        status = gr.HTML(
+            pictures.note("Change the settings of A or B, then press Compare. Both use the same seed.")
+        )
+        shown = gr.HTML(pictures.empty("The images of both appear here side by side."))
 
     def compare(values: Values) -> Iterator[Values]:
         pipe = studio.pipe
@@ -39,9 +41,9 @@ def compare_tab(studio: Studio) -> None:
         name = studio.class_name(label).split(",")[0]
         numbers = range(shared["first_index"], shared["first_index"] + shared["num_images"])
         alts = [f"{name} {number}" for number in numbers]
-        columns = [pictures.empty("waits for its turn")] * len(SIDES)
+        columns = [pictures.empty("not started")] * len(SIDES)
         times = []
-        yield {status: pictures.note("Decoding begins…")}
+        yield {status: pictures.note("Decoding…")}
         for turn, config in enumerate(configs):
             clock = Clock()
             for made in watch(partial(pipe.generate, label, **shared, **vars(config))):
@@ -65,7 +67,7 @@ def _differences(configs: list[SamplerConfig]) -> list[str]:
     """Return what each settings has that another has not."""
     listed = [config.to_dict() for config in configs]
     differing = [name for name, value in listed[0].items() if any(one[name] != value for one in listed)]
-    return [", ".join(f"{name} {one[name]}" for name in differing) or "the same settings" for one in listed]
+    return [", ".join(f"{name} {one[name]}" for name in differing) or "same settings" for one in listed]
 
 
 def _side_by_side(titles: list[str], columns: list[str]) -> str:

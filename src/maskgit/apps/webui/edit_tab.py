@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from maskgit.apps.settings import SETTINGS
 from maskgit.apps.webui import edits, pictures
 from maskgit.apps.webui.box_editor import Boxer
 from maskgit.apps.webui.edits import OPERATIONS, SIDES
@@ -49,7 +50,7 @@ class EditTab:
                 self.operation = gr.Radio(
                     [(operation.title, name) for name, operation in OPERATIONS.items()],
                     value="inpaint",
-                    label="What to do",
+                    label="Operation",
                 )
                 self.groups = self._groups()
             with gr.Column(scale=5, min_width=300, elem_classes="results"):
@@ -61,11 +62,13 @@ class EditTab:
                     self.sampler = SamplerForm(studio)
                 start, stop = buttons("Edit")
                 self.remake = gr.UploadButton(
-                    "Settings from a picture…", file_types=[".png"], size="sm", elem_classes="remake"
+                    "Load settings from a PNG…", file_types=[".png"], size="sm", elem_classes="remake"
                 )
             with gr.Column(scale=5, min_width=300, elem_classes="results"):
-                self.status = gr.HTML(pictures.note("Upload a photo, say what to do, then Edit."))
-                self.shown = gr.HTML(pictures.empty("The result appears here, over the original."))
+                self.status = gr.HTML(pictures.note("Upload a photo, choose an operation, then press Edit."))
+                self.shown = gr.HTML(
+                    pictures.empty("The result appears here, with a slider that shows the original.")
+                )
         self._connect(start, stop)
 
     def _groups(self) -> dict[str, gr.Group]:
@@ -82,7 +85,7 @@ class EditTab:
                         value=0,
                         step=1,
                         label="Grow the mask",
-                        info="By so many tokens on every side",
+                        info=SETTINGS["dilate"].help,
                     )
                 elif name == "edit":
                     self.boxer = Boxer()
@@ -93,12 +96,17 @@ class EditTab:
                         MAX_AMOUNT * image_size,
                         value=image_size // 2,
                         step=patch,
-                        label="Pixels to add at each",
-                        info=f"Of the photo scaled so that its shorter side has at most {image_size}",
+                        label="Pixels to add on each side",
+                        info=f"Counted after scaling the photo so that its shorter side is at most {image_size}",
                     )
                 else:
                     self.strength = gr.Slider(
-                        0, 1, value=0.5, step=0.05, label="Strength", info="0 keeps it, 1 makes a new picture"
+                        0,
+                        1,
+                        value=0.5,
+                        step=0.05,
+                        label="Strength",
+                        info="0 keeps the image, 1 makes a new one",
                     )
         return groups
 
@@ -107,7 +115,7 @@ class EditTab:
         stage = {}
         with gr.Column(visible=True, elem_classes="canvas painted") as stage["inpaint"]:
             self.editor = gr.ImageEditor(
-                label="Paint what is to be new",
+                label="Paint over what to replace",
                 type="pil",
                 format="png",
                 sources=(),
@@ -116,7 +124,7 @@ class EditTab:
                 brush=PAINT,
                 height=520,
                 buttons=[],
-                placeholder="Upload a photo, then paint over what is to be made new.",
+                placeholder="Upload a photo, then paint over what to replace.",
             )
         with gr.Column(visible=False, elem_classes="canvas") as stage["edit"]:
             self.boxer.draw()
@@ -207,7 +215,7 @@ class EditTab:
         chosen = self._arguments(values)
         label, shared = self.subject.read(values)
         config = self.sampler.read(values)
-        yield {self.status: pictures.note("Decoding begins…")}
+        yield {self.status: pictures.note("Decoding…")}
         notes: list[str] = []
 
         def make(**options: Any) -> Output:
@@ -222,7 +230,7 @@ class EditTab:
                     ),
                     self.shown: pictures.gallery(
                         self.studio.decode(made, provenance.EDITED),
-                        ["what the model sees"] * len(made.tokens),
+                        ["the model's view"] * len(made.tokens),
                     ),
                 }
                 continue
@@ -236,7 +244,7 @@ class EditTab:
             self.studio.shown([after for _, after in pairs])
             for text in notes:
                 gr.Info(html.escape(text))
-            guessed = f" · the model took it for: {name.split(',')[0]}" if made.class_guess else ""
+            guessed = f" · guessed class: {name.split(',')[0]}" if made.class_guess else ""
             alts = [f"{name.split(',')[0]} {number}" for number in range(len(files))]
             yield {
                 self.status: pictures.note(f"{count_of(len(files))} in {clock}{guessed}"),
@@ -264,7 +272,7 @@ class EditTab:
             amounts = {chosen[side] for side in SIDES} - {0}
             if len(amounts) != 1:
                 raise ConfigError(
-                    "The picture was continued by different amounts; this form has one for all."
+                    "The sides of this image were extended by different amounts, but the form has one amount for all; use `maskgit outpaint`."
                 )
             filled |= {
                 self.sides: [side for side in SIDES if chosen[side]],
@@ -277,7 +285,7 @@ class EditTab:
         filled |= subject | self.sampler.fill(self.sampler.config(settings))
         filled[self.subject.label] = self._classes(command, label)
         filled[self.status] = pictures.note(
-            f"These are the settings of {Path(path).name}; Edit makes it again."
+            f"Settings loaded from {Path(path).name}; press Edit to make the image again."
         )
         yield filled
 

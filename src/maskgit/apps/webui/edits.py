@@ -78,7 +78,7 @@ def painted(layers: list[Image.Image]) -> Image.Image:
     masks = [np.asarray(layer.convert("RGBA"))[..., 3] > 0 for layer in layers]
     mask = np.any(masks, axis=0) if masks else np.zeros(1, np.bool_)
     if not mask.any():
-        raise RegionError("Nothing is painted; paint over what is to be made new.")
+        raise RegionError("Nothing is painted: paint over what to replace.")
     return Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
 
 
@@ -96,11 +96,11 @@ def unpack_mask(text: Any) -> Image.Image:
         ImageError: it is none.
     """
     if not isinstance(text, str) or len(text) > MAX_MASK_CHARS:
-        raise ImageError("The picture holds no painted mask; only one that was made on this page does.")
+        raise ImageError("The image's settings hold no painted mask; only images made on this page have one.")
     try:
         data = base64.b64decode(text, validate=True)
     except ValueError as error:
-        raise ImageError("The painted mask in the picture's settings is damaged.") from error
+        raise ImageError("The painted mask in the image's settings is damaged.") from error
     return images.read_image(data, max_pixels=MAX_MASK_PIXELS).convert("L")
 
 
@@ -115,7 +115,7 @@ def _edit(pipe: MaskGIT, photo: Photo, chosen: dict[str, Any], label: Label, **o
 
 def _outpaint(pipe: MaskGIT, photo: Photo, chosen: dict[str, Any], label: Label, **options: Any) -> Output:
     if not any(chosen[side] for side in SIDES):
-        raise RegionError("Choose at least one side, and how much to add there.")
+        raise RegionError("Choose at least one side to extend.")
     return pipe.outpaint(photo.path, label=label, **{side: chosen[side] for side in SIDES}, **options)
 
 
@@ -139,10 +139,10 @@ class Operation(NamedTuple):
 
 # By the name of the command that does the same.
 OPERATIONS = {
-    "inpaint": Operation("Fill in what I paint", True, _inpaint),
+    "inpaint": Operation("Fill a painted area", True, _inpaint),
     "edit": Operation("Replace a box", False, _edit),
-    "outpaint": Operation("Go beyond the edges", False, _outpaint),
-    "vary": Operation("Vary all of it", True, _vary),
+    "outpaint": Operation("Extend beyond the edges", False, _outpaint),
+    "vary": Operation("Vary the whole image", True, _vary),
 }
 
 
@@ -160,7 +160,7 @@ def chosen_of(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in UNSET.items():
         if settings.get(name, value) != value:
             raise ConfigError(
-                f"The picture was made with {name} {settings[name]!r:.80}, for which this form has no field; "
+                f"The image was made with {name} {settings[name]!r:.80}, for which this form has no field; "
                 f"use `maskgit {command}`."
             )
     try:
@@ -178,7 +178,9 @@ def chosen_of(settings: dict[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError | ImageError):
             raise
-        raise ConfigError(f"The settings in the picture are not those of one {command}.") from error
+        raise ConfigError(
+            f"The image's settings are incomplete or invalid for `maskgit {command}`."
+        ) from error
 
 
 def pairs(photo: Photo, made: Output) -> list[tuple[Image.Image, Image.Image]]:
@@ -199,7 +201,7 @@ def repainted(photo: Photo, chosen: dict[str, Any]) -> dict[str, Any]:
     """
     mask = unpack_mask(chosen["mask_png"])
     if mask.size != photo.shown.size:
-        raise ImageError(f"The mask was painted on a photo of another size than {photo.path.name}.")
+        raise ImageError(f"The mask was painted on a photo of a different size from {photo.path.name}.")
     layer = Image.new("RGBA", mask.size, PAINT_COLOUR)
     layer.putalpha(mask)
     return {"background": photo.shown, "layers": [layer], "composite": None}

@@ -9,13 +9,14 @@ from typing import Any
 import gradio as gr
 
 from maskgit.apps.cli.flags import Sampler
+from maskgit.apps.settings import SETTINGS
 from maskgit.apps.webui.session import GUESS, MAX_IMAGES, PRIVATE, Label, Studio, Values, whole
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.policies import POLICIES
 from maskgit.sampler.schedules import MASK_SCHEDULES
 
-MAX_SEED, MAX_INDEX = 2**64 - 1, 2**62
-# Sliders reach so far; a value from a picture's settings that lies beyond makes them longer.
+MAX_SEED, MAX_INDEX = SETTINGS["seed"].high, SETTINGS["first_index"].high
+# Where sliders end; a larger value in an image's settings extends them.
 MAX_STEPS, MAX_GUIDANCE, MAX_TEMPERATURE, MAX_CHOICE = 64, 10.0, 2.0, 20.0
 
 
@@ -35,22 +36,22 @@ class SamplerForm:
         said = f"{name}: " if name else ""
         begun = _fields(config or own)
         self.kept = gr.State(**begun["kept"])
-        self.steps = gr.Slider(1, step=1, label=f"{said}Steps", **begun["steps"])
-        self.guidance = gr.Slider(0, step=0.1, label=f"{said}Guidance", **begun["guidance"])
+        self.steps = gr.Slider(step=1, label=f"{said}Steps", **begun["steps"])
+        self.guidance = gr.Slider(step=0.1, label=f"{said}Guidance scale", **begun["guidance"])
         self.policy = gr.Dropdown(list(POLICIES), label=f"{said}Policy", filterable=False, **begun["policy"])
         self.options = gr.Textbox(
-            label=f"{said}Policy's parameters", placeholder="name=value name=value", **begun["options"]
+            label=f"{said}Policy parameters", placeholder="name=value name=value", **begun["options"]
         )
         with gr.Accordion(f"{said}Temperatures and schedule", open=False):
-            self.temperature = gr.Slider(0, step=0.05, label=f"{said}Temperature", **begun["temperature"])
-            self.choice = gr.Slider(0, step=0.1, label=f"{said}Choice temperature", **begun["choice"])
+            self.temperature = gr.Slider(step=0.05, label=f"{said}Temperature", **begun["temperature"])
+            self.choice = gr.Slider(step=0.1, label=f"{said}Choice temperature", **begun["choice"])
             self.schedule = gr.Dropdown(
                 list(MASK_SCHEDULES),
                 label=f"{said}Mask schedule",
                 allow_custom_value=True,
                 **begun["schedule"],
             )
-            reset = gr.Button("The model's own settings", size="sm")
+            reset = gr.Button("Reset to the model's defaults", size="sm")
         self.fields: list[Any] = [getattr(self, field) for field in begun]
         self.policy.input(self._changed, self.policy, self.fields, queue=False, **PRIVATE)
         reset.click(lambda: self.fill(own), None, self.fields, queue=False, **PRIVATE)
@@ -102,21 +103,22 @@ def _fields(config: SamplerConfig) -> dict[str, dict[str, Any]]:
     given = values.pop("policy_options")
     about = (inspect.getdoc(policy) or "").splitlines()[0]
 
-    def slider(value: float, high: float) -> dict[str, Any]:
-        return {"value": value, "maximum": max(value, high)}
+    def slider(name: str, high: float) -> dict[str, Any]:
+        value, setting = values.pop(name), SETTINGS[name]
+        return {"value": value, "minimum": setting.low, "maximum": max(value, high), "info": setting.help}
 
     return {
-        "steps": slider(values.pop("steps"), MAX_STEPS),
-        "guidance": slider(values.pop("guidance_scale"), MAX_GUIDANCE),
+        "steps": slider("steps", MAX_STEPS),
+        "guidance": slider("guidance_scale", MAX_GUIDANCE),
         "policy": {"value": values.pop("policy"), "info": about},
         "options": {
             "value": " ".join(f"{name}={_text(value)}" for name, value in given.items()),
-            "info": f"If not given: {' '.join(parameters)}",
+            "info": f"Defaults: {' '.join(parameters)}",
             "visible": bool(parameters),
         },
-        "temperature": slider(values.pop("temperature"), MAX_TEMPERATURE),
-        "choice": slider(values.pop("choice_temperature"), MAX_CHOICE),
-        "schedule": {"value": values.pop("mask_schedule")},
+        "temperature": slider("temperature", MAX_TEMPERATURE),
+        "choice": slider("choice_temperature", MAX_CHOICE),
+        "schedule": {"value": values.pop("mask_schedule"), "info": SETTINGS["mask_schedule"].help},
         # What has no field of its own.
         "kept": {"value": values},
     }
@@ -142,7 +144,7 @@ class SubjectForm:
         self.label = gr.Dropdown(
             classes, value=first, label="Class", info="Type to search", elem_classes="class"
         )
-        self.count = gr.Slider(1, MAX_IMAGES, value=count or 1, step=1, label="Pictures", visible=count > 0)
+        self.count = gr.Slider(1, MAX_IMAGES, value=count or 1, step=1, label="Images", visible=count > 0)
         with gr.Row(elem_classes="seed"):
             self.seed = gr.Textbox("0", label="Seed", scale=3, min_width=90)
             self.index = gr.Textbox("0", label="Index", scale=3, min_width=90)
@@ -172,6 +174,6 @@ class SubjectForm:
         return {
             self.label: self.studio.choice(settings.get("class")),
             self.count: 1,
-            self.seed: str(whole("The picture's seed", settings.get("seed"), MAX_SEED)),
-            self.index: str(whole("The picture's index", settings.get("index"), MAX_INDEX)),
+            self.seed: str(whole("The image's seed", settings.get("seed"), MAX_SEED)),
+            self.index: str(whole("The image's index", settings.get("index"), MAX_INDEX)),
         }

@@ -20,11 +20,11 @@ def generate_tab(studio: Studio) -> None:
             sampler = SamplerForm(studio)
             start, stop = buttons("Generate")
             remake = gr.UploadButton(
-                "Settings from a picture…", file_types=[".png"], size="sm", elem_classes="remake"
+                "Load settings from a PNG…", file_types=[".png"], size="sm", elem_classes="remake"
             )
         with gr.Column(scale=5, min_width=300, elem_classes="results"):
-            status = gr.HTML(pictures.note("Choose a class, then Generate."))
-            shown = gr.HTML(pictures.empty("Pictures appear here step by step."))
+            status = gr.HTML(pictures.note("Choose a class, then press Generate."))
+            shown = gr.HTML(pictures.empty("The images appear here as they form."))
 
     def generate(values: Values) -> Iterator[Values]:
         clock, pipe = Clock(), studio.pipe
@@ -33,7 +33,7 @@ def generate_tab(studio: Studio) -> None:
         name = studio.class_name(label).split(",")[0]
         numbers = range(shared["first_index"], shared["first_index"] + shared["num_images"])
         alts = [f"{name} {number}" for number in numbers]
-        yield {status: pictures.note("Decoding begins…")}
+        yield {status: pictures.note("Decoding…")}
         for made in watch(partial(pipe.generate, label, **shared, **vars(config))):
             if isinstance(made, Step):
                 yield {
@@ -56,7 +56,7 @@ def generate_tab(studio: Studio) -> None:
             | sampler.fill(sampler.config(settings))
             | {
                 status: pictures.note(
-                    f"These are the settings of {Path(path).name}; Generate makes it again."
+                    f"Settings loaded from {Path(path).name}; press Generate to make the image again."
                 )
             }
         )

@@ -27,9 +27,11 @@ def inside_tab(studio: Studio) -> None:
             sampler = SamplerForm(studio)
             start, stop = buttons("Look inside")
         with gr.Column(scale=5, min_width=300, elem_classes="results"):
-            status = gr.HTML(pictures.note("Choose a class, then Look inside."))
+            status = gr.HTML(pictures.note("Choose a class, then press Look inside."))
             shown = gr.HTML(
-                pictures.empty("Which token was fixed at which step, and how sure the model was of it.")
+                pictures.empty(
+                    "The step that fixed each token, and the model's confidence in it, appear here."
+                )
             )
 
     def look(values: Values) -> Iterator[Values]:
@@ -37,7 +39,7 @@ def inside_tab(studio: Studio) -> None:
         label, shared = subject.read(values)
         config = sampler.read(values)
         name = studio.class_name(label).split(",")[0]
-        yield {status: pictures.note("Decoding begins…")}
+        yield {status: pictures.note("Decoding…")}
         for made in watch(partial(pipe.generate, label, return_steps=True, **shared, **vars(config))):
             if isinstance(made, Step):
                 yield {
@@ -75,23 +77,23 @@ def explained(studio: Studio, made: Output, name: str, saved: pictures.Saved) ->
         (
             "The image as it forms",
             pictures.film(studio.shown(frames), name),
-            "Move the slider from step to step.",
+            "Move the slider to see each step.",
         ),
         (
             "The step that fixed each token",
             pictures.image(
                 drawn, f"A map of {rows} × {columns} tokens: the step that fixed each", sharp=False
             ),
-            f"Dark was first, step 1; light was last, step {steps}.",
+            f"From dark (step 1) to light (step {steps}).",
         ),
         (
-            "How sure the model was, in percent",
+            "Confidence, in percent",
             pictures.image(
                 sure, f"A map of {rows} × {columns} tokens: the probability of each when fixed", sharp=False
             ),
-            "Of each token when it was fixed; dark is sure.",
+            "The probability of each token when it was fixed; darker is higher.",
         ),
-        ("The tokens", _grid(trace), "The code of each token; point at one for all that is known of it."),
+        ("The tokens", _grid(trace), "The code of each token; hover over one for its step and confidence."),
     )
     shown = "".join(
         f"<figure><h3>{title}</h3>{panel}<figcaption><span>{about}</span></figcaption></figure>"

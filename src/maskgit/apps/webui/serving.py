@@ -40,7 +40,7 @@ def serve(model: Model, host: str, port: int, network: Network, marking: Marking
         print("building the page…", flush=True)
         app = application(pipe, model.model, network, marking)
         shown = f"[{host}]" if ":" in host else host
-        print(f"http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+        print(f"http://{shown}:{listening.getsockname()[1]}  (Ctrl-C to stop)", flush=True)
         config = uvicorn.Config(
             app, http=Patient, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=PATIENCE
         )
@@ -69,5 +69,5 @@ def listen(host: str, port: int) -> socket.socket:
         # Python adds the address in brackets.
         reason = str(error.strerror or error).partition(" (")[0]
         raise ConfigError(
-            f"The page cannot be at {host}, port {port}: {reason}. Choose another --port or --host."
+            f"The page cannot listen on {host}, port {port}: {reason}. Choose another --port or --host."
         ) from error

@@ -72,7 +72,7 @@ class Studio:
         listed = [(name, str(i)) for i, name in enumerate(names)]
         if self.pipe.config.label_dropout:
             listed = [("no class", NO_CLASS), *listed]
-        return [("guess from the picture", GUESS), *listed] if guess else listed
+        return [("guess from the image", GUESS), *listed] if guess else listed
 
     def label(self, choice: Any) -> Label:
         """Return the label that a choice of class means.
@@ -138,7 +138,7 @@ class Studio:
         command, model = settings.get("command"), settings.get("model")
         if command not in commands:
             raise ConfigError(
-                f"{Path(path).name} was made by {command!r:.80}; this form takes pictures made by "
+                f"{Path(path).name} was made by {command!r:.80}; this form takes images made by "
                 f"{', '.join(commands)}."
             )
         if model != self.name:
@@ -164,7 +164,7 @@ def whole(name: str, text: Any, high: int) -> int:
 
 def count_of(count: int) -> str:
     """Return a number of pictures in words."""
-    return f"{count} picture{'' if count == 1 else 's'}"
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 class Clock:
@@ -220,7 +220,7 @@ def connect(
 ) -> None:
     """Let a button start a handler, and another stop it."""
     # Said by the browser itself, at once: others' work may come first.
-    waiting = f"() => {json.dumps(pictures.note('Waiting for a turn…'))}"
+    waiting = f"() => {json.dumps(pictures.note('Queued…'))}"
     start.click(None, None, status, js=waiting, **PRIVATE)
     running = start.click(sentences(status)(handler), set(inputs), [status, *outputs], **WORK, **PRIVATE)
     stop.click(lambda: pictures.note("Stopped."), None, status, cancels=[running], queue=False, **PRIVATE)
