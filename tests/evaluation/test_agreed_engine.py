@@ -110,3 +110,25 @@ def test_an_evaluation_goes_on_where_another_way_is_faster(tiny, tmp_path, faste
     for other in others:
         with pytest.raises(ConfigError, match=f'engine.linear "{first}", not "{other}"'):
             evaluation(build(tiny, Engine(linear=other)), num_images=8).run(tmp_path)
+
+
+def test_an_evaluation_begun_when_context_features_could_be_reused_goes_on(tiny, tmp_path):
+    # Its plan says that they were not: "reuse": 1.
+    model = build(tiny, Engine())
+    evaluation(model, num_images=8, training=False).run(tmp_path)
+    plan = json.loads((tmp_path / "work" / "samples" / "plan.json").read_text())
+    assert plan["engine"] == {
+        "dtype": "float32",
+        "quantize": "",
+        "linear": "torch",
+        "compile": False,
+        "graphs": False,
+        "reuse": 1,
+    }
+    made = (tmp_path / "report.json").read_text()
+    # As one that was begun then and killed: the choice had no file of its own.
+    (tmp_path / "work" / "engine.json").unlink(missing_ok=True)
+    (tmp_path / "report.json").unlink()
+    assert agreed_engine(tmp_path, "exact", **CPU).linear == "torch"
+    again = evaluation(model, num_images=8, training=False).run(tmp_path)
+    assert json.loads(again.read_text())["metrics"] == json.loads(made)["metrics"]

@@ -45,10 +45,10 @@ def evaluate(
     if reconstructions.reconstruction:
         samples.refuse()
         evaluation = _of_reconstructions(model, reference, net, work, reconstructions)
-    elif reconstructions.lpips or reconstructions.lpips_weights:
-        raise ConfigError("LPIPS compares reconstructions with their originals; add --reconstruction.")
+    elif (reconstructions.lpips or reconstructions.lpips_weights) and not samples.edits:
+        raise ConfigError("LPIPS compares images with their originals; add --reconstruction or --edits.")
     else:
-        evaluation = _of_samples(model, reference, out, net, work, samples, sampler)
+        evaluation = _of_samples(model, reference, out, net, work, samples, reconstructions, sampler)
     with Bars() as bars:
         path = evaluation.run(out, bars)
     print_report(out, path)
@@ -61,6 +61,7 @@ def _of_samples(
     net: Net,
     work: WorkFlags,
     samples: SampleFlags,
+    reconstructions: ReconstructionFlags,
     sampler: Sampler,
 ) -> "SampleEvaluation":
     from maskgit.data.picture_sets import open_fitting
@@ -87,6 +88,7 @@ def _of_samples(
         show_training=samples.show_training,
         neighbours=samples.neighbours,
         neighbour_images=samples.neighbour_images,
+        edit_images=samples.edit_images if samples.edits else 0,
     )
     axes, device = samples.axes(), own_device(work.device)
     found = open_reference(reference, max_bad_share=work.max_bad_share)
@@ -96,6 +98,7 @@ def _of_samples(
         side = plain.config.image_size
         training = open_fitting(samples.training_data, side, max_bad_share=work.max_bad_share)
     stages = {"tokenizer": plain.tokenizer, "transformer": plain.transformer}
+    lpips, lpips_name = reconstructions.measure(device)
     asked = {"device": plain.device, "dtype": work.dtype}
     evaluation = SampleEvaluation(
         model=plain,
@@ -109,6 +112,8 @@ def _of_samples(
         config=config,
         training=training,
         curve=axes,
+        lpips=lpips,
+        lpips_name=lpips_name,
     )
     # What is wrong is told before anything is written.
     evaluation.works()

@@ -47,7 +47,8 @@ class SampleFlags:
     num_training: int = 50_000
     """How many of them to search, evenly spaced."""
     show_training: bool = True
-    """Show each sample's nearest training images; turn off before publishing the report."""
+    """Show real images: the nearest training images, and those that are edited; turn off before publishing the
+    report."""
     curve: Annotated[tuple[str, ...], arg(metavar="KEY=A,B,…", help_behavior_hint="")] = ()
     """Also score every combination of these settings: steps=4,8,12 policy=confidence,halton."""
     curve_images: int = 1000
@@ -56,6 +57,10 @@ class SampleFlags:
     """The k of precision, recall, density and coverage."""
     neighbour_images: int = 2000
     """At most how many samples and real images these four compare; recall and coverage depend on it."""
+    edits: bool = False
+    """Also mask parts of real images of the reference, fill them in, and score that; takes --lpips."""
+    edit_images: int = 500
+    """How many images to edit, at most half of the reference."""
     keep_images: Literal["none", "npz", "png"] = "none"
     """Keep the samples in OUT/work/samples as arrays or PNG files."""
 
@@ -72,6 +77,7 @@ class SampleFlags:
         asked = {
             "training-data": self.training_data,
             "curve": self.curve,
+            "edits": self.edits,
         }
         for name, value in asked.items():
             if value:
@@ -85,7 +91,7 @@ class ReconstructionFlags:
     reconstruction: bool = False
     """Score the tokenizer's reconstructions of the reference images instead of samples."""
     lpips: Annotated[str | None, arg(metavar="{alex,vgg}", help_behavior_hint="")] = None
-    """Also measure LPIPS, with this network."""
+    """Also measure LPIPS of reconstructions or edits, with this network."""
     lpips_weights: Annotated[tuple[str, ...], arg(metavar="PATH|URL", help_behavior_hint="")] = ()
     """The two weight files: the network's and LPIPS's own."""
 

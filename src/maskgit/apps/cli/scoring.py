@@ -52,12 +52,43 @@ def print_report(out: Path, path: Path | None) -> None:
                 if found["value"] is not None
             )
         )
+    for line in (*_edit_lines(report.get("edits", [])), *_repeat_lines(report.get("repeats"))):
+        print(line)
     for caution in report["cautions"]:
         print(caution)
     for line in complaints(report["skipped"]["first"], report["skipped"]["count"]):
         print(line)
     print(out / JSON_NAME)
     print(out / PAGE_NAME)
+
+
+def _edit_lines(edits: list[dict[str, Any]]) -> list[str]:
+    """Return the table of edits as report.json has them."""
+    if not edits:
+        return []
+    rows = [
+        (edited["mask"], name, *(_short(value) for value in values.values()))
+        for edited in edits
+        for name, values in edited["metrics"].items()
+    ]
+    head = ("edits", "score", *next(iter(edits[0]["metrics"].values())))
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
+
+
+def _repeat_lines(repeats: dict[str, Any] | None) -> list[str]:
+    """Return the spread over seeds as report.json has it."""
+    if repeats is None:
+        return []
+    width = max(map(len, repeats["metrics"]))
+    lines = [f"over the seeds {', '.join(map(str, repeats['seeds']))}:"]
+    for name, found in repeats["metrics"].items():
+        lines.append(f"{name:{width}}  {_short(found['mean'])} ± {_short(found['deviation'])}")
+    return lines
+
+
+def _short(value: float | None) -> str:
+    return "—" if value is None else f"{value:.4g}"
 
 
 def score_table(scores: "list[Score]") -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 from maskgit.evaluation.report.charts import Mark, colour, line_chart, number
 from maskgit.evaluation.report.report import JSON_NAME, PAGE_NAME, Cost, Report, versions
 from maskgit.evaluation.scores.classwise import ClassScore, best_and_worst
+from maskgit.evaluation.scores.edits import STATES
 from maskgit.evaluation.scores.memorisation import Memorisation, Row
 from maskgit.evaluation.scores.names import BASELINES, Score
 from maskgit.foundation.files import expand, write_bytes
@@ -34,6 +35,7 @@ def render(report: Report) -> str:
         _sheet(report),
         _classes(report),
         _copies(report.memorisation, report.num_images),
+        _edits(report),
         _curves(report),
         _settings(report),
     ]
@@ -278,6 +280,36 @@ def _copy(row: Row) -> str:
     for place, distance, pixels in zip(row.numbers, row.distances, row.neighbours, strict=True):
         figures.append(_figure(pixels, number(distance), f"training image {place}"))
     return f'<div class="copy">{"".join(figures)}</div>'
+
+
+def _edits(report: Report) -> str:
+    """Return the table of how well parts of real images are filled in."""
+    if not report.edits:
+        return ""
+    rows = []
+    for edited in report.edits:
+        for place, score in enumerate(edited.scores):
+            mask = f'<th rowspan="{len(edited.scores)}">{escape(edited.mask)}</th>' if not place else ""
+            values = "".join(f"<td>{number(score.values[state])}</td>" for state in STATES)
+            ends = "" if score.interval is None else " – ".join(map(number, score.interval))
+            better = f" ({score.better} is better)" if score.better else ""
+            rows.append(f"<tr>{mask}<td>{escape(score.title)}{better}</td>{values}<td>{ends}</td></tr>")
+    heads = "".join(f"<th>{escape(title)}</th>" for title in ("score", *STATES.values(), "95 % of edits"))
+    pictures = report.edit_pictures
+    triples = "\n".join(
+        f'<div class="triple">{"".join(_figure(*picture) for picture in pictures[place : place + 3])}</div>'
+        for place in range(0, len(pictures), 3)
+    )
+    sheet = f'<div class="sheet pairs" style="--columns: 3">\n{triples}\n</div>' if pictures else ""
+    return (
+        f'<section id="edits"><h2>Edits</h2><p class="lede">{report.edits[0].num_images:,} real images, parts of which '
+        "are masked and filled in with their own class. Beside each score stands the same score where the part is left "
+        "untouched, and where the tokenizer’s reconstruction is put there. The Fréchet distance is from the same parts "
+        "of other real images; the feature distance is 1 less the cosine from what was there; the seam ratio is the "
+        f"gradient across the mask’s border over that within.</p>{sheet}"
+        f'<div class="wide"><table><thead><tr><th>mask</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        "</section>"
+    )
 
 
 def _curves(report: Report) -> str:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from maskgit.evaluation.scores.classwise import ClassScore
+from maskgit.evaluation.scores.edits import Edited
 from maskgit.evaluation.scores.memorisation import Memorisation
 from maskgit.evaluation.scores.names import Score
 from maskgit.foundation.version import __version__
@@ -69,6 +70,23 @@ class Point(NamedTuple):
     cost: Cost | None = None
 
 
+class Repeats(NamedTuple):
+    """The same evaluation with several seeds.
+
+    Attributes:
+        seeds: the report's own first.
+        values: of each score by its name in the report, a value for each seed.
+    """
+
+    seeds: list[int]
+    values: dict[str, list[float]]
+
+    def spread(self, name: str) -> tuple[float, float]:
+        """Return the mean and the standard deviation (unbiased) of a score over the seeds."""
+        values = self.values[name]
+        return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
 @dataclass(frozen=True)
 class Report:
     """All that one evaluation found.
@@ -91,6 +109,9 @@ class Report:
         examples: pictures of some classes, their first ones by index.
         memorisation: what the search for copies found.
         curves: smaller runs with other settings, all of as many images.
+        edits: how well parts of real images are filled in, by kind of mask.
+        edit_pictures: images masked, filled in and untouched, three by three.
+        repeats: the scores with other seeds; None where there is one seed.
         cost: of one image; None for reconstructions.
         run: seconds and devices: what may differ between two runs of the same settings.
     """
@@ -112,6 +133,9 @@ class Report:
     memorisation: Memorisation | None = None
     curves: list[Point] = field(default_factory=list)
     curve_images: int = 0
+    edits: list[Edited] = field(default_factory=list)
+    edit_pictures: list[Picture] = field(default_factory=list)
+    repeats: Repeats | None = None
     cost: Cost | None = None
     run: dict[str, Any] = field(default_factory=dict)
 
@@ -159,12 +183,38 @@ class Report:
                 }
                 for point in self.curves
             ],
+            "edits": [
+                {
+                    "mask": edited.mask,
+                    "num_images": edited.num_images,
+                    "metrics": {
+                        score.name: {state: plain(value) for state, value in score.values.items()}
+                        for score in edited.scores
+                    },
+                    "intervals": {
+                        score.name: plain(tuple(score.interval)) for score in edited.scores if score.interval
+                    },
+                }
+                for edited in self.edits
+            ],
+            "repeats": None if self.repeats is None else self._repeats(self.repeats),
             "cost": None if self.cost is None else self.cost.to_dict(),
             "settings": self.settings,
             **self.identities,
             "versions": versions(),
             "run": self.run | self._seconds(),
         }
+
+    def _repeats(self, repeats: Repeats) -> dict[str, Any]:
+        metrics = {}
+        for name, values in repeats.values.items():
+            mean, deviation = repeats.spread(name)
+            metrics[name] = {
+                "values": plain(tuple(values)),
+                "mean": plain(mean),
+                "deviation": plain(deviation),
+            }
+        return {"seeds": repeats.seeds, "metrics": metrics}
 
     def _seconds(self) -> dict[str, Any]:
         """Return the seconds of an image, which may differ between two runs of the same settings."""

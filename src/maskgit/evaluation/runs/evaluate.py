@@ -20,8 +20,10 @@ from maskgit.data.picture_sets import Pictures, as_floats
 from maskgit.data.rows import check_share
 from maskgit.errors import DataError
 from maskgit.evaluation.networks.features import FeatureNet
+from maskgit.evaluation.networks.lpips import LPIPS
 from maskgit.evaluation.report.report import Picture, Point, Report
 from maskgit.evaluation.runs.cost import cost_of_samples
+from maskgit.evaluation.runs.edits import MASKS, Edits
 from maskgit.evaluation.runs.running import Progress, run_works
 from maskgit.evaluation.runs.sampling import (
     RealImages,
@@ -35,10 +37,12 @@ from maskgit.evaluation.scores import memorisation
 from maskgit.evaluation.scores.baselines import Context, of_halves, of_training
 from maskgit.evaluation.scores.classwise import (
     ClassJudge,
+    Labelled,
     Matched,
     best_and_worst,
     matched_classes,
 )
+from maskgit.evaluation.scores.edits import Edited, edit_scores
 from maskgit.evaluation.scores.names import Names, Score, with_baselines
 from maskgit.evaluation.scores.references import Reference, evaluator_identity, reference_statistics
 from maskgit.evaluation.scores.scores import distances, manifolds
@@ -65,6 +69,7 @@ class EvaluationConfig(Config):
             that is published may not be free to.
         neighbours: the neighbour that decides the radius of a ball, for precision, recall, density and coverage.
         neighbour_images: of so many samples and real images these are, at most.
+        edit_images: real images of which parts are filled in with each kind of mask; 0 leaves edits out.
     """
 
     splits: int = 10
@@ -74,6 +79,7 @@ class EvaluationConfig(Config):
     show_training: bool = True
     neighbours: int = 3
     neighbour_images: int = 2000
+    edit_images: int = 0
 
     def validate(self) -> None:
         check_range("splits", self.splits, 2, 1000)
@@ -82,6 +88,7 @@ class EvaluationConfig(Config):
         check_range("num_examples", self.num_examples, 1, 32)
         check_range("neighbours", self.neighbours, 1, 1000)
         check_range("neighbour_images", self.neighbour_images, 2, 20_000)
+        check_range("edit_images", self.edit_images, 0, 10_000_000)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class SampleEvaluation:
         config: how thoroughly they are scored.
         training: the images that the model was trained on, searched for copies.
         curve: sampler settings of smaller runs: all combinations of these values.
+        lpips: computes LPIPS of edits, if it is wanted, and `lpips_name` says which it is.
     """
 
     model: MaskGIT
@@ -112,6 +120,8 @@ class SampleEvaluation:
     config: EvaluationConfig
     training: Pictures | None = None
     curve: Mapping[str, Sequence[Any]] | None = None
+    lpips: LPIPS | None = None
+    lpips_name: str | None = None
 
     def run(self, out: str | Path, progress: Progress | None = None) -> Path | None:
         """Make the images, score them and write the report; see `run_works`.
@@ -151,6 +161,8 @@ class SampleEvaluation:
                 f"{self.training.resolution[1]} pixels and the samples {side} × {side}: pack it with "
                 f"--size {side}."
             )
+        if self.config.edit_images:
+            works["edits"] = self._edits(self.images)
         for point in self._points():
             small = replace(self.images, num_images=self.config.curve_images, keep_images="none")
             works[curve_name(point)] = self._samples(small, point, show=False)
@@ -179,6 +191,26 @@ class SampleEvaluation:
             show=show,
         )
 
+    def _edits(self, images: SampleConfig) -> Edits:
+        data = self.reference.images
+        if data is None:
+            raise DataError(
+                f"Edits are made of real images, but {self.reference.name} holds statistics alone: give images as "
+                "--reference, or leave out --edits."
+            )
+        return Edits(
+            self.model,
+            data,
+            self.net,
+            images,
+            weights=self.weights,
+            sampler=self.model.sampler_config(**self.sampler),
+            num_images=self.config.edit_images,
+            classes=self._matched(data.class_names, data.num_classes, data.name).numbers,
+            lpips=self.lpips,
+            lpips_name=self.lpips_name,
+        )
+
     def _points(self) -> list[dict[str, Any]]:
         axes = self.curve or {}
         if not axes:
@@ -205,6 +237,7 @@ class SampleEvaluation:
         copies, of_copies = self._copies(units, arrays, reference, names)
         curves, small = self._curves(units, reference, judge, names)
         cost = cost_of_samples(done, self.model, work.sampler)
+        edits, pictures, unread = self._edited(units, "edits", names)
         report = Report(
             title=self.name,
             kind="samples",
@@ -214,7 +247,7 @@ class SampleEvaluation:
             sheet=[],
             settings=done.plan,
             identities=self._identities(reference, names),
-            skipped=skipped,
+            skipped=list(dict.fromkeys(skipped + unread)),
             classes=[]
             if judge is None
             else judge.table(judge.agrees(arrays["pooled"], arrays["labels"]), arrays["labels"]),
@@ -223,6 +256,8 @@ class SampleEvaluation:
             memorisation=copies,
             curves=curves,
             curve_images=self.config.curve_images,
+            edits=edits,
+            edit_pictures=pictures if self.config.show_training else [],
             cost=cost,
             run={
                 "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -372,6 +407,30 @@ class SampleEvaluation:
             points.append(Point(settings, scores, cost_of_samples(done, self.model, done.work.sampler)))
             cautions |= dict.fromkeys(f"Runs with other settings: {text}" for text in found)
         return points, list(cautions)
+
+    def _edited(
+        self, units: dict[str, Units], name: str, names: Names
+    ) -> tuple[list[Edited], list[Picture], list[str]]:
+        """Return the scores of edits, pictures of them, and sentences about images that could not be read."""
+        data = self.reference.images
+        if name not in units or data is None:
+            return [], [], []
+        found, real = gather(units[name]), gather(units["reference"]).arrays
+        work = units[name].work
+        assert isinstance(work, Edits)
+        if len(found.arrays.get("number", ())) < 2:
+            raise DataError(f"{data.name} holds fewer than two images that can be read and edited.")
+        known = None
+        if work.classes is not None:
+            unseen = ~np.isin(real["numbers"], work.edited) & (real["labels"] >= 0)
+            known = Labelled(real["pooled"][unseen], work.classes[real["labels"][unseen]])
+        captions = ("masked", "filled in", "untouched")
+        pictures = [
+            Picture(pixels, caption)
+            for images in found.arrays.get("shown", ())
+            for pixels, caption in zip(images, captions, strict=True)
+        ]
+        return edit_scores(found.arrays, list(MASKS), names, known), pictures, found.skipped
 
     def _examples(self, report: Report, work: Samples, labels: NDArray) -> dict[int, list[Picture]]:
         """Return the first pictures by index of the best and the worst classes."""

@@ -124,7 +124,7 @@ class Samples:
         self.plan: dict[str, Any] = {
             "work": "samples",
             "weights": weights,
-            "engine": _engine(model),
+            "engine": engine_numbers(model),
             "sampler": sampler.to_dict(),
             "images": config.to_dict(),
             "class_counts": None if class_counts is None or self._shares is None else class_counts.tolist(),
@@ -201,7 +201,7 @@ def spread(index: int, count: int, total: int) -> int:
     return index * total // count
 
 
-def _engine(model: MaskGIT) -> dict[str, Any]:
+def engine_numbers(model: MaskGIT) -> dict[str, Any]:
     """Return what of the way a model runs decides the last bits; which of several devices does not."""
     if model.engine is None:
         return {"dtype": str(next(model.transformer.parameters()).dtype).removeprefix("torch.")}
