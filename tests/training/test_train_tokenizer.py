@@ -14,16 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit import hub
 from maskgit.data.image_cache import new_image_cache
-from maskgit.errors import ConfigError, DataError, OutputError
+from maskgit.errors import CheckpointError, ConfigError, DataError, OutputError
 from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training import codebook
 from maskgit.training import train_tokenizer as loop
 from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.distributed import Distributed
+from maskgit.training.inputs import completed_tokenizer
 from maskgit.training.optim import make_adam
-from maskgit.training.run.folder import held_run
+from maskgit.training.run.checkpoint import Checkpoints
+from maskgit.training.run.folder import annealed, held_run
 from maskgit.training.run.stopping import TrainingError
+from maskgit.training.saving import save_model
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_dry_run import dry_run
 from maskgit.training.tokenizer_parts import gumbel_noise, gumbel_tau, make_networks
@@ -401,3 +404,162 @@ def test_a_folder_that_another_run_holds_is_refused_before_anything_is_done(conf
         with pytest.raises(OutputError, match="is the folder of a run that process"):
             train_tokenizer(run)
         assert [path.name for path in Path(run.out).iterdir()] == ["run.lock"]
+
+
+def stopping_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    steps = iter(range(1, 1000))
+    patch.setattr(loop.StopSignal, "agreed", lambda self: next(steps) == step)
+
+
+@pytest.mark.parametrize("changes", [{"quantizer": "vq"}, {"quantizer": "lfq"}])
+def test_a_cut_up_batch_gives_the_same_run_to_rounding(config, tmp_path, monkeypatch, changes):
+    """In float64, as two processes are compared; an entropy of each part would part the runs at once."""
+    config = replace(config, model=replace(config.model, **changes))
+    runs = [replace(config, out=str(tmp_path / str(parts)), accumulate=parts) for parts in (1, 4)]
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        for run in runs:
+            train_tokenizer(run)
+    finally:
+        torch.set_default_dtype(before)
+    assert_close_runs(runs[0].out, runs[1].out, 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"accumulate": 3}, "multiple of the 1 processes times accumulate"),
+        ({"accumulate": 2, "adaptive_weight": True}, "gradients of a whole batch"),
+        ({"accumulate": 2, "model": TokenizerConfig(norm="BN")}, "statistics are those of a whole batch"),
+        ({"freeze": "encoder"}, "name one in init_from"),
+        ({"freeze": "decoder", "init_from": "a"}, "none, encoder"),
+    ],
+)
+def test_parts_and_frozen_weights_that_do_not_fit_are_refused(config, tmp_path, changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        train_tokenizer(replace(config, out=str(tmp_path / "run"), **changes))
+
+
+def test_the_encoder_and_the_decoder_are_compiled_and_it_is_said_first(config, tmp_path, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: called.append(forward.__self__) or forward)
+    path = train_tokenizer(replace(config, out=str(tmp_path / "run"), compile=True))
+    assert [type(network).__name__ for network in called] == ["Encoder", "Decoder"]
+    assert "Compiling the layers" in capsys.readouterr().err
+    plain = train_tokenizer(replace(config, out=str(tmp_path / "plain")))
+    assert equal(weights(path), weights(plain))
+
+
+def test_training_starts_from_another_tokenizer_and_its_shape(config, tmp_path):
+    source = train_tokenizer(replace(config, out=str(tmp_path / "source"), steps=2, seed=5))
+    values = {**config.to_dict(), "out": str(tmp_path / "run"), "init_from": str(source), "model": {}}
+    start = TokenizerTrainingConfig.from_dict(completed_tokenizer(values))
+    assert start.model == config.model
+    tokenizer, *_ = make_networks(start, 8, torch.device("cpu"))
+    assert equal(tokenizer.state_dict(), weights(source))
+    train_tokenizer(start)
+    another = replace(start, model=replace(config.model, embedding_dim=8), out=str(tmp_path / "another"))
+    with pytest.raises(ConfigError, match=r"tokenizer of another shape: embedding_dim \(model 4, here 8\)"):
+        train_tokenizer(another)
+
+
+@pytest.mark.parametrize("norm", ["LN", "BN"])
+def test_a_frozen_encoder_keeps_every_token(config, tmp_path, monkeypatch, norm):
+    config = replace(config, model=replace(config.model, norm=norm))
+    source = hub.load_tokenizer(train_tokenizer(replace(config, out=str(tmp_path / "source"))))
+    frozen = replace(
+        config,
+        out=str(tmp_path / "run"),
+        init_from=str(tmp_path / "source" / "model"),
+        freeze="encoder",
+        seed=7,
+    )
+    straight = train_tokenizer(replace(frozen, out=str(tmp_path / "straight")))
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 3)
+        with pytest.raises(SystemExit):
+            train_tokenizer(frozen)
+    tuned = hub.load_tokenizer(train_tokenizer(frozen))
+    assert equal(tuned.state_dict(), weights(straight))
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    tokens = source.eval().encode(images)
+    assert torch.equal(tuned.eval().encode(images), tokens)
+    kept = ("encoder.", "quantizer.")
+    for name, value in source.state_dict().items():
+        if name.startswith(kept):
+            assert torch.equal(tuned.state_dict()[name], value), name
+    assert not torch.equal(tuned.decode(tokens), source.decode(tokens))
+
+
+def test_an_allowed_change_is_written_down_and_exact(config, tmp_path, monkeypatch):
+    first = replace(config, out=str(tmp_path / "run"), steps=3, checkpoint_every=1)
+    train_tokenizer(first)
+    second = replace(first, steps=6, learning_rate=1e-4, entropy_weight=0.0, adversarial_start=4)
+    with pytest.raises(ConfigError, match=r"learning_rate \(was 0\.003, is 0\.0001\).*--change"):
+        train_tokenizer(second)
+    with pytest.raises(ConfigError, match="seed cannot change"):
+        train_tokenizer(replace(second, seed=1), change=True)
+    straight = replace(second, out=str(tmp_path / "straight"))
+    shutil.copytree(first.out, straight.out)
+    train_tokenizer(straight, change=True)
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 1)
+        with pytest.raises(SystemExit):
+            train_tokenizer(second, change=True)
+    assert equal(weights(train_tokenizer(second)), weights(Path(straight.out) / "model"))
+    stored = json.loads((Path(second.out) / "run.json").read_text())
+    changed = {"adversarial_start": [2, 4], "entropy_weight": [0.1, 0.0], "learning_rate": [0.003, 0.0001]}
+    assert stored["events"] == [{"step": 3, "changed": changed}]
+    assert "At step 3: `adversarial_start`" in (Path(second.out) / "model" / "README.md").read_text()
+
+
+def test_a_loss_beyond_black_for_white_stops_the_run(config, tmp_path, monkeypatch, capsys):
+    spoiled = replace(
+        config, out=str(tmp_path / "run"), steps=100, max_diverged_steps=30, checkpoint_every=10, log_every=5,
+        evaluate_every=100,
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "l2_loss", lambda a, b: (a - b).square().mean() + 3000)
+        with pytest.raises(TrainingError, match=r"after step 30.*l2_loss is 3\d\d\d"):
+            train_tokenizer(spoiled)
+    assert "Warning at step 20: the loss has diverged" in capsys.readouterr().err
+    # The advice works: its command goes on from the checkpoint before.
+    train_tokenizer(replace(spoiled, steps=12, learning_rate=1e-3), change=True)
+    assert Checkpoints(spoiled.out).committed()[-1].step == 12
+
+
+def test_a_tokenizer_is_saved_from_any_checkpoint_and_average(config, tmp_path):
+    config = replace(
+        config, out=str(tmp_path / "run"), evaluate_every=2, checkpoint_every=2, keep_last=3, keep_best=1,
+        extra_ema_decays=(0.2, 0.01),
+    )  # fmt: skip
+    train_tokenizer(config)
+    newest = checkpointed(config.out)
+    for name, key in (("0.999", "ema."), ("0.2", "extra_emas.0.2."), ("raw", "tokenizer.model.")):
+        saved = save_model(config.out, tmp_path / name, ema=name)
+        assert (saved.step, saved.ema) == (6, name)
+        expected = newest[f"{key}quantizer.codebook"]
+        assert torch.equal(weights(saved.path)["quantizer.codebook"], expected)
+    # Of step 2, as a run of two steps ended.
+    brief = train_tokenizer(replace(config, steps=2, out=str(tmp_path / "brief")))
+    assert equal(weights(save_model(config.out, tmp_path / "two", step=2, ema="0.999").path), weights(brief))
+    # Left to itself it takes the average of the highest PSNR; the main one's was logged.
+    chosen = save_model(config.out, tmp_path / "chosen", best=True)
+    assert chosen.ema == max(chosen.scores, key=chosen.scores.get)
+    best = max(line["test_psnr"] for line in logged(config.out) if "test_psnr" in line)
+    assert chosen.scores["0.999"] == pytest.approx(best, rel=1e-5)
+    with pytest.raises(CheckpointError, match=r"of step 3; those of steps: 2, 4, 6"):
+        save_model(config.out, tmp_path / "x", step=3)
+
+
+def test_a_rate_that_has_fallen_to_zero_cannot_be_annealed(config, tmp_path):
+    done = replace(config, out=str(tmp_path / "run"), lr_schedule="cosine")
+    train_tokenizer(done)
+    with pytest.raises(ConfigError, match=r"is 0 since step 6.*--set lr_schedule=constant"):
+        annealed(done.out, done, 4)
+    longer = annealed(done.out, replace(done, lr_schedule="constant", learning_rate=1e-3), 4)
+    train_tokenizer(longer, change=True)
+    rates = [line["learning_rate"] for line in logged(done.out) if "learning_rate" in line]
+    assert rates[6:] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])

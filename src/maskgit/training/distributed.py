@@ -3,13 +3,15 @@
 import gc
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from maskgit.errors import ConfigError
 from maskgit.foundation.compiled import Compiled
@@ -161,3 +163,15 @@ def parallelize(
         return module
     devices = [distributed.device] if distributed.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+
+@contextmanager
+def gradient_sync(network: nn.Module, wanted: bool) -> Iterator[None]:
+    """Average gradients over processes only where they are wanted: in the last part of a batch."""
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        with nullcontext() if wanted else network.no_sync():
+            yield
+    else:
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(wanted)
+        yield

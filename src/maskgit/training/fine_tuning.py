@@ -1,13 +1,15 @@
-"""Starting a transformer from one that is trained, also onto another list of classes."""
+"""Starting a network from one that is trained; a transformer also onto another list of classes."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import check_choice
 from maskgit.foundation.notes import note
-from maskgit.networks.config import TransformerConfig
+from maskgit.networks.config import TokenizerConfig, TransformerConfig
+from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.pipeline import MaskGIT
 
@@ -37,7 +39,7 @@ def start_from(
     """
     check_choice("init_classes", init_classes, INIT_CLASSES)
     config, theirs = transformer.config, source.transformer.config
-    _check_shapes(config, theirs)
+    _check_shapes(config, theirs, "transformer", free=("num_classes", "dropout"))
     keep = init_classes == "keep" or (init_classes == "auto" and class_names == source.config.class_names)
     if keep and config.num_classes != theirs.num_classes:
         raise ConfigError(
@@ -66,8 +68,25 @@ def start_from(
     return keep
 
 
-def _check_shapes(config: TransformerConfig, theirs: TransformerConfig) -> None:
-    free = ("num_classes", "dropout")
+def start_tokenizer_from(tokenizer: Tokenizer, source: Tokenizer) -> None:
+    """Give a fresh tokenizer the weights of a trained one.
+
+    Raises:
+        ConfigError: the tokenizers are of different shapes.
+    """
+    _check_shapes(tokenizer.config, source.config, "tokenizer")
+    tokenizer.load_state_dict(
+        {name: value.float() for name, value in source.state_dict().items()}, strict=True
+    )
+
+
+def _check_shapes(
+    config: TokenizerConfig | TransformerConfig,
+    theirs: TokenizerConfig | TransformerConfig,
+    network: str,
+    *,
+    free: Iterable[str] = (),
+) -> None:
     different = [
         f"{field.name} (model {getattr(theirs, field.name)}, here {getattr(config, field.name)})"
         for field in dataclasses.fields(config)
@@ -75,7 +94,7 @@ def _check_shapes(config: TransformerConfig, theirs: TransformerConfig) -> None:
     ]
     if different:
         raise ConfigError(
-            f"init_from is a transformer of another shape: {', '.join(different)}. Give `model` its values."
+            f"init_from is a {network} of another shape: {', '.join(different)}. Give `model` its values."
         )
 
 

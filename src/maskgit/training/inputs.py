@@ -88,6 +88,7 @@ def open_images(config: TokenizerTrainingConfig, rank: int = 0, world: int = 1) 
     Raises:
         ConfigError, DataError: something does not fit, or cannot be read.
     """
+    _check_parts(config, world)
     train: ImageBatches | StreamedImages
     if config.data is not None:
         train = ImageBatches(
@@ -120,11 +121,7 @@ def open_tokens(config: TransformerTrainingConfig, rank: int = 0, world: int = 1
     Raises:
         ConfigError, CheckpointError, DataError: something does not fit, or cannot be read.
     """
-    if config.batch_size % (world * config.accumulate):
-        raise ConfigError(
-            f"batch_size must be a multiple of the {world} processes times accumulate ({config.accumulate}), "
-            f"but is {config.batch_size}."
-        )
+    _check_parts(config, world)
     source = hub.load_model(hub.locate(config.init_from)) if config.init_from else None
     if config.tokenizer is not None:
         tokenizer = hub.load_tokenizer(config.tokenizer)
@@ -160,6 +157,18 @@ def open_tokens(config: TransformerTrainingConfig, rank: int = 0, world: int = 1
     return TokenInputs(train, test_cache, tokenizer, source, classes, notes)
 
 
+def completed_tokenizer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a first stage's recipe, with the shape of `init_from` where it leaves the shape out.
+
+    Raises:
+        CheckpointError, ConfigError, DownloadError: `init_from` cannot be read.
+    """
+    if not isinstance(values.get("init_from"), str):
+        return dict(values)
+    shape = hub.load_tokenizer(values["init_from"]).config.to_dict()
+    return {**values, "model": shape | dict(values.get("model", {}))}
+
+
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a second stage's recipe, with what it leaves out and others decide.
 
@@ -183,6 +192,14 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     if model:
         result["model"] = model | dict(values.get("model", {}))
     return result
+
+
+def _check_parts(config: TokenizerTrainingConfig | TransformerTrainingConfig, world: int) -> None:
+    if config.batch_size % (world * config.accumulate):
+        raise ConfigError(
+            f"batch_size must be a multiple of the {world} processes times accumulate ({config.accumulate}), "
+            f"but is {config.batch_size}."
+        )
 
 
 def _check_codes(theirs: Tokenizer, tokenizer: Tokenizer) -> None:

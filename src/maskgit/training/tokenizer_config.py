@@ -15,6 +15,8 @@ from maskgit.training.optim import LR_SCHEDULES
 from maskgit.training.run.trackers import TRACKERS
 from maskgit.training.stream_config import StreamConfig
 
+FREEZE = ("none", "encoder")
+
 
 @dataclass(frozen=True)
 class TokenizerTrainingConfig(Config):
@@ -26,9 +28,13 @@ class TokenizerTrainingConfig(Config):
         stream: images to train on that are not packed, in place of `data`; needs `image_size`.
         model: the tokenizer's shape.
         test_data: folder of a packed image cache to evaluate on; without one there is no evaluation.
+        init_from: a tokenizer or a model (a name or a folder) whose weights training starts from; `model` must be its shape.
+        freeze: a name in `FREEZE`: "encoder" leaves the encoder and the codebook of `init_from` as they are and trains
+            the decoder alone, so that every image keeps its tokens.
         image_size: pixels a side to train at, at most the cache's; None takes the cache's.
         steps: updates of the tokenizer.
         batch_size: images of a step over all processes.
+        accumulate: parts that a process's share of a batch is cut into, one after the other, to save memory.
         seed: of first weights, order, augmentation and noise.
         augment: a name in `augment.AUGMENTATIONS`.
         num_workers: threads that make batches ahead.
@@ -61,6 +67,7 @@ class TokenizerTrainingConfig(Config):
         revive_codes: whether codes unused over a window become features of the present batch.
         device: "auto", "cpu", "cuda" or the like.
         precision: what networks compute in: "auto", "float32" or "bfloat16".
+        compile: whether `torch.compile` builds the encoder and the decoder.
         log_every, evaluate_every, checkpoint_every: in steps.
         num_test_images: how many are evaluated, spread over the classes; None takes all.
         feature_net: a name in `features.BUNDLED_NETS` for the Fréchet distance of reconstructions, or None.
@@ -79,9 +86,12 @@ class TokenizerTrainingConfig(Config):
     stream: StreamConfig = field(default_factory=StreamConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     test_data: str | None = None
+    init_from: str | None = None
+    freeze: str = "none"
     image_size: int | None = None
     steps: int = 1_000_000
     batch_size: int = 256
+    accumulate: int = 1
     seed: int = 42
     augment: str = "flip"
     num_workers: int = 2
@@ -123,6 +133,7 @@ class TokenizerTrainingConfig(Config):
     revive_codes: bool = True
     device: str = "auto"
     precision: str = "auto"
+    compile: bool = False
     log_every: int = 50
     evaluate_every: int = 10_000
     num_test_images: int | None = None
@@ -146,6 +157,7 @@ class TokenizerTrainingConfig(Config):
         ):  # fmt: skip
             check_range(name, getattr(self, name), 0, 1e6)
         check_range("batch_size", self.batch_size, 1, 2**24)
+        check_range("accumulate", self.accumulate, 1, self.batch_size)
         check_range("seed", self.seed, 0, 2**64 - 1)
         check_range("num_workers", self.num_workers, 0, 256)
         check_range("learning_rate", self.learning_rate, 0, 10)
@@ -172,6 +184,7 @@ class TokenizerTrainingConfig(Config):
                 f"keep_best needs a score with every checkpoint: checkpoint_every ({self.checkpoint_every}) must be "
                 f"a multiple of evaluate_every ({self.evaluate_every})."
             )
+        self._validate_parts()
         self._validate_names()
         self.stream.check(self.data, "an image cache", self.num_workers)
         if self.stream.source and self.image_size is None:
@@ -181,7 +194,24 @@ class TokenizerTrainingConfig(Config):
         if self.image_size is not None:
             self.check_image_size(self.image_size)
 
+    def _validate_parts(self) -> None:
+        if self.accumulate > 1 and self.model.norm == "BN":
+            raise ConfigError(
+                "accumulate must be 1 where model.norm is 'BN', whose statistics are those of a whole batch. Choose 'GN' "
+                "or 'LN', or a smaller batch_size."
+            )
+        if self.accumulate > 1 and self.adaptive_weight and self.adversarial_weight:
+            raise ConfigError(
+                "accumulate must be 1 where adaptive_weight is true, which compares gradients of a whole batch. Set it "
+                "to false, or choose a smaller batch_size."
+            )
+        if self.freeze != "none" and self.init_from is None:
+            raise ConfigError(
+                f"freeze is {self.freeze!r}, which keeps parts of a trained tokenizer: name one in init_from."
+            )
+
     def _validate_names(self) -> None:
+        check_choice("freeze", self.freeze, FREEZE)
         check_choice("augment", self.augment, AUGMENTATIONS)
         check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_choice("tracker", self.tracker, TRACKERS)

@@ -34,27 +34,29 @@ def dry_run(config: TokenizerTrainingConfig, world: int = 1) -> str:
     precision = choose_precision(config.precision, device)
     networks = make_networks(config, size, torch.device("cpu"))
     tokenizer, discriminator, _ = networks
+    trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
     counts = [sum(p.numel() for p in network.parameters()) for network in (tokenizer, discriminator)]
     if not config.adversarial_weight:
         counts[1] = 0
-    # Weights and Adam's two averages of both networks, and the tokenizer's EMA, float32.
-    fixed = 4 * (3 * sum(counts) + counts[0])
-    share = config.batch_size // world
+    # Weights of both networks, Adam's two averages of what is trained, and the tokenizer's EMA, float32.
+    fixed = 4 * (2 * counts[0] + 2 * trained + 3 * counts[1])
+    part = config.batch_size // (world * config.accumulate)
+    parts = f"{config.accumulate} parts × " if config.accumulate > 1 else ""
     images = config.steps * config.batch_size
     adversarial = max(0, config.steps - config.adversarial_start) / config.steps
     flops = sum(
-        part * flops_per_image(config, *networks, size, adversarial=on)
-        for on, part in ((True, adversarial), (False, 1 - adversarial))
+        share * flops_per_image(config, *networks, size, adversarial=on)
+        for on, share in ((True, adversarial), (False, 1 - adversarial))
     )
     seconds = images * flops / peak_flops(device, precision) / world
-    activations = activation_bytes(config, networks, size, share, precision)
+    activations = activation_bytes(config, networks, size, part, precision)
     side = size // config.model.patch_size
     return "\n".join(
         (
             f"parameters     {counts[0]:,} of the tokenizer, {counts[1]:,} of the discriminator",
             f"data           {counted(inputs.train.num_images)} of {size} × {size} pixels, {side} × {side} tokens of "
             f"{config.model.codebook_size:,} codes",
-            f"batch          {config.batch_size} = {world} processes × {share}",
+            f"batch          {config.batch_size} = {world} processes × {parts}{part}",
             f"steps          {config.steps:,}, {passes(images, inputs.train.num_images)}",
             f"precision      {str(precision).removeprefix('torch.')} on {device}",
             memory_line(fixed, activations, device),
@@ -79,10 +81,10 @@ def activation_bytes(
     config: TokenizerTrainingConfig,
     networks: tuple[Tokenizer, Discriminator, PerceptualLoss],
     size: int,
-    share: int,
+    part: int,
     precision: torch.dtype,
 ) -> int:
-    """Return the bytes that a step takes for a process's share of a batch, beside weights and optimizers.
+    """Return the bytes that a step takes for a part of a process's share of a batch, beside weights and optimizers.
 
     All three networks count, and gradients; the networks are of no use afterwards.
     """
@@ -90,10 +92,10 @@ def activation_bytes(
     num_tokens = (size // config.model.patch_size) ** 2
 
     def step() -> None:
-        images = torch.zeros(share, 3, size, size).contiguous(memory_format=torch.channels_last)
+        images = torch.zeros(part, 3, size, size).contiguous(memory_format=torch.channels_last)
         noise = None
         if config.model.quantizer == "gumbel":
-            noise = torch.zeros(share, num_tokens * config.model.codebook_size)
+            noise = torch.zeros(part, num_tokens * config.model.codebook_size)
         made = Reconstructor(tokenizer, precision)(images, noise)
         logs = reconstruction_losses(config, images, made, perceptual, precision)
         loss = logs["reconstruction_loss"] + logs["quantizer_loss"]

@@ -4,19 +4,22 @@ Shapes: b images of one process, K codes, D embedding_dim, h × w the token grid
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskgit import hub
 from maskgit.networks.quantizer import GumbelQuantizer, Quantized
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.sampler.noise import gumbel, uniform
 from maskgit.training.codebook import GUMBEL
+from maskgit.training.fine_tuning import start_tokenizer_from
 from maskgit.training.numerics import autocast
 from maskgit.training.objectives.discriminator import Discriminator
+from maskgit.training.objectives.losses import mean_choice
 from maskgit.training.objectives.perceptual import PerceptualLoss, make_perceptual
 from maskgit.training.optim import LR_SCHEDULES, final_decay, learning_rate
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
@@ -39,18 +42,27 @@ class Reconstructed(NamedTuple):
 class Reconstructor(nn.Module):
     """A tokenizer with the gradients that training needs, as one module that DDP can wrap."""
 
-    def __init__(self, tokenizer: Tokenizer, precision: torch.dtype) -> None:
+    def __init__(self, tokenizer: Tokenizer, precision: torch.dtype, freeze: str = "none") -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.precision = precision
+        self.freeze = freeze
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encode: float (b, 3, S, S) in [0, 1] → float32 (b, D, h, w)."""
+        encoder = self.tokenizer.encoder
+        if self.freeze == "encoder":
+            # Otherwise the statistics of batch norm would move.
+            encoder.eval()
+        with autocast(images.device, self.precision):
+            features = encoder(images)
+        # Distances decide which code is nearest, so they stay float32.
+        return features.float()
 
     def forward(self, images: Tensor, noise: Tensor | None = None, tau: float = 1.0) -> Reconstructed:
         """Encode, quantize and decode: float (b, 3, S, S) in [0, 1] → `Reconstructed`."""
         tokenizer, quantizer = self.tokenizer, self.tokenizer.quantizer
-        with autocast(images.device, self.precision):
-            features = tokenizer.encoder(images)
-        # Distances decide which code is nearest, so they stay float32.
-        features = features.float()
+        features = self.features(images)
         if isinstance(quantizer, GumbelQuantizer):
             if noise is not None:
                 noise = noise.view(len(features), *features.shape[2:], -1)
@@ -65,10 +77,19 @@ class Reconstructor(nn.Module):
 def make_networks(
     config: TokenizerTrainingConfig, size: int, device: torch.device
 ) -> tuple[Tokenizer, Discriminator, PerceptualLoss]:
-    """Return a run's three networks on a device, with first weights drawn from the seed."""
+    """Return a run's three networks on a device, with first weights of `init_from` or drawn from the seed.
+
+    Raises:
+        CheckpointError, ConfigError, DownloadError: `init_from` is not there, damaged, or of another shape.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed % 2**63)
         tokenizer = Tokenizer(config.model)
+        if config.init_from is not None:
+            start_tokenizer_from(tokenizer, hub.load_tokenizer(config.init_from))
+        if config.freeze == "encoder":
+            tokenizer.encoder.requires_grad_(False)
+            tokenizer.quantizer.requires_grad_(False)
         discriminator = Discriminator(
             size if config.adversarial_weight else 8,
             config.discriminator_multiplier,
@@ -87,6 +108,36 @@ def make_networks(
     for network in networks:
         network.to(device, memory_format=torch.channels_last)
     return tokenizer, discriminator, perceptual
+
+
+@torch.no_grad()
+def mean_choice_of_parts(
+    config: TokenizerTrainingConfig, reconstructor: Reconstructor, parts: Sequence[Tensor]
+) -> Tensor | None:
+    """Return how often a whole batch that is cut into parts chooses each code, as the entropy loss reads it.
+
+    The mean choice's entropy is not a mean of the parts' entropies, so all of them are encoded beforehand.
+
+    Args:
+        config: the run.
+        reconstructor: not wrapped.
+        parts: float32 (m, 3, S, S) each, in [0, 1].
+
+    Returns:
+        float32 (K,), or None where there is one part or no entropy loss.
+    """
+    if len(parts) == 1 or not config.entropy_weight or config.model.quantizer == "gumbel":
+        return None
+    quantizer = reconstructor.tokenizer.quantizer
+    means = [
+        mean_choice(
+            -quantizer(reconstructor.features(images)).distances,
+            config.entropy_kind,
+            config.entropy_temperature,
+        )
+        for images in parts
+    ]
+    return torch.stack(means).mean(0)
 
 
 def step_rates(config: TokenizerTrainingConfig, step: int) -> dict[str, float]:
@@ -178,7 +229,7 @@ def flops_per_image(
             module(*inputs)
         return counter.get_total_flops()
 
-    total = 3.0 * forward(Reconstructor(tokenizer, torch.float32), image)
+    total = 3.0 * forward(Reconstructor(tokenizer, torch.float32, config.freeze), image)
     # Both images forwards, and one of them backwards to its pixels alone.
     total += 1.5 * forward(perceptual, image, image)
     if adversarial and config.adversarial_weight:

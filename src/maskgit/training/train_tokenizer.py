@@ -2,8 +2,8 @@
 
 The loop in `train_tokenizer` reads from top to bottom, in the same order of sections as the second stage's.
 
-Shapes: B images of a step over all processes, b those of one process, K codes, D embedding_dim, h × w the
-token grid, S pixels a side.
+Shapes: B images of a step over all processes, b those of one process, m those of one part of an accumulated
+batch, K codes, D embedding_dim, h × w the token grid, S pixels a side.
 Source: paper §3.1 and §4.1; official configs/vqgan_config.py, libml/losses.py. The official training loop was
 not released.
 """
@@ -21,7 +21,7 @@ from maskgit.hub import save_tokenizer
 from maskgit.networks.quantizer import VectorQuantizer
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.codebook import CodeUsage, revive_codes
-from maskgit.training.distributed import Distributed, parallelize
+from maskgit.training.distributed import Distributed, compile_blocks, gradient_sync, parallelize
 from maskgit.training.inputs import open_images
 from maskgit.training.numerics import autocast, choose_precision, warnings_of_speed
 from maskgit.training.objectives.losses import (
@@ -56,6 +56,7 @@ from maskgit.training.tokenizer_parts import (
     flops_per_image,
     gumbel_noise,
     make_networks,
+    mean_choice_of_parts,
     step_rates,
     steps_by_flops,
 )
@@ -72,7 +73,7 @@ CHANGEABLE = (
     "schedule_steps", "max_gradient_norm", "ema_decay", "extra_ema_decays", "precision", "l2_weight", "l1_weight",
     "perceptual_weight", "commitment_weight", "entropy_weight", "entropy_temperature", "adversarial_start",
     "adaptive_weight", "r1_cost", "r1_every", "tau_max", "tau_min", "tau_warmup_steps", "tau_decay_steps",
-    "revive_codes",
+    "revive_codes", "accumulate", "compile",
 )  # fmt: skip
 
 
@@ -120,8 +121,14 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
 
     # Networks
     precision = choose_precision(config.precision, device)
-    tokenizer, discriminator, perceptual = make_networks(config, size, device)
-    reconstructor = parallelize(Reconstructor(tokenizer, precision), distributed)
+    networks = make_networks(config, size, device)
+    tokenizer, discriminator, perceptual = networks
+    flops = {on: flops_per_image(config, *networks, size, adversarial=on) for on in (False, True)}
+    if config.compile:
+        # The discriminator is not: R1 differentiates twice, which torch.compile cannot.
+        compile_blocks((tokenizer.encoder, tokenizer.decoder))
+    alone = Reconstructor(tokenizer, precision, config.freeze)
+    reconstructor = parallelize(alone, distributed)
     parallel_discriminator = parallelize(discriminator, distributed)
     ema = EMA(tokenizer, config.ema_decay)
     extra_emas = {str(decay): EMA(tokenizer, decay) for decay in config.extra_ema_decays}
@@ -129,7 +136,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
 
     # Optimizers
     max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
-    optimizer = make_adam(tokenizer.parameters(), config.betas)
+    optimizer = make_adam([p for p in tokenizer.parameters() if p.requires_grad], config.betas)
     discriminator_optimizer = make_adam(discriminator.parameters(), config.betas)
 
     # Checkpoints
@@ -167,10 +174,8 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
                 save_card(save_tokenizer(tokenizer, run_dir / "model"), run_dir, step, scores)
 
     checkpoints.report = logger.say
-    for sentence in (*inputs.notes, *warnings_of_speed(config.precision, device)):
+    for sentence in (*inputs.notes, *warnings_of_speed(config.precision, device, compiles=config.compile)):
         logger.say(sentence)
-    networks = (tokenizer, discriminator, perceptual)
-    flops = {on: flops_per_image(config, *networks, size, adversarial=on) for on in (False, True)}
     throughput = Throughput(config.batch_size, peak=peak_flops(device, precision) * distributed.world)
     mean_loss = RunningMean()
     gate = UpdateGate(device, optimizer, discriminator_optimizer, watch=watch)
@@ -187,28 +192,46 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
             set_learning_rate(optimizer, rates["learning_rate"])
             set_learning_rate(discriminator_optimizer, rates["discriminator_learning_rate"])
 
-            # The tokenizer's loss
-            noise, tau = gumbel_noise(config, step, upload(batch.sample_numbers, device), num_tokens)
-            made = reconstructor(images, noise, tau)
-            logs = reconstruction_losses(config, images, made, perceptual, precision)
-            if adversarial:
-                with frozen(discriminator), autocast(device, precision):
-                    fake_logits = discriminator(made.images)
-                logs |= adversarial_losses(config, logs["reconstruction_loss"], fake_logits, tokenizer)
-            logs["loss"] = logs["reconstruction_loss"] + logs["quantizer_loss"]
-            if adversarial:
-                logs["loss"] = logs["loss"] + logs["adversarial_weight"] * logs["generator_loss"]
+            # Both networks' losses, of one part of the batch after the other
             optimizer.zero_grad()
-            logs["loss"].backward()
-
-            # The discriminator's loss, on the same reconstructions and before either network moves
             if adversarial:
                 discriminator_optimizer.zero_grad()
-                judged = judge(config, parallel_discriminator, images, made.images.detach(), step, precision)
-                judged["discriminator_total_loss"].backward()
-                logs |= judged
+            parts = images.chunk(config.accumulate)
+            sample_numbers = upload(batch.sample_numbers, device).chunk(config.accumulate)
+            whole_mean = mean_choice_of_parts(config, alone, parts)
+            of_parts: list[dict[str, Tensor]] = []
+            features, tokens = [], []
+            for i, (part, part_numbers) in enumerate(zip(parts, sample_numbers, strict=True)):
+                is_last = i == len(parts) - 1
+                with gradient_sync(reconstructor, is_last), gradient_sync(parallel_discriminator, is_last):
+                    # The tokenizer's loss
+                    noise, tau = gumbel_noise(config, step, part_numbers, num_tokens)
+                    made = reconstructor(part, noise, tau)
+                    logs = reconstruction_losses(config, part, made, perceptual, precision, whole_mean)
+                    if adversarial:
+                        with frozen(discriminator), autocast(device, precision):
+                            fake_logits = discriminator(made.images)
+                        logs |= adversarial_losses(
+                            config, logs["reconstruction_loss"], fake_logits, tokenizer
+                        )
+                    logs["loss"] = logs["reconstruction_loss"] + logs["quantizer_loss"]
+                    if adversarial:
+                        logs["loss"] = logs["loss"] + logs["adversarial_weight"] * logs["generator_loss"]
+                    (logs["loss"] / len(parts)).backward()
+
+                    # The discriminator's loss, on the same reconstructions and before either network moves
+                    if adversarial:
+                        judged = judge(
+                            config, parallel_discriminator, part, made.images.detach(), step, precision
+                        )
+                        (judged["discriminator_total_loss"] / len(parts)).backward()
+                        logs |= judged
+                of_parts.append({name: value.detach() for name, value in logs.items()})
+                features.append(made.features.detach())
+                tokens.append(made.quantized.tokens)
 
             # The update
+            logs = {name: torch.stack([p[name] for p in of_parts]).mean(0) for name in of_parts[0]}
             logs["gradient_norm"] = clip_gradients(tokenizer.parameters(), max_norm)
             if adversarial:
                 logs["discriminator_gradient_norm"] = clip_gradients(discriminator.parameters(), max_norm)
@@ -227,7 +250,8 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
             codes: dict[str, float] = {}
             if step > 0 and step % config.usage_window == 0:
                 quantizer = tokenizer.quantizer
-                if config.revive_codes and isinstance(quantizer, VectorQuantizer):
+                revives = config.revive_codes and config.freeze == "none"
+                if revives and isinstance(quantizer, VectorQuantizer):
                     codebook = quantizer.codebook
                     codes["revived_codes"] = revive_codes(
                         [
@@ -235,14 +259,14 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
                             *(e.average["quantizer.codebook"] for e in (ema, *extra_emas.values())),
                         ],
                         usage.unused(),
-                        made.features,
+                        torch.cat(features),
                         [optimizer.state[codebook][name] for name in ("exp_avg", "exp_avg_sq")],
                         seed=config.seed,
                         step=step,
                         distributed=distributed,
                     )
                 usage.restart()
-            usage.update(made.quantized.tokens)
+            usage.update(torch.cat(tokens))
             if done % config.usage_window == 0:
                 codes |= usage.read()
                 warn_of_codes(logger, done, codes["code_usage"])
@@ -339,6 +363,7 @@ def reconstruction_losses(
     made: Reconstructed,
     perceptual: PerceptualLoss,
     precision: torch.dtype,
+    whole_mean: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the losses that need no discriminator, by name, weights included only in the sums.
 
@@ -348,6 +373,7 @@ def reconstruction_losses(
         made: what the tokenizer made of them.
         perceptual: the frozen network's loss.
         precision: what that network computes in.
+        whole_mean: as `entropy_loss` takes it.
 
     Returns:
         float32 () each: the parts, and two sums: `reconstruction_loss` and `quantizer_loss`.
@@ -359,6 +385,7 @@ def reconstruction_losses(
         entropy_weight=config.entropy_weight,
         entropy_kind=config.entropy_kind,
         entropy_temperature=config.entropy_temperature,
+        whole_mean=whole_mean,
     )
     logs = {
         "l2_loss": l2_loss(images, made.images),

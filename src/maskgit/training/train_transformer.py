@@ -10,13 +10,11 @@ released.
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from maskgit import hub
@@ -26,7 +24,7 @@ from maskgit.networks.config import TransformerConfig
 from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.pipeline import MaskGIT
-from maskgit.training.distributed import Distributed, compile_blocks, parallelize
+from maskgit.training.distributed import Distributed, compile_blocks, gradient_sync, parallelize
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import TokenInputs, open_tokens
 from maskgit.training.numerics import attention, autocast, choose_precision, seed_step, warnings_of_speed
@@ -327,18 +325,6 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
     if stopped:
         raise SystemExit(EXIT_INTERRUPTED)
     return run_dir / "model"
-
-
-@contextmanager
-def gradient_sync(network: nn.Module, wanted: bool) -> Iterator[None]:
-    """Average gradients over processes only where they are wanted: in the last part of a batch."""
-    if isinstance(network, nn.parallel.DistributedDataParallel):
-        with nullcontext() if wanted else network.no_sync():
-            yield
-    else:
-        if isinstance(network, FSDPModule):
-            network.set_requires_gradient_sync(wanted)
-        yield
 
 
 def warn_if_stuck(logger: Logger, config: TransformerTrainingConfig, step: int, loss: float) -> None:

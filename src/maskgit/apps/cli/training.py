@@ -157,6 +157,7 @@ def train_tokenizer(
         dry_run: Only print parameter count, memory, steps and estimated time.
     """
     from maskgit.foundation.devices import rank_and_world
+    from maskgit.training.inputs import completed_tokenizer
     from maskgit.training.run.folder import annealed
     from maskgit.training.tokenizer_config import TokenizerTrainingConfig
     from maskgit.training.tokenizer_dry_run import dry_run as describe
@@ -165,7 +166,7 @@ def train_tokenizer(
 
     values = _values(recipe, changes)
     _check_stage(recipe, values, "tokenizer", TokenizerTrainingConfig, TransformerTrainingConfig)
-    config = TokenizerTrainingConfig.from_dict(values)
+    config = TokenizerTrainingConfig.from_dict(completed_tokenizer(values))
     if anneal is not None:
         config = annealed(config.out, config, anneal)
     print(

@@ -125,7 +125,9 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)
 
 
-def entropy_loss(affinity: Tensor, kind: str = "softmax", temperature: float = 0.01) -> Tensor:
+def entropy_loss(
+    affinity: Tensor, kind: str = "softmax", temperature: float = 0.01, whole_mean: Tensor | None = None
+) -> Tensor:
     """Return the mean entropy of each vector's choice of code less the entropy of the mean choice.
 
     Minimizing it makes choices sharp and all codes used. Holds several (vectors, K) matrices.
@@ -134,6 +136,8 @@ def entropy_loss(affinity: Tensor, kind: str = "softmax", temperature: float = 0
         affinity: float (…, K), larger for nearer codes: negative distances.
         kind: `softmax`, or `argmax` for one-hot choices with straight-through gradients.
         temperature: divides the affinity.
+        whole_mean: float32 (K,), the `mean_choice` of a whole batch of which `affinity` is one of several equal parts.
+            The mean of the parts' losses, and of their gradients, is then that of the whole batch.
 
     Returns:
         float32 (); the mean choice is that over all processes.
@@ -143,6 +147,22 @@ def entropy_loss(affinity: Tensor, kind: str = "softmax", temperature: float = 0
 
     Source: official `entropy_loss`.
     """
+    probs, log_probs = _choices(affinity, kind, temperature)
+    mean_K = mean_over_processes(probs.mean(0))
+    if whole_mean is not None:
+        mean_K = whole_mean + (mean_K - mean_K.detach())
+    mean_entropy = -(mean_K * (mean_K + _LOG_FLOOR).log()).sum()
+    sample_entropy = -(probs * log_probs).sum(-1).mean()
+    return sample_entropy - mean_entropy
+
+
+def mean_choice(affinity: Tensor, kind: str = "softmax", temperature: float = 0.01) -> Tensor:
+    """Return the mean over vectors and processes of the choice of code, as `entropy_loss` has it, float32 (K,)."""
+    return mean_over_processes(_choices(affinity, kind, temperature)[0].mean(0))
+
+
+def _choices(affinity: Tensor, kind: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return each vector's choice and its logarithm before it is made one-hot, float32 (vectors, K)."""
     check_choice("entropy_kind", kind, ENTROPY_KINDS)
     logits = affinity.float().flatten(0, -2) / temperature
     log_probs = logits.log_softmax(-1)
@@ -150,10 +170,7 @@ def entropy_loss(affinity: Tensor, kind: str = "softmax", temperature: float = 0
     if kind == "argmax":
         one_hot = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(probs.dtype)
         probs = probs - (probs - one_hot).detach()
-    mean_K = mean_over_processes(probs.mean(0))
-    mean_entropy = -(mean_K * (mean_K + _LOG_FLOOR).log()).sum()
-    sample_entropy = -(probs * log_probs).sum(-1).mean()
-    return sample_entropy - mean_entropy
+    return probs, log_probs
 
 
 ENTROPY_KINDS = ("softmax", "argmax")
@@ -176,6 +193,7 @@ def quantizer_loss(
     entropy_weight: float = 0.1,
     entropy_kind: str = "softmax",
     entropy_temperature: float = 0.01,
+    whole_mean: Tensor | None = None,
 ) -> QuantizerLosses:
     """Return the loss of the `vq` quantizer.
 
@@ -186,6 +204,7 @@ def quantizer_loss(
         entropy_weight: of `entropy_loss`.
         entropy_kind: as `entropy_loss` takes it.
         entropy_temperature: as `entropy_loss` takes it.
+        whole_mean: as `entropy_loss` takes it.
 
     Returns:
         The losses; the codes' distance to their features has weight 1.
@@ -197,7 +216,8 @@ def quantizer_loss(
     codebook = l2_loss(codes, features.detach())
     entropy = torch.zeros_like(codebook)
     if entropy_weight:
-        entropy = entropy_loss(-quantized.distances, entropy_kind, entropy_temperature) * entropy_weight
+        entropy = entropy_loss(-quantized.distances, entropy_kind, entropy_temperature, whole_mean)
+        entropy = entropy * entropy_weight
     return QuantizerLosses(commitment + codebook + entropy, commitment, codebook, entropy)
 
 
@@ -218,6 +238,7 @@ def lookup_free_loss(
     entropy_weight: float = 0.1,
     entropy_kind: str = "softmax",
     entropy_temperature: float = 0.01,
+    whole_mean: Tensor | None = None,
 ) -> QuantizerLosses:
     """Return the loss of the `lfq` quantizer: `quantizer_loss` without the codebook's part, for there is none.
 
@@ -231,6 +252,7 @@ def lookup_free_loss(
         entropy_weight=entropy_weight,
         entropy_kind=entropy_kind,
         entropy_temperature=entropy_temperature,
+        whole_mean=whole_mean,
     )
     zero = torch.zeros_like(made.codebook)
     return QuantizerLosses(made.commitment + made.entropy, made.commitment, zero, made.entropy)

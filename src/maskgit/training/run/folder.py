@@ -27,6 +27,7 @@ from maskgit.foundation.checks import Config
 from maskgit.foundation.files import expand, write_bytes
 from maskgit.foundation.locks import locked
 from maskgit.training.distributed import Distributed
+from maskgit.training.optim import LR_SCHEDULES
 from maskgit.training.run.checkpoint import Checkpoints
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -190,7 +191,7 @@ def annealed(run_dir: str | Path, config: AnyConfig, steps: int) -> AnyConfig:
             is, so that the same command goes on.
 
     Raises:
-        ConfigError: there is no checkpoint to go on from.
+        ConfigError: there is no checkpoint to go on from, or the rate is 0 already.
         OutputError: the folder does not hold a run that can be read.
     """
     path = expand(run_dir) / RUN
@@ -207,8 +208,20 @@ def annealed(run_dir: str | Path, config: AnyConfig, steps: int) -> AnyConfig:
         raise OutputError(f"{path} cannot be read; choose another folder for this run.") from error
     made = committed[-1].step
     if decay != steps or made < total - steps:
+        _check_falls(config, path.parent, made, before)
         total, schedule = made + steps, before
     return dataclasses.replace(config, **{"steps": total, "decay_steps": steps, "schedule_steps": schedule})
+
+
+def _check_falls(config: Config, run_dir: Path, made: int, end: int) -> None:
+    """Raise a `ConfigError` if a schedule that ended at step `end` has left no learning rate to fall."""
+    values = config.to_dict()
+    if made >= end and LR_SCHEDULES[values["lr_schedule"]](1.0) == 0:
+        raise ConfigError(
+            f"The learning rate of the run in {run_dir} is 0 since step {end}, where its {values['lr_schedule']} "
+            "schedule ended, so it cannot fall any further. To train on, give a rate to fall from: --set "
+            "lr_schedule=constant learning_rate=1e-4, with --anneal."
+        )
 
 
 def _verify(caches: Iterable[ImageCache | TokenCache], run_dir: Path, distributed: Distributed) -> None:
