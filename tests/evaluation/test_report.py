@@ -142,7 +142,7 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(finished):
     assert "http:" not in text
     assert "https:" not in text
     assert not re.search(r"url\(|@import|<script", text)
-    assert text.count("<img") == 40 + 10 + (8 + 24) * 6
+    assert text.count("<img") == 40 + 32 + 10 + (8 + 24) * 6
     assert {"images", "classes", "copies", "curves", "settings", "fd_toy"} <= set(page.ids)
     shown = " ".join(page.texts)
     assert '<script>alert("x")</script>' in shown  # as text
@@ -150,6 +150,23 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(finished):
     assert 'name="viewport"' in text
     for svg in re.findall(r"<svg.*?</svg>", text, re.S):
         ElementTree.fromstring(svg)
+
+
+def test_other_seeds_give_the_scores_of_evaluations_of_their_own(tiny, tmp_path):
+    config = EvaluationConfig(splits=2, num_training=30, num_examples=1, seeds=2)
+    evaluation(tiny, config=config, seed=4, command="maskgit evaluate <model>").run(tmp_path / "both")
+    evaluation(tiny, seed=5, training=False).run(tmp_path / "second")
+    report = json.loads((tmp_path / "both" / "report.json").read_text())
+    second = json.loads((tmp_path / "second" / "report.json").read_text())
+    found = report["repeats"]["metrics"]["fd_toy"]
+    assert report["repeats"]["seeds"] == [4, 5]
+    assert found["values"] == [report["metrics"]["fd_toy"], second["metrics"]["fd_toy"]]
+    assert found["mean"] == pytest.approx(np.mean(found["values"]))
+    assert found["deviation"] == pytest.approx(np.std(found["values"], ddof=1))
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert 'id="repeats"' in page
+    assert "maskgit evaluate &lt;model&gt;" in page
+    Page(page)
 
 
 def test_every_curve_is_drawn(finished):

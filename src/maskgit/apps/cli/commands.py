@@ -5,6 +5,7 @@ torch and the model code are imported inside the commands, so that `--help` answ
 
 import atexit
 import gc
+import shlex
 import signal
 import sys
 import threading
@@ -33,6 +34,7 @@ from maskgit.apps.cli.output import (
     save_sheet,
     slug,
 )
+from maskgit.apps.cli.scoring import COMMAND
 from maskgit.apps.cli.serving import page, serve
 from maskgit.apps.cli.streams import open_closed, outlets
 from maskgit.apps.cli.training import pack, tokenize, train
@@ -335,6 +337,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         _spare_the_collector()
         open_closed()
+    # A URL's query may hold a token.
+    typed = [argument.partition("?")[0] if "://" in argument else argument for argument in arguments]
+    COMMAND.set(shlex.join(["maskgit", *typed]))
     with outlets() as out:
         code = _run(arguments)
         out.flush()

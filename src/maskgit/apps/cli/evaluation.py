@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from maskgit.apps.cli.evaluation_flags import Net, Place, ReconstructionFlags, SampleFlags, WorkFlags
 from maskgit.apps.cli.flags import Model, Sampler
-from maskgit.apps.cli.scoring import Bars, complaints, print_report, score_table
+from maskgit.apps.cli.scoring import COMMAND, Bars, complaints, print_report, score_table
 from maskgit.errors import ConfigError, DataError, OutputError
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def _of_samples(
         show_training=samples.show_training,
         neighbours=samples.neighbours,
         neighbour_images=samples.neighbour_images,
+        seeds=samples.seeds,
         edit_images=samples.edit_images if samples.edits else 0,
     )
     axes, device = samples.axes(), own_device(work.device)
@@ -114,6 +115,7 @@ def _of_samples(
         curve=axes,
         lpips=lpips,
         lpips_name=lpips_name,
+        command=COMMAND.get(),
     )
     # What is wrong is told before anything is written.
     evaluation.works()
@@ -154,6 +156,7 @@ def _of_reconstructions(
         unit_size=work.unit_size,
         lpips=lpips,
         lpips_name=lpips_name,
+        command=COMMAND.get(),
     )
 
 

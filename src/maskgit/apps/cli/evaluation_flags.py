@@ -61,6 +61,8 @@ class SampleFlags:
     """Also mask parts of real images of the reference, fill them in, and score that; takes --lpips."""
     edit_images: int = 500
     """How many images to edit, at most half of the reference."""
+    seeds: int = 1
+    """Repeat the evaluation with so many seeds, from --seed on, for the spread of each score."""
     keep_images: Literal["none", "npz", "png"] = "none"
     """Keep the samples in OUT/work/samples as arrays or PNG files."""
 
@@ -78,6 +80,7 @@ class SampleFlags:
             "training-data": self.training_data,
             "curve": self.curve,
             "edits": self.edits,
+            "seeds": self.seeds > 1,
         }
         for name, value in asked.items():
             if value:

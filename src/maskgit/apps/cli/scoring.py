@@ -1,11 +1,15 @@
 """What the commands that score images share: progress, and scores as text."""
 
 import json
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskgit.evaluation.scores.names import Score
+
+# What was typed, which a report repeats.
+COMMAND: ContextVar[str] = ContextVar("command", default="")
 
 
 class Bars:

@@ -32,6 +32,7 @@ def render(report: Report) -> str:
     style = resources.files("maskgit").joinpath("assets/report.css").read_text("utf-8")
     sections = [
         _losses(report),
+        _repeats(report),
         _sheet(report),
         _classes(report),
         _copies(report.memorisation, report.num_images),
@@ -79,11 +80,12 @@ def _head(report: Report) -> str:
         facts.append(f"an image: {_cost(report.cost)}")
     if "date" in report.run:
         facts.append(escape(str(report.run["date"])))
+    command = f"<pre>{escape(report.run['command'])}</pre>\n" if "command" in report.run else ""
     k = evaluator.get("neighbours")
     cards = "\n".join(_card(score, k, first=place == 0) for place, score in enumerate(report.scores))
     return (
         f'<p class="kicker">{what}</p>\n<h1>{escape(report.title)}</h1>\n'
-        f'<ul class="facts">{"".join(f"<li>{fact}</li>" for fact in facts)}</ul>\n'
+        f'<ul class="facts">{"".join(f"<li>{fact}</li>" for fact in facts)}</ul>\n{command}'
         f'<div class="scores">\n{cards}\n</div>\n{_cautions(report)}\n'
     )
 
@@ -156,6 +158,27 @@ def _losses(report: Report) -> str:
     )
 
 
+def _repeats(report: Report) -> str:
+    """Return the table of the scores with other seeds."""
+    if report.repeats is None:
+        return ""
+    titles = {score.name: score.title for score in report.scores}
+    titles |= {
+        f"{e.mask} {score.name}": f"{score.title}, {e.mask}" for e in report.edits for score in e.scores
+    }
+    rows = []
+    for name, values in report.repeats.values.items():
+        cells = "".join(f"<td>{number(value)}</td>" for value in (*report.repeats.spread(name), *values))
+        rows.append(f"<tr><th>{escape(titles[name])}</th>{cells}</tr>")
+    heads = "".join(f"<th>seed {seed}</th>" for seed in report.repeats.seeds)
+    return (
+        '<section id="repeats"><h2>Other seeds</h2><p class="lede">The same evaluation with other seeds, of the same '
+        "model: differences smaller than this spread say nothing.</p>"
+        '<div class="wide"><table><thead><tr><th></th><th>mean</th><th>standard deviation</th>'
+        f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
 def _cautions(report: Report) -> str:
     listed = list(report.cautions)
     if report.skipped:
@@ -200,14 +223,28 @@ def _sheet(report: Report) -> str:
             f'<section id="images"><h2>Before and after</h2><p class="lede">{note}</p>'
             f'<div class="sheet pairs" style="--columns: 4">\n{figures}\n</div></section>'
         )
-    figures = "\n".join(_figure(*picture) for picture in report.sheet)
-    columns = 16 if max(report.sheet[0].pixels.shape[:2]) <= SMALL_SIDE else 8
+    small = max(report.sheet[0].pixels.shape[:2]) <= SMALL_SIDE
+    beside = _beside(report, 4 if small else 2)
+    columns = (16 if small else 8) // (2 if beside else 1)
     count = f"{len(report.sheet)} of {report.num_images:,}"
     note = f"{count}, drawn by index before any was made. Nothing was chosen."
-    return (
-        f'<section id="images"><h2>Random samples</h2><p class="lede">{note}</p>'
-        f'<div class="sheet" style="--columns: {columns}">\n{figures}\n</div></section>'
-    )
+    own = _block("Random samples", note, [_figure(*picture) for picture in report.sheet], columns)
+    if beside:
+        own = f'<div class="sides"><div>{own}</div><div>{beside}</div></div>'
+    return f'<section id="images">{own}</section>'
+
+
+def _beside(report: Report, columns: int) -> str:
+    """Return real images with their reconstructions, which say what the tokenizer alone does to an image."""
+    pairs = zip(report.rebuilt[::2], report.rebuilt[1::2], strict=True)
+    figures = [f'<div class="pair">{_figure(*a)}{_figure(*b)}</div>' for a, b in pairs]
+    note = f"{len(figures)} real images of the reference, each before its reconstruction by the tokenizer."
+    return _block("Reconstructions", note, figures, columns) if figures else ""
+
+
+def _block(title: str, note: str, figures: list[str], columns: int) -> str:
+    sheet = "\n".join(figures)
+    return f'<h2>{title}</h2><p class="lede">{note}</p><div class="sheet" style="--columns: {columns}">\n{sheet}\n</div>'
 
 
 def _classes(report: Report) -> str:

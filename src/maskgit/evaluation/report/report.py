@@ -98,6 +98,7 @@ class Report:
         scores: in the order of importance.
         cautions: a sentence for each reason why a number may mislead.
         sheet: pictures chosen by index before any was made.
+        rebuilt: real images, each before its reconstruction, to stand beside the samples.
         pairs: whether the sheet's pictures are originals, each before its reconstruction.
         settings: the plan that decides every image.
         identities: what was compared with what: model, evaluator, reference, training data, each a
@@ -113,7 +114,7 @@ class Report:
         edit_pictures: images masked, filled in and untouched, three by three.
         repeats: the scores with other seeds; None where there is one seed.
         cost: of one image; None for reconstructions.
-        run: seconds and devices: what may differ between two runs of the same settings.
+        run: the command, date, seconds and devices: what may differ between two runs of the same settings.
     """
 
     title: str
@@ -124,6 +125,7 @@ class Report:
     sheet: list[Picture]
     settings: dict[str, Any]
     identities: dict[str, dict[str, Any]]
+    rebuilt: list[Picture] = field(default_factory=list)
     pairs: bool = False
     skipped: list[str] = field(default_factory=list)
     classes: list[ClassScore] = field(default_factory=list)

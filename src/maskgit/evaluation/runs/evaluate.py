@@ -21,7 +21,7 @@ from maskgit.data.rows import check_share
 from maskgit.errors import DataError
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.networks.lpips import LPIPS
-from maskgit.evaluation.report.report import Picture, Point, Report
+from maskgit.evaluation.report.report import Picture, Point, Repeats, Report
 from maskgit.evaluation.runs.cost import cost_of_samples
 from maskgit.evaluation.runs.edits import MASKS, Edits
 from maskgit.evaluation.runs.running import Progress, run_works
@@ -32,6 +32,7 @@ from maskgit.evaluation.runs.sampling import (
     gather,
     join_samples,
     rebuild,
+    shown_indices,
 )
 from maskgit.evaluation.scores import memorisation
 from maskgit.evaluation.scores.baselines import Context, of_halves, of_training
@@ -54,6 +55,8 @@ from maskgit.pipeline import MaskGIT
 
 # The samples in one file, beside the report, where they are kept as npz.
 SAMPLES = "samples.npz"
+# Real images whose reconstructions stand beside the samples.
+NUM_REBUILT = 16
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class EvaluationConfig(Config):
         neighbours: the neighbour that decides the radius of a ball, for precision, recall, density and coverage.
         neighbour_images: of so many samples and real images these are, at most.
         edit_images: real images of which parts are filled in with each kind of mask; 0 leaves edits out.
+        seeds: seeds that the samples, and the edits, are made with, from the images' own one on.
     """
 
     splits: int = 10
@@ -80,6 +84,7 @@ class EvaluationConfig(Config):
     neighbours: int = 3
     neighbour_images: int = 2000
     edit_images: int = 0
+    seeds: int = 1
 
     def validate(self) -> None:
         check_range("splits", self.splits, 2, 1000)
@@ -89,6 +94,7 @@ class EvaluationConfig(Config):
         check_range("neighbours", self.neighbours, 1, 1000)
         check_range("neighbour_images", self.neighbour_images, 2, 20_000)
         check_range("edit_images", self.edit_images, 0, 10_000_000)
+        check_range("seeds", self.seeds, 1, 100)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class SampleEvaluation:
         training: the images that the model was trained on, searched for copies.
         curve: sampler settings of smaller runs: all combinations of these values.
         lpips: computes LPIPS of edits, if it is wanted, and `lpips_name` says which it is.
+        command: what was typed to begin it, for the report.
     """
 
     model: MaskGIT
@@ -122,6 +129,7 @@ class SampleEvaluation:
     curve: Mapping[str, Sequence[Any]] | None = None
     lpips: LPIPS | None = None
     lpips_name: str | None = None
+    command: str = ""
 
     def run(self, out: str | Path, progress: Progress | None = None) -> Path | None:
         """Make the images, score them and write the report; see `run_works`.
@@ -163,6 +171,11 @@ class SampleEvaluation:
             )
         if self.config.edit_images:
             works["edits"] = self._edits(self.images)
+        for seed in self._other_seeds():
+            images = replace(self.images, seed=seed, keep_images="none")
+            works[f"samples-seed-{seed}"] = self._samples(images, {}, show=False)
+            if self.config.edit_images:
+                works[f"edits-seed-{seed}"] = self._edits(images)
         for point in self._points():
             small = replace(self.images, num_images=self.config.curve_images, keep_images="none")
             works[curve_name(point)] = self._samples(small, point, show=False)
@@ -190,6 +203,9 @@ class SampleEvaluation:
             class_counts=counts,
             show=show,
         )
+
+    def _other_seeds(self) -> range:
+        return range(self.images.seed + 1, self.images.seed + self.config.seeds)
 
     def _edits(self, images: SampleConfig) -> Edits:
         data = self.reference.images
@@ -257,9 +273,11 @@ class SampleEvaluation:
             curves=curves,
             curve_images=self.config.curve_images,
             edits=edits,
+            repeats=self._repeats(units, scores, edits, reference, judge, names),
             edit_pictures=pictures if self.config.show_training else [],
             cost=cost,
-            run={
+            run=({"command": self.command} if self.command else {})
+            | {
                 "date": time.strftime("%Y-%m-%d", time.gmtime()),
                 "seconds": done.seconds(),
                 "device": str(self.model.device),
@@ -270,6 +288,7 @@ class SampleEvaluation:
             for index, pixels in zip(work.shown, arrays["shown"], strict=True)
         ]
         report = replace(report, sheet=sheet, examples=self._examples(report, work, arrays["labels"]))
+        report = replace(report, rebuilt=self._rebuilt())
         if self.images.keep_images == "npz":
             about = {"model": self.name, "settings": done.plan, "cost": cost.to_dict()}
             join_samples(done, done.folder.parent.parent / SAMPLES, about)
@@ -432,6 +451,40 @@ class SampleEvaluation:
         ]
         return edit_scores(found.arrays, list(MASKS), names, known), pictures, found.skipped
 
+    def _rebuilt(self) -> list[Picture]:
+        """Return real images of the reference, each before its reconstruction, where they may be shown."""
+        data = self.reference.images
+        if data is None or not self.config.show_training:
+            return []
+        found = data.read(shown_indices(len(data), 0)[:NUM_REBUILT].tolist())
+        pictures = []
+        for number, pixels in zip(found.numbers, found.images, strict=True):
+            # Alone, as the search for copies has them too.
+            rebuilt = rebuild(self.model.tokenizer, as_floats(pixels[None]))[0][0]
+            pictures += [Picture(pixels, f"real {number}"), Picture(rebuilt, "reconstruction")]
+        return pictures
+
+    def _repeats(
+        self,
+        units: dict[str, Units],
+        scores: list[Score],
+        edits: list[Edited],
+        reference: ImageStatistics,
+        judge: ClassJudge | None,
+        names: Names,
+    ) -> Repeats | None:
+        """Return the scores of all seeds, those of the report first."""
+        if self.config.seeds == 1:
+            return None
+        repeats = [_values(scores, edits)]
+        for seed in self._other_seeds():
+            arrays = gather(units[f"samples-seed-{seed}"]).arrays
+            others = self._scores(arrays, reference, names, self._strata(arrays))[0]
+            others += self._agreement(arrays, judge, names)
+            repeats.append(_values(others, self._edited(units, f"edits-seed-{seed}", names)[0]))
+        seeds = [self.images.seed, *self._other_seeds()]
+        return Repeats(seeds, {name: [one[name] for one in repeats] for name in repeats[0]})
+
     def _examples(self, report: Report, work: Samples, labels: NDArray) -> dict[int, list[Picture]]:
         """Return the first pictures by index of the best and the worst classes."""
         examples = {}
@@ -450,6 +503,14 @@ class SampleEvaluation:
             data = self.training
             found["training"] = {"name": data.name, "sha256": data.fingerprint, "num_images": len(data)}
         return found
+
+
+def _values(scores: list[Score], edits: list[Edited]) -> dict[str, float]:
+    """Return the scores of one seed by name, those of edits with the mask's before it."""
+    values = {score.name: score.value for score in scores}
+    for edited in edits:
+        values |= {f"{edited.mask} {score.name}": score.values["edits"] for score in edited.scores}
+    return values
 
 
 def curve_name(settings: dict[str, Any]) -> str:

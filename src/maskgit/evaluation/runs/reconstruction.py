@@ -1,5 +1,6 @@
 """A tokenizer's reconstructions of real images, scored and written up by any number of processes."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class ReconstructionEvaluation:
         batch_size: images reconstructed together.
         unit_size: images of a unit of work.
         lpips: computes LPIPS, if it is wanted, and `lpips_name` says which it is.
+        command: what was typed to begin it, for the report.
     """
 
     tokenizer: Tokenizer
@@ -51,6 +53,7 @@ class ReconstructionEvaluation:
     unit_size: int = 512
     lpips: LPIPS | None = None
     lpips_name: str | None = None
+    command: str = ""
 
     def run(self, out: str | Path, progress: Progress | None = None) -> Path | None:
         """Reconstruct the images, score them and write the report; see `run_works`.
@@ -105,5 +108,10 @@ class ReconstructionEvaluation:
             settings=done.plan,
             identities=identities,
             skipped=found.skipped,
-            run={"seconds": done.seconds(), "device": str(self.net.device)},
+            run=({"command": self.command} if self.command else {})
+            | {
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+                "seconds": done.seconds(),
+                "device": str(self.net.device),
+            },
         )
