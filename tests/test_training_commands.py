@@ -111,7 +111,7 @@ def test_packing_takes_class_names_and_a_configuration(pictures, tmp_path, monke
         (["tokenize", "EMPTY", "OUT", "--tokenizer", "cifar"], "Did you mean 'cifar10'"),
         (["train", "tokenizer", "SECOND"], "is a recipe for the transformer"),
         (["train", "transformer", "SMOKE"], "is a recipe for the tokenizer"),
-        (["pack", "FLAT", "OUT", "--size", "32"], "no folder for each class. Sort them into folders"),
+        (["pack", "FLAT", "OUT", "--size", "32"], "no class folders. Sort them into folders"),
         (["train", "tokenizer", "SMOKE", "--set", "data=FLAT", "out=FLAT", "--dry-run"], "holds no run"),
     ],
 )
