@@ -88,7 +88,7 @@ def test_the_model_it_is_made_from_stays_as_it_is(bundled, expected, form):
 
 def test_an_optimized_model_is_neither_saved_moved_nor_optimized(bundled, tmp_path):
     model = bundled.optimize("exact")
-    with pytest.raises(ConfigError, match="save the one that it was made from"):
+    with pytest.raises(ConfigError, match="save the model that it was made from"):
         model.save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match="stays where it is"):
         model.to("cpu")
