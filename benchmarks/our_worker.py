@@ -57,7 +57,7 @@ def with_noise(model: MaskGIT, labels: Tensor, noise: Noise) -> dict[str, Tensor
     """Return the images and tokens that a model makes from given noise."""
     sequence = model.vocabulary.sequence(labels).to(model.device)
     config = model.sampler_config(steps=models.STEPS)
-    predict = model.new_predictor(known=False)
+    predict = model.predictor(known=False)
     steps = decode(predict, sequence, config, mask_token=model.vocabulary.mask, noise=noise)
     tokens = steps[:, -1]
     return {

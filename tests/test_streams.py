@@ -69,7 +69,7 @@ def test_what_is_no_text_is_printed_to_nobody(monkeypatch):
 def test_a_full_disk_is_told(command, tmp_path):
     done = shell(f"{MASKGIT} {command} >/dev/full", tmp_path)
     assert done.returncode == 2
-    assert done.stderr == b"maskgit: what is printed cannot be written: No space left on device.\n"
+    assert done.stderr == b"maskgit: standard output cannot be written: No space left on device.\n"
 
 
 def test_files_do_not_take_the_place_of_a_closed_stream(tmp_path):

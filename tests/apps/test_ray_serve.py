@@ -88,13 +88,14 @@ def test_the_same_bytes_as_the_single_process(client, monkeypatch):
 def test_previews_come_while_it_works(url):
     with Client(url) as client:
         times = [
-            time.monotonic()
+            (time.monotonic(), isinstance(event, Preview))
             for event in client.stream_generate("cat", steps=32)
-            if isinstance(event, Preview)
         ]
-    assert len(times) == 32
-    # They would come at once if somebody on the way kept them until the end.
-    assert times[-1] - times[0] > 0.05
+    # How many come depends on what they may cost.
+    assert [is_preview for _, is_preview in times[:-1]] == [True] * (len(times) - 1)
+    assert len(times) > 1
+    # They would come with the result if somebody on the way kept them until the end.
+    assert times[-1][0] - times[0][0] > 0.02
 
 
 def test_overload_is_refused_and_passes(url, client):

@@ -228,4 +228,4 @@ def test_processes_of_which_one_is_stopped_leave_together(tmp_path, images, make
     run_two(STOPPED, json.dumps([stage, run]), code=EXIT_INTERRUPTED)
     assert [line["step"] for line in logged(run["out"]) if "loss" in line] == [1, 2, 3, 4]
     assert int(Checkpoints(run["out"]).committed()[-1].step) == 4
-    assert not (tmp_path / "run" / "model").exists()
+    assert (tmp_path / "run" / "model").is_dir()  # What a stop leaves can be used.

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from maskgit.errors import CheckpointError, MaskGITError, OutputError
 MAX_JSON_BYTES = 4 * 2**20
 # A folder's description for people, which stays when the folder is written again.
 CARD = "README.md"
+HALF_CARD = re.compile(rf"\.{re.escape(CARD)}\.[0-9a-f]{{8}}\.md")
 
 
 def write_bytes(path: str | Path, data: bytes, *, overwrite: bool = True) -> None:
@@ -226,7 +228,8 @@ def _check_replaceable(path: Path, names: tuple[str, ...], overwrite: bool) -> s
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; choose another folder.")
     held = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    foreign = sorted(held - {*names, CARD})
+    # A process that was killed may have left a half-written card.
+    foreign = sorted(name for name in held - {*names, CARD} if not HALF_CARD.fullmatch(name))
     if foreign or (held and names[0] not in held):
         named = foreign[0] if foreign else sorted(held)[0]
         raise OutputError(f"{path} holds {named}, which is not part of a model; choose another folder.")

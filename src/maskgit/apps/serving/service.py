@@ -10,7 +10,6 @@ service.close()
 
 import math
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,7 +67,8 @@ class Service:
         """
         self.name = name
         # Seconds since 1970.
-        self.created = int(time.time())
+        # When a model was made is not recorded, and replicas must answer alike.
+        self.created = 0
         self.recorded = {"maskgit": __version__, "model": name} | (recorded or {})
         self.limits = limits or Limits()
         self.marking = marking or Marking()
