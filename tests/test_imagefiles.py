@@ -187,7 +187,9 @@ def test_sizes_are_checked_before_anything_is_decoded(tmp_path):
     path.write_bytes(png(100_000, 100_000, 8, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ImageError, match=r"bomb\.png has 100000 × 100000 pixels, but the limit is 100,000,000"):
+        with pytest.raises(
+            ImageError, match=r"bomb\.png has 100000 × 100000 pixels, but the limit is 100,000,000"
+        ):
             images.read_image(path)
         # Where Pillow itself would warn, and where it would raise.
         for side in (9_900, 13_000, 14_000):
