@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskgit import MaskGIT, hub
 from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
 from maskgit.convert import save_official
+from maskgit.diffusers import MaskGITPipeline
 from maskgit.errors import ConfigError
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer, _turned, _turns
@@ -274,3 +275,10 @@ def test_they_learn(kind):
         losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(math.log(vocabulary.num_codes), abs=0.7)
     assert losses[-1] < 0.05
+
+
+def test_a_callback_of_diffusers_is_refused_where_codes_are_drawn_in_parts():
+    pipe = MaskGITPipeline(model_of("groups"))
+    assert len(pipe(class_labels=[1], num_inference_steps=2, output_type="pt").images) == 1
+    with pytest.raises(ConfigError, match="draws parts of them"):
+        pipe(class_labels=[1], num_inference_steps=2, callback_on_step_end=lambda *given: given[-1])

@@ -228,6 +228,11 @@ class _Watched:
     def __init__(
         self, pipe: MaskGITPipeline, callback: StepEndCallback | None, tensors: Sequence[str]
     ) -> None:
+        vocabulary = pipe.model.vocabulary
+        if callback is not None and (vocabulary.groups > 1 or vocabulary.predict_mask):
+            raise ConfigError(
+                "callback_on_step_end shows whole codes, but this model draws parts of them or the mask itself; leave it out."
+            )
         self.pipe = pipe
         self.callback = callback
         self.tensors = tensors

@@ -134,7 +134,9 @@ class LookupFreeQuantizer(Quantizer):
 
     def distances(self, features: Tensor) -> Tensor:
         x_BhwD = features.movedim(1, -1).float()
-        cross = x_BhwD @ self.codes.to(x_BhwD.device).T
+        # Made on the device: a copy at every step would make the host wait.
+        codes_DK = self.embed(torch.arange(self.codebook_size, device=x_BhwD.device)[None, None])[0, :, 0]
+        cross = x_BhwD @ codes_DK
         return x_BhwD.square().sum(-1, keepdim=True) - 2 * cross + self.embedding_dim
 
     def tokens(self, features: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def save_model(
                 scores[name] = evaluate_loss(
                     network,
                     inputs.test_cache,
-                    Vocabulary(config.model.num_codes, config.model.num_classes, config.model.grid_size),
+                    Vocabulary.of(config.model),
                     classes=inputs.test_classes,
                     seed=config.seed,
                     batch_size=config.batch_size,

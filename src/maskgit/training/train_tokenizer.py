@@ -106,14 +106,12 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
     inputs = open_images(config, distributed.rank, distributed.world)
     size, test_cache = inputs.size, inputs.test_cache
     num_tokens = (size // config.model.patch_size) ** 2
-    # A run whose learning rate does not look at the end may end later, or sooner if it is not there yet.
-    endless = config.lr_schedule == "constant" and not config.decay_steps
     run_dir = setup_run(
         config.out,
         config,
         inputs.fingerprints,
         distributed,
-        may_change=(*MAY_CHANGE, "steps") if endless else MAY_CHANGE,
+        may_change=MAY_CHANGE,
         changeable=CHANGEABLE,
         change=change,
         caches=inputs.caches,

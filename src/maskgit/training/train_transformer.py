@@ -102,14 +102,12 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
     device = distributed.device
     inputs = open_tokens(config, distributed.rank, distributed.world)
     test_cache = inputs.test_cache
-    # A run whose learning rate does not look at the end may end later, or sooner if it is not there yet.
-    endless = config.lr_schedule == "constant" and not config.decay_steps
     run_dir = setup_run(
         config.out,
         config,
         inputs.fingerprints,
         distributed,
-        may_change=(*MAY_CHANGE, "steps") if endless else MAY_CHANGE,
+        may_change=MAY_CHANGE,
         changeable=CHANGEABLE,
         change=change,
         caches=inputs.caches,

@@ -156,9 +156,7 @@ def train_tokenizer(
         anneal: From the newest checkpoint on, let the learning rate fall to zero over so many steps, and end.
         dry_run: Only print parameter count, memory, steps and estimated time.
     """
-    from maskgit.foundation.devices import rank_and_world
     from maskgit.training.inputs import completed_tokenizer
-    from maskgit.training.run.folder import annealed
     from maskgit.training.tokenizer_config import TokenizerTrainingConfig
     from maskgit.training.tokenizer_dry_run import dry_run as describe
     from maskgit.training.train_tokenizer import train_tokenizer as run
@@ -167,11 +165,7 @@ def train_tokenizer(
     values = _values(recipe, changes)
     _check_stage(recipe, values, "tokenizer", TokenizerTrainingConfig, TransformerTrainingConfig)
     config = TokenizerTrainingConfig.from_dict(completed_tokenizer(values))
-    if anneal is not None:
-        config = annealed(config.out, config, anneal)
-    print(
-        describe(config, rank_and_world()[1]) if dry_run else run(config, change=change or anneal is not None)
-    )
+    _trained(config, run, describe, change, anneal, dry_run)
 
 
 def train_transformer(
@@ -190,9 +184,7 @@ def train_transformer(
         anneal: From the newest checkpoint on, let the learning rate fall to zero over so many steps, and end.
         dry_run: Only print parameter count, memory, steps and estimated time.
     """
-    from maskgit.foundation.devices import rank_and_world
     from maskgit.training.inputs import completed
-    from maskgit.training.run.folder import annealed
     from maskgit.training.tokenizer_config import TokenizerTrainingConfig
     from maskgit.training.train_transformer import train_transformer as run
     from maskgit.training.transformer_config import TransformerTrainingConfig
@@ -201,6 +193,21 @@ def train_transformer(
     values = _values(recipe, changes)
     _check_stage(recipe, values, "transformer", TransformerTrainingConfig, TokenizerTrainingConfig)
     config = TransformerTrainingConfig.from_dict(completed(values))
+    _trained(config, run, describe, change, anneal, dry_run)
+
+
+def _trained(
+    config: Any,
+    run: Callable[..., Path],
+    describe: Callable[[Any, int], str],
+    change: bool,
+    anneal: int | None,
+    dry_run: bool,
+) -> None:
+    """Train, or tell what that takes, and print what comes of it."""
+    from maskgit.foundation.devices import rank_and_world
+    from maskgit.training.run.folder import annealed
+
     if anneal is not None:
         config = annealed(config.out, config, anneal)
     print(

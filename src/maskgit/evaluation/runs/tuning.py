@@ -15,7 +15,7 @@ from torch import Tensor
 from maskgit.errors import ConfigError, DataError, install_extra
 from maskgit.evaluation.metrics.distributions import kernel_distance
 from maskgit.evaluation.networks.features import FeatureNet
-from maskgit.evaluation.scores.statistics import Collector, ImageStatistics, compare
+from maskgit.evaluation.scores.statistics import Collector, ImageStatistics, check_comparable, compare
 from maskgit.foundation.checks import Config, check_choice, check_count, check_range, check_seed
 from maskgit.pipeline import MaskGIT
 from maskgit.sampler.policies import POLICIES
@@ -188,9 +188,9 @@ def feature_distance(
         for batch in images.split(batch_size):
             collector.add(batch)
         found = collector.finish()
-        frechet = compare(reference, found).pooled.distance
         if distance == "fd" or real is None or found.features is None:
-            return frechet
+            return compare(reference, found).pooled.distance
+        check_comparable(reference, found)
         size = min(len(real), len(found.features))
         return kernel_distance(real, found.features, subsets=1, subset_size=size).mean
 

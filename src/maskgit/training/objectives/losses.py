@@ -5,7 +5,7 @@ Source: official libml/losses.py and nets/vqgan_tokenizer.py.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -230,30 +230,13 @@ def no_quantizer_loss(features: Tensor, quantized: Quantized, **weights: object)
     return QuantizerLosses(zero, zero, zero, zero)
 
 
-def lookup_free_loss(
-    features: Tensor,
-    quantized: Quantized,
-    *,
-    commitment_weight: float = 0.25,
-    entropy_weight: float = 0.1,
-    entropy_kind: str = "softmax",
-    entropy_temperature: float = 0.01,
-    whole_mean: Tensor | None = None,
-) -> QuantizerLosses:
+def lookup_free_loss(features: Tensor, quantized: Quantized, **settings: Any) -> QuantizerLosses:
     """Return the loss of the `lfq` quantizer: `quantizer_loss` without the codebook's part, for there is none.
 
     Source: MAGVIT-v2 (arXiv 2310.05737), §3.1. Its affinity 2 z·c of a vector and a code is the negative squared
     distance but for what all codes share, so that both have one softmax.
     """
-    made = quantizer_loss(
-        features,
-        quantized,
-        commitment_weight=commitment_weight,
-        entropy_weight=entropy_weight,
-        entropy_kind=entropy_kind,
-        entropy_temperature=entropy_temperature,
-        whole_mean=whole_mean,
-    )
+    made = quantizer_loss(features, quantized, **settings)
     zero = torch.zeros_like(made.codebook)
     return QuantizerLosses(made.commitment + made.entropy, made.commitment, zero, made.entropy)
 

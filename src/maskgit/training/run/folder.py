@@ -135,6 +135,9 @@ def setup_run(
         now = flat(given["config"])
         made = checkpoints[-1].step
         free, steerable = set(may_change), set(changeable)
+        # A run whose learning rate does not look at the end may end later, or sooner if it is not there yet.
+        if now.get("lr_schedule") == "constant" and not now.get("decay_steps"):
+            free.add("steps")
         differing = [
             key
             for key in sorted(before.keys() | now.keys())
