@@ -769,6 +769,25 @@ def test_a_checkpoint_from_before_there_was_a_watch_goes_on(config, tmp_path, mo
     assert_same_run(straight, config)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"groups": 2},
+        {"block": "modern", "conditioning": "adaln", "positions": "rotary", "groups": 2},
+    ],
+)
+def test_a_run_of_grouped_codes_gives_its_best_model(config, kind, tmp_path):
+    config = replace(
+        config, model=replace(MODEL, **kind), test_data=config.data, evaluate_every=2, sample_every=3,
+        extra_ema_decays=(0.2,),
+    )  # fmt: skip
+    model = hub.load_model(train_transformer(config))
+    assert model.generate(0, num_images=2, seed=1, steps=3).tokens.max() < CODES
+    chosen = save_model(config.out, tmp_path / "chosen")
+    main = scalars(config.out, "test_loss")[-1]
+    assert chosen.scores["0.999"] == pytest.approx(main, rel=1e-6)
+
+
 def test_a_model_is_saved_from_any_checkpoint_and_average(config, tmp_path, monkeypatch):
     config = replace(
         config, test_data=config.data, evaluate_every=2, checkpoint_every=2, keep_last=3, keep_best=1,
