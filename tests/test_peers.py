@@ -419,7 +419,8 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "cannot be read"),
+        (b"", "damaged, or a file of another kind"),
+        (b"hi\n", "damaged, or a file of another kind"),
         (b"PK\x03\x04 cut", "cannot be read|damaged"),
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
     ],

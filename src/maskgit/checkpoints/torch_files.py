@@ -38,8 +38,14 @@ def read_torch_file(path: str | Path) -> dict[str, Tensor]:
             f"{path} asks for more than weights to be loaded, or is damaged; it was not run. Take the file from where "
             "its authors publish it."
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a torch checkpoint: {error!s:.200}.") from error
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (EOFError, RuntimeError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a torch checkpoint: it is damaged, or a file of another kind."
+        ) from error
     state = _weights(content)
     if not state:
         raise CheckpointError(
