@@ -418,9 +418,7 @@ def _settings(report: Report) -> str:
     tables += [("Settings", report.settings), ("Versions", versions()), ("Run", report.run)]
     blocks = "".join(f"<div><h3>{escape(name)}</h3>{_table(_flat(values))}</div>" for name, values in tables)
     return (
-        '<section id="settings"><h2>How it was measured</h2><p class="note">An interval is the bootstrap '
-        "of the scores "
-        "of disjoint parts, moved to lie around the score of all images; of shares, Wilson’s. It says how "
+        '<section id="settings"><h2>How it was measured</h2><p class="note">An interval says how '
         "much other samples of the same model would move the number, not how far another network or "
         "reference would."
         f'</p><div class="tables">{blocks}</div></section>'

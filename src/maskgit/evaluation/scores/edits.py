@@ -123,7 +123,9 @@ def cosine_distances(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
     """Return 1 less the cosine of each pair of features: float (N, D) twice → float64 (N,) in [0, 2]."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return 1 - np.divide((a * b).sum(1), lengths, out=np.zeros(len(a)), where=lengths > 0)
+    cosines = np.divide((a * b).sum(1), lengths, out=np.zeros(len(a)), where=lengths > 0)
+    # Rounding takes the cosine of a vector with itself beyond 1.
+    return (1 - cosines).clip(0, 2)
 
 
 def _median(values: NDArray[Any]) -> float:
