@@ -4,6 +4,7 @@ The records in tests/golden/peers were computed by the authors' code with weight
 fourth position's logits are kept. Full-size networks are compared where ../shared/golden/peers is.
 """
 
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -166,20 +167,11 @@ class RecordedNoise:
         raise AssertionError("the policy draws nothing else")
 
 
-def cosine_power(scale: float, steps: int, power: float) -> tuple[float, ...]:
-    """Return MaskBit's guidance as ours: its w is our scale less 1, annealed by a cosine of a power of progress."""
-    return tuple(1 + scale * (1 - math.cos((i / steps) ** power * math.pi)) / 2 for i in range(steps))
-
-
 DECODINGS = {
     "decode_lfq_2": (
         "lfq_bert_2",
-        SamplerConfig(
-            steps=8,
-            mask_schedule="arccos",
-            choice_temperature=7.8,
-            tables=StepTables(guidance_scale=cosine_power(7.1, 8, 3)),
-        ),
+        # The settings that the published model brings, in fewer steps.
+        dataclasses.replace(PUBLISHED["maskbit-14"].sampler, steps=8),
     ),
     "decode_bert_1": (
         "bert_1",
@@ -188,8 +180,9 @@ DECODINGS = {
             mask_schedule="arccos",
             choice_temperature=4.5,
             policy_options={"tempered": True},
+            guidance_scale=4.0,
+            guidance_schedule="linear@before",
             tables=StepTables(
-                guidance_scale=tuple(1 + 3 * i / 6 for i in range(6)),
                 temperature=tuple(0.5 + 0.8 * (1 - (i + 1) / 6) for i in range(6)),
             ),
         ),
@@ -242,6 +235,19 @@ def test_maskbit_decodings_token_for_token(records, name):
             SamplerConfig(steps=6, policy="halton", policy_options={"roll": False}, mask_schedule="arccos"),
             40,
         ),
+        (
+            "confidence_cfg",
+            SamplerConfig(
+                steps=8,
+                policy="redraw",
+                tables=StepTables(
+                    mask_ratio=tuple(1 - known / 64 for known in (1, 5, 11, 18, 24, 32, 41, 64)),
+                    guidance_scale=tuple(1 + 3 * i / 7 for i in range(8)),
+                    choice_temperature=tuple(4.5 * (1 - i / 7) for i in range(8)),
+                ),
+            ),
+            40,
+        ),
     ],
 )
 def test_halton_decodings_token_for_token(records, name, settings, lowered):
@@ -257,7 +263,9 @@ def test_halton_decodings_token_for_token(records, name, settings, lowered):
         mask_token=vocabulary.mask,
         noise=RecordedNoise(3, vocabulary.num_tokens, vocabulary.num_logits, 1),
     )
-    sampled, written = record[f"{name}_sampled"], record[f"{name}_masks"]
+    sampled, written = record[f"{name}_sampled"], record[f"{name}_masks"].bool()
+    if settings.policy == "redraw":
+        written[:] = True  # It draws every token at each step; the masks say what stays.
     ours = history[:, :, 1:].transpose(0, 1).unflatten(2, (8, 8))
     assert torch.equal(ours[written], sampled[written])
     tokenizer = built(Tokenizer, halton.tokenizer_of_llamagen(weights(SHAPES["halton"]["tiny_vq"])))

@@ -292,6 +292,31 @@ def test_the_entropy_bound_is_the_longest_prefix(gamma):
         assert set((unknown[row] & ~again[row]).nonzero()[:, 0].tolist()) == set(order[:longest])
 
 
+def test_halton_opens_the_groups_of_a_position_one_after_the_other():
+    """With two groups a position's place in the order is the one it has alone, and both of its tokens share it."""
+    policy = make_policy("halton")
+    for free in (torch.ones(2, 1 + 2 * 16, dtype=torch.bool), torch.ones(2, 1 + 4 * 16, dtype=torch.bool)):
+        groups = (free.shape[1] - 1) // 16
+        drawn = torch.tensor([0.1, 0.7])[:, None].expand(free.shape)
+        (grouped,) = policy.begin(Start(free, 3, lambda _, drawn=drawn: drawn, groups))
+        (alone,) = policy.begin(Start(free[:, :17], 3, lambda _, drawn=drawn: drawn[:, :17]))
+        expected = alone[:, 1:, None] * groups + torch.arange(groups)
+        assert torch.equal(grouped[:, 1:], expected.flatten(1))
+
+
+def test_redraw_draws_known_tokens_anew_and_leaves_what_was_given():
+    noise = ImageNoise(3, torch.arange(2), 17, 5)
+    logits = torch.zeros(2, 17, 5)
+    sequence = torch.full((2, 17), 9)
+    sequence[:, 0], sequence[:, 1:4] = 6, 4
+    config = SamplerConfig(steps=6, policy="redraw")
+    history = decode(lambda _: logits, sequence, config, mask_token=9, noise=noise)
+    assert (history[:, :, 1:4] == 4).all()
+    assert (history[:, 0, 4:] != history[:, 1, 4:]).any(1).all()
+    last = noise.tokens(torch.full((2, 1), 5)).argmax(-1)
+    assert torch.equal(history[:, -1, 4:], last[:, 4:])  # Equal logits: the noise alone decides.
+
+
 def test_stable_waits_until_distributions_rest():
     policy = make_policy("stable", {"confidence": 0.5, "kl": 0.01, "history": 2})
     sure, unsure = torch.tensor([3.0, 0, 0]), torch.tensor([0.1, 0, 0])

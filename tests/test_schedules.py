@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from maskgit.errors import ConfigError
+from maskgit.sampler.config import SamplerConfig
+from maskgit.sampler.plans import plan_steps
 from maskgit.sampler.schedules import (
     MASK_SCHEDULES,
     curve,
+    curve_progress,
     mask_counts,
     mask_ratio,
     mask_ratios,
@@ -56,11 +59,19 @@ def test_curves_are_their_formulas():
     assert curve("power-cosine:2,1,0.5", start=0, end=1)(1.0) == pytest.approx(0.5)
     inside = curve("interval:0.2,0.6", start=0, end=1)
     assert [inside(r) for r in (0.1, 0.2, 0.6, 0.7)] == [0, 1, 1, 0]
+    assert curve("cosine@before", start=0, end=1)(r) == curve("cosine", start=0, end=1)(r)
+
+
+def test_a_curve_is_read_after_the_step_or_before_it():
+    assert curve_progress("linear", 4) == [0.25, 0.5, 0.75, 1]
+    assert curve_progress("linear:0,1@before", 4) == [0, 0.25, 0.5, 0.75]
+    config = SamplerConfig(steps=4, guidance_scale=5.0, guidance_schedule="linear@before")
+    assert list(plan_steps(config, 16, remasks=False).guidance_scales) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
     "spec", ["", "sine", "linear:1", "linear:1,2,3", "constant:1", "interval", "interval:a,b", "power-cosine",
-             "linear:nan,1", "linear:-1,1", "linear:1e9,1"],
+             "linear:nan,1", "linear:-1,1", "linear:1e9,1", "linear@after", "linear@"],
 )  # fmt: skip
 def test_a_wrong_curve_is_told_in_a_sentence(spec):
     with pytest.raises(ConfigError, match=r"schedule"):

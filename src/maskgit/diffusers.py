@@ -285,6 +285,7 @@ class _Watched:
                         start_step=start_step,
                         state=state,
                         step_function=model.decode_step,
+                        groups=model.vocabulary.groups,
                     )
                 )
                 bar.update()

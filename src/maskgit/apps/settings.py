@@ -21,7 +21,7 @@ class Setting(NamedTuple):
 
 CURVES = (
     "constant, linear[:FROM,TO], cosine[:FROM,TO], power-cosine:POWER[,FROM,TO] or interval:LOW,HIGH, over "
-    "decoding progress from 0 to 1"
+    "decoding progress from 0 to 1, each step's end; with @before after it, each step's beginning"
 )
 SETTINGS = {
     # The sampler's, by their names in `SamplerConfig`.

@@ -117,6 +117,7 @@ def _steps(
         "noise": noise,
         "start_step": start_step,
         "step_function": model.decode_step,
+        "groups": model.vocabulary.groups,
     }
     state = None
     if switch is not None:

@@ -311,8 +311,8 @@ class Batcher:
         )
         sequence, free, words, index = packed.split([size, size, 2, 1])
         row = _Row(job, requester, plan, sequence, free.bool(), words, index[0])
-        noise = self._noise([row])
-        memory = begin(plan.policy, row.free[None], self.model.vocabulary.num_logits, noise)
+        noise, groups = self._noise([row]), self.model.vocabulary.groups
+        memory = begin(plan.policy, row.free[None], self.model.vocabulary.num_logits, noise, groups)
         row.memory = tuple(part[0] for part in memory)
         return row
 

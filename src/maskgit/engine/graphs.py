@@ -89,13 +89,15 @@ class GraphedSteps:
         noise: Noise,
         guides: bool,
         last: bool = False,
+        groups: int = 1,
     ) -> Made:
         """See `sampler.decode_step`; noise of another kind than `ImageNoise` is not captured."""
         options: dict[str, Any] = {"policy": policy, "mask_token": mask_token, "guides": guides, "last": last}
+        options["groups"] = groups
         if not isinstance(noise, ImageNoise):
             return decode_step(predict_logits, sequence, free, memory, numbers, noise=noise, **options)
         if memory is None:
-            memory = begin(policy, free, noise.num_codes, noise)
+            memory = begin(policy, free, noise.num_codes, noise, groups)
         batch = len(sequence)
         size = fixed_size(batch)
         inputs = (sequence, free, noise.words(), noise.indices, *numbers, *memory)

@@ -75,6 +75,7 @@ class StepFunction(Protocol):
         noise: Noise,
         guides: bool,
         last: bool = False,
+        groups: int = 1,
     ) -> Made: ...
 
 
@@ -118,10 +119,11 @@ def decode(
     start_step: int = 0,
     policy: Policy | None = None,
     callback: StepCallback | None = None,
+    groups: int = 1,
 ) -> Tensor:
     """Fill in the masked tokens of sequences, a part of them at each step.
 
-    Known tokens are never touched, and neither is position 0, the class, even where it is masked.
+    Tokens that are known at the start are never touched, and neither is position 0, the class, even where it is masked.
 
     Args:
         predict_logits: int64 (B, S) → float (B, S, K).
@@ -133,6 +135,7 @@ def decode(
         policy: in place of the one that the config names.
         callback: called after each step with its number and the tokens int64 (B, S), all filled in; the
             tensor must not be changed.
+        groups: tokens of the sequence that one position of the image consists of (`Vocabulary.groups`).
 
     Returns:
         int64 (B, steps made, S): what was sampled at each step before part of it was masked again; the last
@@ -152,6 +155,7 @@ def decode(
         noise=noise,
         start_step=start_step,
         policy=policy,
+        groups=groups,
     )
     for made in steps:
         history.append(made.tokens)
@@ -171,6 +175,7 @@ def decode_steps(
     policy: Policy | None = None,
     state: State | None = None,
     step_function: StepFunction | None = None,
+    groups: int = 1,
 ) -> Iterator[Decoded]:
     """Give each step of decoding as it is made; see `decode` for what is not said here.
 
@@ -203,6 +208,7 @@ def decode_steps(
         start_step,
         state or State(-1, sequence, free_tokens(sequence, mask_token), ()),
         step_function or decode_step,
+        groups,
     )
     return _until_done(steps) if policy.adapts else steps
 
@@ -231,6 +237,7 @@ def _decode_steps(
     start_step: int,
     state: State,
     step_function: StepFunction,
+    groups: int,
 ) -> Iterator[Decoded]:
     first, sequence, free, memory = state
     plan = plan_steps(config, sequence.shape[1] - 1, remasks=policy.remasks, device=sequence.device)
@@ -249,6 +256,7 @@ def _decode_steps(
             noise=noise,
             guides=plan.guides(number),
             last=last,
+            groups=groups,
         )
         sequence, memory = made.sequence, made.memory
         yield Decoded(
@@ -274,6 +282,7 @@ def decode_step(
     noise: Noise,
     guides: bool,
     last: bool = False,
+    groups: int = 1,
 ) -> Made:
     """Make one step of decoding, in which every row follows its own plan.
 
@@ -290,6 +299,7 @@ def decode_step(
         noise: the randomness.
         guides: whether any row's guidance scale is another than 1; if not, the scales are not read.
         last: whether every row is at its last step, so that nothing needs to be chosen.
+        groups: tokens of each position of the image; read where memory is None.
 
     Returns:
         `Made`; a row at its last step masks nothing again.
@@ -300,9 +310,9 @@ def decode_step(
     # argmax(logits + τ·Gumbel) samples from softmax(logits / τ), and needs no division at τ = 0.
     heat = policy.token_temperature(numbers.temperature, numbers.choice_temperature)
     sampled = (logits + heat[..., None] * noise.tokens(numbers.drawn)).argmax(-1)
-    tokens = torch.where(unknown, sampled, sequence)
+    tokens = torch.where(free if policy.redraws else unknown, sampled, sequence)
     if memory is None:
-        memory = begin(policy, free, logits.shape[-1], noise)
+        memory = begin(policy, free, logits.shape[-1], noise, groups)
     if last:
         return Made(logits, tokens, unknown, torch.zeros_like(free), tokens, memory)
     again, memory = policy.choose(
@@ -329,7 +339,7 @@ def decode_step(
     return Made(logits, tokens, unknown, again, tokens.masked_fill(again, mask_token), memory)
 
 
-def begin(policy: Policy, free: Tensor, num_codes: int, noise: Noise) -> Memory:
+def begin(policy: Policy, free: Tensor, num_codes: int, noise: Noise, groups: int = 1) -> Memory:
     """Return what a policy remembers before the first step of some rows.
 
     Args:
@@ -337,9 +347,10 @@ def begin(policy: Policy, free: Tensor, num_codes: int, noise: Noise) -> Memory:
         free: bool (B, S), what is to be predicted.
         num_codes: K.
         noise: of the rows.
+        groups: tokens of each position.
     """
     first = free.new_zeros(free.shape[0], 1, dtype=torch.int64)
-    return policy.begin(Start(free, num_codes, lambda stream: noise.uniform(first, stream)))
+    return policy.begin(Start(free, num_codes, lambda stream: noise.uniform(first, stream), groups))
 
 
 def free_tokens(sequence: Tensor, mask_token: int) -> Tensor:

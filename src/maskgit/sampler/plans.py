@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskgit.sampler.config import SamplerConfig, StepTables
-from maskgit.sampler.schedules import curve, mask_counts, mask_ratios
+from maskgit.sampler.schedules import curve, curve_progress, mask_counts, mask_ratios
 
 
 class Numbers(NamedTuple):
@@ -142,14 +142,12 @@ def plan_steps(
     """
     tables = config.tables
     steps = num_steps(config, num_tokens, remasks=remasks)
-    # In float32, as the official code has it.
-    progress = (torch.arange(1, steps + 1, dtype=torch.float32) / steps).tolist()
 
     def values(table: tuple[float, ...] | None, schedule: str, falls: bool) -> list[float]:
         if table is not None:
             return list(table)
         weight = curve(schedule, start=1, end=0) if falls else curve(schedule, start=0, end=1)
-        return [weight(r) for r in progress]
+        return [weight(r) for r in curve_progress(schedule, steps)]
 
     temperature, choice = config.temperature, config.choice_temperature
     scaled = [1 if tables.temperature else temperature, 1 if tables.choice_temperature else choice]

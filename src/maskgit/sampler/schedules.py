@@ -154,7 +154,8 @@ def curve(spec: str, *, start: float, end: float) -> Callable[[float], float]:
 
     Names are `constant` (1 everywhere), `linear`, `cosine` ((1 − cos πr) / 2), `power-cosine:POWER`
     ((1 − cos πrᵖ) / 2) and `interval:LOW,HIGH` (1 for LOW ≤ r ≤ HIGH, else 0). The middle three lead from
-    `start` to `end`, or from and to the two numbers that follow: `linear:1,0.5`, `power-cosine:2,0,1`.
+    `start` to `end`, or from and to the two numbers that follow: `linear:1,0.5`, `power-cosine:2,0,1`. What follows
+    an @ is for `curve_progress`.
 
     Args:
         spec: the name, and its numbers after a colon.
@@ -165,7 +166,10 @@ def curve(spec: str, *, start: float, end: float) -> Callable[[float], float]:
 
     Source: power-cosine: MDTv2 (arXiv 2303.14389); interval: Kynkäänniemi et al. (arXiv 2404.07724).
     """
-    name, _, listed = spec.partition(":")
+    before_at, at, when = spec.partition("@")
+    name, _, listed = before_at.partition(":")
+    if at and when != "before":
+        raise ConfigError(f"After @ a schedule's name may say before, but is {spec!r}.")
     if name not in CURVES:
         raise unknown_name("schedule", spec, CURVES)
     shape, parameters, ends = CURVES[name]
@@ -189,3 +193,12 @@ def curve(spec: str, *, start: float, end: float) -> Callable[[float], float]:
         return lambda r: shape(r, *own)
     first, last = numbers[len(parameters) :] or (start, end)
     return lambda r: first + (last - first) * shape(r, *own)
+
+
+def curve_progress(spec: str, steps: int) -> list[float]:
+    """Return at which progress a curve is read for each step: (t + 1) / T, or t / T if its name ends in @before.
+
+    In float32, as the official code has it.
+    """
+    first = 0 if spec.endswith("@before") else 1
+    return (torch.arange(first, steps + first, dtype=torch.float32) / steps).tolist()

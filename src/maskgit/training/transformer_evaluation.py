@@ -153,7 +153,7 @@ def sample(
 
     def predict_logits(sequence: Tensor) -> Tensor:
         with autocast(device, precision):
-            return transformer(sequence, codes=vocabulary.num_codes).float()
+            return transformer(sequence, codes=vocabulary.num_logits).float()
 
     with evaluating(transformer):
         history = decode(
@@ -161,7 +161,8 @@ def sample(
             sequence,
             sampler,
             mask_token=vocabulary.mask,
-            noise=ImageNoise(seed, indices, vocabulary.num_tokens + 1, vocabulary.num_codes),
+            noise=ImageNoise(seed, indices, vocabulary.num_tokens + 1, vocabulary.num_logits),
+            groups=vocabulary.groups,
         )
         tokens = vocabulary.grid(history[:, -1])
         captions = tuple(class_names[label] for label in classes)

@@ -6,7 +6,7 @@ from typing import Any
 from maskgit.errors import ConfigError, unknown_name
 from maskgit.sampler.policies.adaptive import EntropyBounded, Stable
 from maskgit.sampler.policies.base import Memory, Policy, Start, Step
-from maskgit.sampler.policies.confidence import Confidence, Moment
+from maskgit.sampler.policies.confidence import Confidence, Moment, Redraw
 from maskgit.sampler.policies.critic import Critic, SelfCritic
 from maskgit.sampler.policies.diffusion import MDLM, ReMDM
 from maskgit.sampler.policies.ordered import Halton, Random
@@ -15,6 +15,7 @@ __all__ = ["POLICIES", "Critic", "Memory", "Policy", "Start", "Step", "make_poli
 
 POLICIES: dict[str, type[Policy]] = {
     "confidence": Confidence,
+    "redraw": Redraw,
     "random": Random,
     "halton": Halton,
     "mdlm": MDLM,

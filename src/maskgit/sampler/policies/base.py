@@ -25,11 +25,13 @@ class Start(NamedTuple):
         free_BS: bool, True where a token is to be predicted; never at position 0.
         num_codes: K.
         uniform: returns uniform numbers float32 (B, S) in (0, 1) of a stream in `noise`.
+        groups: tokens of the sequence that one position of the image consists of, one after the other.
     """
 
     free_BS: Tensor
     num_codes: int
     uniform: Callable[[int], Tensor]
+    groups: int = 1
 
 
 class Step(NamedTuple):
@@ -89,6 +91,7 @@ class Policy(Config):
         defaults: settings of `SamplerConfig` that come with it unless they are given.
         remasks: whether a step may keep no token, or mask kept ones again; if not, no more steps than tokens are made.
         reads_known: whether it reads the logits of known tokens, which then are always computed.
+        redraws: whether each step draws the free tokens that are known anew, too; such a policy reads their logits.
         adapts: whether the number of steps depends on the model's predictions; then the loop stops as soon as
             nothing is masked.
     """
@@ -97,6 +100,7 @@ class Policy(Config):
     defaults: ClassVar[dict[str, str]] = {}
     remasks: ClassVar[bool] = False
     reads_known: ClassVar[bool] = False
+    redraws: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
 
     def begin(self, start: Start) -> Memory:

@@ -5,6 +5,7 @@ Shapes: as in `policies.base`.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,23 @@ class Confidence(Policy):
         threshold = sureness.sort(-1).values.gather(-1, count)
         # As in the official `mask_by_random_topk`, ties go to "kept".
         return sureness < threshold, memory
+
+
+@dataclass(frozen=True)
+class Redraw(Confidence):
+    """Keep the surest tokens as `confidence` does, and draw those that are known anew at every step.
+
+    Differs: a model that scores the mask may draw it; the authors' code then counts the position as masked, ours as
+    known until the next step draws it anew.
+
+    Attributes:
+        tempered: as for `confidence`.
+    """
+
+    source = "Halton-MaskGIT's confidence sampler (github.com/valeoai/Halton-MaskGIT)"
+    defaults: ClassVar[dict[str, str]] = {"mask_schedule": "arccos"}
+    redraws = True
+    reads_known = True
 
 
 @dataclass(frozen=True)

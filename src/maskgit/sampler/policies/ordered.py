@@ -38,7 +38,8 @@ class Halton(_Ordered):
     """Keep tokens spread evenly over the image: in the order of a 2-D Halton sequence.
 
     Bases 2 and 3, mapped to the grid, repeats left out, rolled by a random amount for each image. With the
-    arccos schedule, ⌊N(1 − (2/π)·arccos((t + 1) / T))⌋ tokens are kept after step t.
+    arccos schedule, ⌊N(1 − (2/π)·arccos((t + 1) / T))⌋ tokens are kept after step t. A position's groups follow one
+    another, the lowest first.
 
     Attributes:
         roll: whether each image starts at another place of the sequence.
@@ -50,12 +51,15 @@ class Halton(_Ordered):
 
     def begin(self, start: Start) -> Memory:
         batch, length = start.free_BS.shape
-        num_tokens = length - 1
-        place = _places_on(num_tokens, start.free_BS.device)
+        positions = (length - 1) // start.groups
+        place = _places_on(positions, start.free_BS.device)
         offset = torch.zeros(batch, 1, dtype=torch.long, device=place.device)
         if self.roll:
-            offset = (start.uniform(ORDER)[:, :1] * num_tokens).long()
-        rolled = (place - offset) % num_tokens
+            offset = (start.uniform(ORDER)[:, :1] * positions).long()
+        rolled = (place - offset) % positions
+        if start.groups > 1:
+            group = torch.arange(start.groups, device=place.device)
+            rolled = (rolled[..., None] * start.groups + group).flatten(1)
         # The class's place is never read.
         return (torch.nn.functional.pad(rolled, (1, 0)).float(),)
 
