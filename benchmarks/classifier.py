@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.foundation.bars import bar
 from maskgit.foundation.devices import upload
+from maskgit.foundation.notes import bar
 
 
 class SmallResNet(nn.Module):

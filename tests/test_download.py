@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from maskgit.errors import DownloadError, OutputError
-from maskgit.foundation import download
+from maskgit.foundation import download, files
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -150,7 +150,7 @@ def test_an_unwritable_cache_is_told(server, tmp_path):
 FETCH = """
 import sys
 from pathlib import Path
-from maskgit.foundation import download
+from maskgit.foundation import download, files
 print(download.fetch(sys.argv[1], folder=Path(sys.argv[2])))
 """
 
@@ -247,4 +247,4 @@ def test_a_user_without_a_home_is_told_which_variable_to_set(tmp_path, monkeypat
         download.fetch("https://example.com/x")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MASKGIT_CACHE", "~/cache")
-    assert download.cache_dir() == tmp_path / "cache"
+    assert files.cache_dir() == tmp_path / "cache"

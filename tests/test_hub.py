@@ -18,6 +18,7 @@ from maskgit import MaskGIT, hub
 from maskgit.apps.cli.commands import main
 from maskgit.checkpoints import folder as saving
 from maskgit.errors import CheckpointError, ConfigError, DownloadError, OutputError
+from maskgit.foundation import files
 
 
 def states(model):
@@ -186,7 +187,7 @@ def test_an_official_model_is_converted_once(tiny, golden, monkeypatch):
     assert all("imagenet256" in url for url in calls)
     assert_equal(first, hub.from_pretrained("imagenet256"))
     assert len(calls) == 2
-    shutil.rmtree(saving.download.cache_dir() / "models")
+    shutil.rmtree(files.cache_dir() / "models")
 
 
 def test_what_was_downloaded_and_is_no_model_is_thrown_away(monkeypatch, tmp_path):

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskgit import MaskGIT
-from maskgit.foundation import precision
+from maskgit.foundation import devices
 from maskgit.foundation.compiled import Compiled, is_compiled
-from maskgit.foundation.precision import whole_float32
+from maskgit.foundation.devices import whole_float32
 
 CUDA = torch.device("cuda")
 MATMUL = torch.backends.cuda.matmul
@@ -29,7 +29,7 @@ def rounded(monkeypatch):
     """Take all float32 batches for tensors of a GPU; return what convolutions are asked for."""
     asked = []
     convolution = torch._convolution
-    monkeypatch.setattr(precision, "_may_be_rounded", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(devices, "_may_be_rounded", lambda x: x.dtype == torch.float32)
     monkeypatch.setattr(torch, "_convolution", lambda *args: asked.append(args) or convolution(*args))
     return asked
 
@@ -63,9 +63,9 @@ def test_convolutions_are_the_same_and_not_rounded(number, rounded):
 
 def test_a_network_that_tokenizes_or_predicts_is_whole(tiny, rounded, monkeypatch):
     entered = []
-    real = precision._PRODUCTS.__class__.__enter__
+    real = devices._PRODUCTS.__class__.__enter__
     monkeypatch.setattr(
-        precision._PRODUCTS.__class__, "__enter__", lambda self: entered.append(1) or real(self)
+        devices._PRODUCTS.__class__, "__enter__", lambda self: entered.append(1) or real(self)
     )
     # As if the tensors were of a GPU.
     for module in ("maskgit.networks.tokenizer", "maskgit.model"):

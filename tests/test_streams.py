@@ -13,7 +13,7 @@ from PIL import Image
 
 from maskgit.apps.cli import commands as cli
 from maskgit.diffusers import MaskGITPipeline
-from maskgit.foundation.bars import bar
+from maskgit.foundation.notes import bar
 
 # The shell closes, breaks or fills a stream before Python starts.
 MASKGIT = f"'{sys.executable}' -m maskgit"

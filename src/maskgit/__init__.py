@@ -10,7 +10,7 @@ arXiv 2202.04200.
 
 from typing import TYPE_CHECKING, Any
 
-from maskgit.foundation.version import __version__
+from maskgit.foundation import __version__
 
 if TYPE_CHECKING:
     from maskgit.config import ModelConfig

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from maskgit.editing.edit import inpaint
 from maskgit.editing.fill import fill
 from maskgit.errors import ConfigError, MaskGITError, install_extra
-from maskgit.foundation.bars import bar
 from maskgit.foundation.checks import check_choice, check_count, check_range, plain
 from maskgit.foundation.devices import Device, Dtype
+from maskgit.foundation.notes import bar
 from maskgit.model import Label, Model, Picture
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Draw, Output

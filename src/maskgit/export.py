@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from maskgit.errors import CheckpointError, ConfigError, OutputError, install_extra, unknown_name
-from maskgit.foundation.bars import bar
+from maskgit.foundation import __version__
 from maskgit.foundation.files import expand, write_folder, write_json
-from maskgit.foundation.version import __version__
+from maskgit.foundation.notes import bar
 from maskgit.model import plain_model
 from maskgit.pipeline import MaskGIT
 

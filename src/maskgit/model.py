@@ -22,9 +22,8 @@ from maskgit.checkpoints.weights import plain_network, unwrapped
 from maskgit.config import ModelConfig
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import Config, plain
-from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype, is_dtype
+from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype, is_dtype, whole_float32
 from maskgit.foundation.forks import check_process
-from maskgit.foundation.precision import whole_float32
 from maskgit.networks.classes import find_class
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer

@@ -35,7 +35,7 @@ from maskgit.errors import (
 from maskgit.foundation import download
 from maskgit.foundation.checks import Config
 from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype, shapes_only
-from maskgit.foundation.files import expand, read_json, write_folder, write_json
+from maskgit.foundation.files import cache_dir, expand, naming_the_cache, read_json, write_folder, write_json
 from maskgit.foundation.locks import locked, waits_for
 from maskgit.model import Model, Parts
 from maskgit.networks.config import TokenizerConfig
@@ -189,7 +189,7 @@ def _model_of_run(path: Path) -> Path:
 def _converted(name: str, entry: Official | Published, cache: Path | None, local_files_only: bool) -> Path:
     """Return the folder of a model that others released, downloading and converting it the first time."""
     urls = [file if isinstance(file, str) else file.url() for file in (entry.tokenizer, entry.transformer)]
-    root = cache or download.cache_dir()
+    root = cache or cache_dir()
     folder, downloads = root / "models" / name, root / "downloads"
     if (folder / INDEX).is_file():
         return folder
@@ -198,7 +198,7 @@ def _converted(name: str, entry: Official | Published, cache: Path | None, local
             f"{name} is not in {root}, and local_files_only forbids downloads: leave it out once."
         )
     with (
-        download.naming_the_cache() if cache is None else nullcontext(),
+        naming_the_cache() if cache is None else nullcontext(),
         locked(folder.with_name(f".{name}.convert.lock"), waits_for(f"the conversion of {name}")),
     ):
         if (folder / INDEX).is_file():

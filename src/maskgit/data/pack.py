@@ -17,9 +17,9 @@ from maskgit.data.image_cache import MAX_SIDE, ImageCache, new_image_cache
 from maskgit.data.rows import AUTO, MAX_CLASSES, ClassNumbers, Row, check_share, decode_square
 from maskgit.data.sources import open_source
 from maskgit.errors import DataError, ImageError
-from maskgit.foundation.bars import bar
 from maskgit.foundation.checks import check_count, check_range
 from maskgit.foundation.files import expand
+from maskgit.foundation.notes import bar
 from maskgit.networks.classes import sort_names
 
 _CHUNK = 256

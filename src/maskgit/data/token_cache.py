@@ -32,10 +32,10 @@ from maskgit.data.image_cache import (
     require,
 )
 from maskgit.errors import ConfigError, DataError, OutputError
-from maskgit.foundation.bars import bar
 from maskgit.foundation.checks import check_choice, check_count, check_seed
 from maskgit.foundation.devices import upload
 from maskgit.foundation.files import expand, output_error, read_json, replacing
+from maskgit.foundation.notes import bar
 from maskgit.networks.config import MAX_GRID
 from maskgit.sampler.noise import uniform
 

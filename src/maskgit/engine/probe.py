@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from maskgit.engine.linear import PATHS, ways
 from maskgit.errors import OutputError
-from maskgit.foundation.download import cache_dir
-from maskgit.foundation.files import write_bytes
+from maskgit.foundation.files import cache_dir, write_bytes
 
 # One image of the 256 model through the first layer of its MLP.
 ROWS, INPUTS, OUTPUTS = 257, 768, 3072

@@ -9,49 +9,18 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from maskgit.errors import ConfigError, DownloadError, OutputError
-from maskgit.foundation.bars import bar
-from maskgit.foundation.files import expand, output_error, read_json, write_bytes
+from maskgit.errors import ConfigError, DownloadError
+from maskgit.foundation.files import cache_dir, naming_the_cache, output_error, read_json, write_bytes
 from maskgit.foundation.locks import locked, waits_for
+from maskgit.foundation.notes import bar
 from maskgit.foundation.proxies import is_loopback, proxy_for
 
 MAX_BYTES = 2**34
 TIMEOUT_S = 30
 _PIECE = 2**20
-
-
-def cache_dir() -> Path:
-    """Return the cache: $MASKGIT_CACHE, or `maskgit` in the user's cache folder.
-
-    Raises:
-        OutputError: the user has no home folder, and no environment variable names a cache.
-    """
-    named = os.environ.get("MASKGIT_CACHE")
-    if named:
-        return expand(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "maskgit"
-    except RuntimeError as error:
-        raise OutputError(
-            "This user has no home folder for the cache; set the environment variable MASKGIT_CACHE to a writable "
-            "folder."
-        ) from error
-
-
-@contextmanager
-def naming_the_cache() -> Iterator[None]:
-    """Add to errors about the cache which environment variable moves it."""
-    try:
-        yield
-    except OutputError as error:
-        raise OutputError(
-            f"{error} Set the environment variable MASKGIT_CACHE to use another cache folder."
-        ) from error
 
 
 def fetch(url: str, *, folder: Path | None = None) -> Path:

@@ -94,6 +94,36 @@ def expand_argument(argument: str) -> str:
     return f"{flag}{equals}{expand(value)}" if value == "~" or value.startswith("~/") else argument
 
 
+def cache_dir() -> Path:
+    """Return the cache: $MASKGIT_CACHE, or `maskgit` in the user's cache folder.
+
+    Raises:
+        OutputError: the user has no home folder, and no environment variable names a cache.
+    """
+    named = os.environ.get("MASKGIT_CACHE")
+    if named:
+        return expand(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "maskgit"
+    except RuntimeError as error:
+        raise OutputError(
+            "This user has no home folder for the cache; set the environment variable MASKGIT_CACHE to a writable "
+            "folder."
+        ) from error
+
+
+@contextmanager
+def naming_the_cache() -> Iterator[None]:
+    """Add to errors about the cache which environment variable moves it."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(
+            f"{error} Set the environment variable MASKGIT_CACHE to use another cache folder."
+        ) from error
+
+
 def destination(path: str | Path) -> Path:
     """Return the path that a replacement of `path` is written to: ~ is expanded and a symbolic link is followed."""
     path = expand(path)

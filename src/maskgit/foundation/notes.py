@@ -1,9 +1,14 @@
-"""Notes to the user that are not errors: how an image was interpreted, or a hint at a likely mistake."""
+"""What a user is told meanwhile, errors aside: notes on how something was understood, and progress bars."""
 
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _listener: ContextVar[Callable[[str], object] | None] = ContextVar("maskgit_notes", default=None)
 
@@ -30,3 +35,17 @@ def listening(told: Callable[[str], object]) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+def bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> "tqdm[Any]":
+    """Return a `tqdm` bar on standard error, if that is a terminal, which disappears at the end.
+
+    Args:
+        iterable: what to iterate over and count, if anything.
+        shown: False hides it even on a terminal.
+        **options: passed to `tqdm`.
+    """
+    from tqdm import tqdm
+
+    given: dict[str, Any] = {"leave": False, "disable": None if shown and sys.stderr else True}
+    return tqdm(iterable, **given | options)

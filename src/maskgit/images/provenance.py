@@ -12,8 +12,8 @@ from xml.sax.saxutils import quoteattr
 
 from PIL import Image
 
+from maskgit.foundation import __version__
 from maskgit.foundation.notes import note
-from maskgit.foundation.version import __version__
 
 _SCHEME = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 # A picture made by the model, and one made from a photo.

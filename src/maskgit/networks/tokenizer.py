@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit.errors import ImageError
-from maskgit.foundation.precision import whole_float32
+from maskgit.foundation.devices import whole_float32
 from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.quantizer import make_quantizer
 

@@ -40,9 +40,9 @@ from maskgit.apps.cli.streams import open_closed, outlets
 from maskgit.apps.cli.training import pack, tokenize, train
 from maskgit.apps.cli.tuning import tune
 from maskgit.errors import ConfigError, MaskGITError, OutputError
+from maskgit.foundation import __version__
 from maskgit.foundation.files import expand_argument
 from maskgit.foundation.notes import listening
-from maskgit.foundation.version import __version__
 
 if TYPE_CHECKING:
     from PIL import Image

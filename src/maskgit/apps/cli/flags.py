@@ -11,7 +11,7 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 from maskgit.apps.settings import SETTINGS
 from maskgit.errors import ConfigError
-from maskgit.foundation.version import __version__
+from maskgit.foundation import __version__
 
 if TYPE_CHECKING:
     from maskgit.apps.cli.signing import Signer

@@ -60,7 +60,7 @@ class Progress:
     """A progress bar over decoding steps, on the terminal alone; used as a callback."""
 
     def __enter__(self) -> "Progress":
-        from maskgit.foundation.bars import bar
+        from maskgit.foundation.notes import bar
 
         self.bar = bar(total=0, unit="step")
         return self

@@ -27,7 +27,7 @@ class Bars:
             self._bar.close()
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        from maskgit.foundation.bars import bar
+        from maskgit.foundation.notes import bar
 
         if self._bar is None or name != self._name:
             self.__exit__()

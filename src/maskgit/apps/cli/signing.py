@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskgit.errors import ConfigError, OutputError
-from maskgit.foundation.version import __version__
+from maskgit.foundation import __version__
 from maskgit.images.provenance import EDITED, GENERATED, Sign
 
 # How far the chain and the key may go, in bytes.

@@ -22,10 +22,10 @@ from maskgit.apps.client import calls as client_calls
 from maskgit.apps.client.answers import EventReader, Picture, Pictures, Preview, RequestError, check
 from maskgit.apps.client.calls import Call, Making, Source
 from maskgit.errors import ConfigError
+from maskgit.foundation import __version__
 from maskgit.foundation.checks import check_count, check_range
 from maskgit.foundation.forks import resets
 from maskgit.foundation.proxies import missing_socks, proxy_for
-from maskgit.foundation.version import __version__
 
 __all__ = [
     "AsyncClient",

@@ -27,8 +27,8 @@ from maskgit.apps.serving.outputs import Answer
 from maskgit.apps.serving.request_model import SharedModel
 from maskgit.apps.serving.service import Service
 from maskgit.errors import MaskGITError
+from maskgit.foundation import __version__
 from maskgit.foundation.notes import listening
-from maskgit.foundation.version import __version__
 from maskgit.images import provenance
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Callback

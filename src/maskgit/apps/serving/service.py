@@ -20,8 +20,8 @@ from maskgit.apps.serving.errors import InvalidRequestError, OverloadedError, Un
 from maskgit.apps.serving.options import Limits
 from maskgit.apps.serving.request_model import SharedModel
 from maskgit.apps.serving.worker import Stats, Ticket, Worker
+from maskgit.foundation import __version__
 from maskgit.foundation.forks import resets
-from maskgit.foundation.version import __version__
 from maskgit.pipeline import MaskGIT
 
 T = TypeVar("T")

@@ -21,9 +21,8 @@ from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITErro
 from maskgit.evaluation.networks import dinov2, inception
 from maskgit.evaluation.networks.weights import local_file, read_state_dict
 from maskgit.foundation.checks import check_range, check_whole
-from maskgit.foundation.devices import upload
+from maskgit.foundation.devices import upload, whole_float32
 from maskgit.foundation.download import sha256
-from maskgit.foundation.precision import whole_float32
 
 # Images a forward pass of a feature net sees at once, which bounds memory.
 CHUNK = 64

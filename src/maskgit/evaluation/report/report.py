@@ -18,7 +18,7 @@ from maskgit.evaluation.scores.classwise import ClassScore
 from maskgit.evaluation.scores.edits import Edited
 from maskgit.evaluation.scores.memorisation import Memorisation
 from maskgit.evaluation.scores.names import Score
-from maskgit.foundation.version import __version__
+from maskgit.foundation import __version__
 
 FORMAT = 1
 JSON_NAME, PAGE_NAME = "report.json", "report.html"

@@ -21,8 +21,7 @@ from maskgit.evaluation.metrics import boundary_gradient_ratio
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.networks.lpips import LPIPS, masked_lpips
 from maskgit.evaluation.runs.sampling import SampleConfig, engine_numbers, joined
-from maskgit.foundation.devices import upload
-from maskgit.foundation.precision import whole_float32
+from maskgit.foundation.devices import upload, whole_float32
 from maskgit.foundation.units import Arrays, Made
 from maskgit.images import to_uint8
 from maskgit.pipeline import MaskGIT

@@ -26,9 +26,8 @@ from maskgit.evaluation.metrics import SSIM_WINDOW, psnr, ssim
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.networks.lpips import LPIPS
 from maskgit.foundation.checks import Config, check_choice, check_range
-from maskgit.foundation.devices import upload
+from maskgit.foundation.devices import upload, whole_float32
 from maskgit.foundation.files import replacing
-from maskgit.foundation.precision import whole_float32
 from maskgit.foundation.units import Arrays, Made, Units
 from maskgit.images import to_pil, to_uint8
 from maskgit.networks.tokenizer import Tokenizer

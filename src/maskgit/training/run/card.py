@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from maskgit.errors import OutputError
+from maskgit.foundation import __version__
 from maskgit.foundation.files import CARD, write_bytes
-from maskgit.foundation.version import __version__
 from maskgit.training.run.folder import RUN
 from maskgit.training.run.progress import Logger
 
