@@ -13,13 +13,13 @@ from maskgit.apps.cli import commands as cli
 from maskgit.data.batches import ImageBatches
 from maskgit.data.image_cache import ImageCache, write_image_cache
 from maskgit.training import optim, train_tokenizer, train_transformer
-from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.distributed import Distributed
+from maskgit.training.evaluation import comparison_device
 from maskgit.training.objectives.discriminator import Discriminator
 from maskgit.training.run import progress, stopping
 from maskgit.training.run.checkpoint import Checkpoints
 from maskgit.training.run.stopping import TrainingError, UpdateGate
-from maskgit.training.tokenizer_evaluation import comparison_device
+from maskgit.training.tokenizer_parts import CodeUsage, revive_codes
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 from runs import checkpointed, logged

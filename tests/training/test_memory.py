@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskgit.training.run.memory import CPU_SLACK, GPU_SLACK, memory_line, step_bytes
+from maskgit.training.dry_run import CPU_SLACK, GPU_SLACK, memory_line, step_bytes
 
 WIDTH, BATCH = 128, 4096
 VALUE = 4

@@ -26,9 +26,8 @@ from maskgit.training.numerics import attention, autocast, choose_precision, see
 from maskgit.training.run import folder, progress
 from maskgit.training.run.checkpoint import Checkpoints
 from maskgit.training.run.folder import held_run, setup_run
-from maskgit.training.run.progress import Logger, Throughput
+from maskgit.training.run.progress import Logger, Sheet, Throughput
 from maskgit.training.run.stopping import StopSignal, TrainingError, UpdateGate
-from maskgit.training.sheets import Sheet
 from runs import run_two
 
 ALONE = Distributed(0, 1, torch.device("cpu"))

@@ -10,9 +10,14 @@ from maskgit.data.image_cache import ImageCache, write_image_cache
 from maskgit.data.token_cache import TokenCache, write_token_cache
 from maskgit.evaluation.metrics import psnr
 from maskgit.training.distributed import Distributed
-from maskgit.training.sheets import class_columns, class_members
-from maskgit.training.tokenizer_evaluation import evaluate_tokenizer, reconstruction_sheet
-from maskgit.training.transformer_evaluation import evaluate_loss, sample
+from maskgit.training.evaluation import (
+    class_columns,
+    class_members,
+    evaluate_loss,
+    evaluate_tokenizer,
+    reconstruction_sheet,
+    sample,
+)
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 NAMES = ("plain", "noise", "stripes")

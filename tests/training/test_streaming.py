@@ -28,13 +28,12 @@ from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.sampler.config import SamplerConfig
 from maskgit.training import inputs, train_tokenizer, train_transformer
+from maskgit.training.dry_run import dry_run_tokenizer, dry_run_transformer
 from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
 from maskgit.training.run.stopping import TrainingError
 from maskgit.training.stream_config import StreamConfig, TokenStreamConfig
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.tokenizer_dry_run import dry_run as tokenizer_dry_run
 from maskgit.training.transformer_config import TransformerTrainingConfig
-from maskgit.training.transformer_dry_run import dry_run as transformer_dry_run
 from runs import run_two
 
 datasets = pytest.importorskip("datasets")
@@ -293,10 +292,10 @@ def test_streams_that_do_not_fit_are_refused_before_a_run_begins(configs, change
     config = configs["transformer"]
     config = replace(config, stream=replace(config.stream, **change))
     if sentence is None:
-        assert transformer_dry_run(config, world=2)
+        assert dry_run_transformer(config, world=2)
         return
     with pytest.raises((ConfigError, DataError), match=sentence):
-        transformer_dry_run(config, world=2)
+        dry_run_transformer(config, world=2)
     assert not Path(config.out).exists()
 
 
@@ -329,7 +328,7 @@ def test_what_one_stage_has_no_use_for_it_does_not_take(configs):
 
 
 def test_dry_runs_say_what_a_stream_does_not_tell(configs):
-    for stage, tell in (("tokenizer", tokenizer_dry_run), ("transformer", transformer_dry_run)):
+    for stage, tell in (("tokenizer", dry_run_tokenizer), ("transformer", dry_run_transformer)):
         told = tell(configs[stage], world=2)
         assert "a stream of images" in told
         assert "6, 36 images; how often through the data is not known of a stream" in told

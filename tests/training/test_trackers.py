@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maskgit.errors import ConfigError
-from maskgit.training.run.trackers import make_tracker
+from maskgit.training.run.progress import make_tracker
 
 
 def test_tensorboard_holds_what_was_added(tmp_path):

@@ -19,8 +19,8 @@ from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training import codebook
 from maskgit.training import train_tokenizer as loop
-from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.distributed import Distributed
+from maskgit.training.dry_run import dry_run_tokenizer
 from maskgit.training.inputs import completed_tokenizer
 from maskgit.training.optim import make_adam
 from maskgit.training.run.checkpoint import Checkpoints
@@ -28,8 +28,7 @@ from maskgit.training.run.folder import annealed, held_run
 from maskgit.training.run.stopping import TrainingError
 from maskgit.training.saving import save_model
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.tokenizer_dry_run import dry_run
-from maskgit.training.tokenizer_parts import gumbel_noise, gumbel_tau, make_networks
+from maskgit.training.tokenizer_parts import CodeUsage, gumbel_noise, gumbel_tau, make_networks, revive_codes
 from maskgit.training.train_tokenizer import train_tokenizer
 from runs import checkpointed, logged, run_two
 
@@ -363,19 +362,19 @@ def test_a_run_with_a_constant_rate_may_be_made_longer(config, tmp_path):
 
 
 def test_dry_run_tells_the_numbers(config):
-    told = dry_run(config, world=2)
+    told = dry_run_tokenizer(config, world=2)
     parameters = sum(p.numel() for p in Tokenizer(config.model).parameters())
     assert f"{parameters:,} of the tokenizer" in told
     assert "8 = 2 processes × 4" in told
     assert "2.0 times through the data" in told
     with pytest.raises(ConfigError, match="multiple"):
-        dry_run(config, world=3)
+        dry_run_tokenizer(config, world=3)
 
 
 def test_dry_run_counts_the_discriminator_for_as_long_as_it_runs(config):
     flops = []
     for begin in (0, 3, 6):
-        told = dry_run(replace(config, adversarial_start=begin, discriminator_filters=256))
+        told = dry_run_tokenizer(replace(config, adversarial_start=begin, discriminator_filters=256))
         flops.append(float(told.split("compute")[1].split("GFLOP")[0]))
     assert flops[0] > flops[1] > flops[2]
     assert flops[1] == pytest.approx((flops[0] + flops[2]) / 2, abs=0.006)

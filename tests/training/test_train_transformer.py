@@ -25,6 +25,8 @@ from maskgit.sampler.config import SamplerConfig
 from maskgit.training import numerics
 from maskgit.training import train_transformer as module
 from maskgit.training.distributed import Distributed
+from maskgit.training.dry_run import dry_run_transformer
+from maskgit.training.evaluation import RatioLosses, warn_of_samples
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import completed
 from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
@@ -33,8 +35,6 @@ from maskgit.training.run.stopping import EXIT_INTERRUPTED, TrainingError
 from maskgit.training.saving import save_model
 from maskgit.training.train_transformer import flops_per_image, train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
-from maskgit.training.transformer_dry_run import dry_run
-from maskgit.training.transformer_evaluation import RatioLosses, warn_of_samples
 from runs import checkpointed, logged, run_two, start
 
 CODES, CLASSES, GRID = 16, 3, 4
@@ -370,7 +370,7 @@ def test_flops_are_those_that_torch_counts():
 
 
 def test_dry_run_tells_the_arithmetic_and_writes_nothing(config):
-    text = dry_run(replace(config, steps=15, batch_size=24, accumulate=3), world=2)
+    text = dry_run_transformer(replace(config, steps=15, batch_size=24, accumulate=3), world=2)
     assert f"{sum(p.numel() for p in Transformer(MODEL).parameters()):,}" in text
     assert "24 = 2 processes × 3 parts × 4" in text
     assert "15, 12.0 times through the data" in text

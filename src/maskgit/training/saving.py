@@ -14,16 +14,15 @@ from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.training.distributed import Distributed
+from maskgit.training.evaluation import evaluate_loss, evaluate_tokenizer
 from maskgit.training.inputs import open_images, open_tokens
 from maskgit.training.optim import EMA
 from maskgit.training.run.card import save_card
 from maskgit.training.run.checkpoint import Checkpoints, Committed
 from maskgit.training.run.folder import RUN
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.tokenizer_evaluation import evaluate_tokenizer
 from maskgit.training.train_transformer import save_result
 from maskgit.training.transformer_config import TransformerTrainingConfig
-from maskgit.training.transformer_evaluation import evaluate_loss
 
 RAW = "raw"
 

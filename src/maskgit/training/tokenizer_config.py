@@ -12,7 +12,7 @@ from maskgit.training.objectives.discriminator import check_discriminator_size
 from maskgit.training.objectives.losses import ADVERSARIAL_LOSSES, ENTROPY_KINDS
 from maskgit.training.objectives.perceptual import PERCEPTUAL
 from maskgit.training.optim import LR_SCHEDULES
-from maskgit.training.run.trackers import TRACKERS
+from maskgit.training.run.progress import TRACKERS
 from maskgit.training.stream_config import StreamConfig
 
 FREEZE = ("none", "encoder")

@@ -20,8 +20,8 @@ from maskgit.foundation.devices import copies_aside, upload
 from maskgit.hub import save_tokenizer
 from maskgit.networks.quantizer import VectorQuantizer
 from maskgit.networks.tokenizer import Tokenizer
-from maskgit.training.codebook import CodeUsage, revive_codes
 from maskgit.training.distributed import Distributed, compile_blocks, gradient_sync, parallelize
+from maskgit.training.evaluation import evaluate_tokenizer, reconstruction_sheet
 from maskgit.training.inputs import open_images
 from maskgit.training.numerics import autocast, choose_precision, warnings_of_speed
 from maskgit.training.objectives.losses import (
@@ -49,14 +49,15 @@ from maskgit.training.run.progress import (
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate, Watch
 from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.tokenizer_evaluation import evaluate_tokenizer, reconstruction_sheet
 from maskgit.training.tokenizer_parts import (
+    CodeUsage,
     Reconstructed,
     Reconstructor,
     flops_per_image,
     gumbel_noise,
     make_networks,
     mean_choice_of_parts,
+    revive_codes,
     step_rates,
     steps_by_flops,
 )

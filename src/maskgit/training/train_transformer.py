@@ -25,6 +25,12 @@ from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.pipeline import MaskGIT
 from maskgit.training.distributed import Distributed, compile_blocks, gradient_sync, parallelize
+from maskgit.training.evaluation import (
+    RatioLosses,
+    evaluate_loss,
+    sample,
+    warn_of_samples,
+)
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import TokenInputs, open_tokens
 from maskgit.training.numerics import attention, autocast, choose_precision, seed_step, warnings_of_speed
@@ -45,12 +51,6 @@ from maskgit.training.run.progress import (
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate, Watch
 from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.transformer_config import TransformerTrainingConfig
-from maskgit.training.transformer_evaluation import (
-    RatioLosses,
-    evaluate_loss,
-    sample,
-    warn_of_samples,
-)
 
 # What may differ when a run goes on, for it does not change what is computed.
 MAY_CHANGE = (

@@ -10,7 +10,7 @@ from maskgit.sampler.schedules import check_mask_schedule
 from maskgit.training.fine_tuning import INIT_CLASSES
 from maskgit.training.numerics import PRECISIONS
 from maskgit.training.optim import LR_SCHEDULES
-from maskgit.training.run.trackers import TRACKERS
+from maskgit.training.run.progress import TRACKERS
 from maskgit.training.stream_config import TokenStreamConfig
 
 

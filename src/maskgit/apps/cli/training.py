@@ -156,16 +156,16 @@ def train_tokenizer(
         anneal: From the newest checkpoint on, let the learning rate fall to zero over so many steps, and end.
         dry_run: Only print parameter count, memory, steps and estimated time.
     """
+    from maskgit.training.dry_run import dry_run_tokenizer
     from maskgit.training.inputs import completed_tokenizer
     from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-    from maskgit.training.tokenizer_dry_run import dry_run as describe
     from maskgit.training.train_tokenizer import train_tokenizer as run
     from maskgit.training.transformer_config import TransformerTrainingConfig
 
     values = _values(recipe, changes)
     _check_stage(recipe, values, "tokenizer", TokenizerTrainingConfig, TransformerTrainingConfig)
     config = TokenizerTrainingConfig.from_dict(completed_tokenizer(values))
-    _trained(config, run, describe, change, anneal, dry_run)
+    _trained(config, run, dry_run_tokenizer, change, anneal, dry_run)
 
 
 def train_transformer(
@@ -184,16 +184,16 @@ def train_transformer(
         anneal: From the newest checkpoint on, let the learning rate fall to zero over so many steps, and end.
         dry_run: Only print parameter count, memory, steps and estimated time.
     """
+    from maskgit.training.dry_run import dry_run_transformer
     from maskgit.training.inputs import completed
     from maskgit.training.tokenizer_config import TokenizerTrainingConfig
     from maskgit.training.train_transformer import train_transformer as run
     from maskgit.training.transformer_config import TransformerTrainingConfig
-    from maskgit.training.transformer_dry_run import dry_run as describe
 
     values = _values(recipe, changes)
     _check_stage(recipe, values, "transformer", TransformerTrainingConfig, TokenizerTrainingConfig)
     config = TransformerTrainingConfig.from_dict(completed(values))
-    _trained(config, run, describe, change, anneal, dry_run)
+    _trained(config, run, dry_run_transformer, change, anneal, dry_run)
 
 
 def _trained(

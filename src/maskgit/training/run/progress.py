@@ -1,25 +1,24 @@
 """What people watch while a model trains: one line, a file of scalars, image grids, TensorBoard."""
 
 import contextlib
+import hashlib
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskgit.errors import ConfigError
+from maskgit.errors import ConfigError, unknown_name
 from maskgit.foundation.files import output_error, write_bytes
 from maskgit.images import contact_sheet, save_png
 from maskgit.training.run.curves import LOSSES, Logged, draw_charts, run_charts
-from maskgit.training.run.trackers import Tracker, make_tracker
-from maskgit.training.sheets import Sheet
 
 try:
     import resource
@@ -182,6 +181,107 @@ def peak_memory(device: torch.device) -> float | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class Tracker(Protocol):
+    """What the log writes to."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Show a number."""
+        ...
+
+    def add_image(self, name: str, image: Tensor, step: int) -> None:
+        """Show a picture, uint8 (3, H, W)."""
+        ...
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        """Show a sentence."""
+        ...
+
+    def close(self) -> None:
+        """Write everything out."""
+        ...
+
+
+class WeightsAndBiases:
+    """Weights & Biases; a run that goes on is the same run there."""
+
+    def __init__(self, run_dir: Path) -> None:
+        import wandb
+
+        self._wandb: Any = wandb
+        # One id for one folder, so that going on does not begin a second run.
+        name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+        self._run: Any = wandb.init(
+            project="maskgit", name=run_dir.name, id=name, dir=str(run_dir), resume="allow"
+        )
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Show a number."""
+        self._run.log({name: value}, step=step)
+
+    def add_image(self, name: str, image: Tensor, step: int) -> None:
+        """Show a picture, uint8 (3, H, W)."""
+        self._run.log({name: self._wandb.Image(image.movedim(0, -1).numpy())}, step=step)
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        """Show a sentence."""
+        self._run.alert(title=name, text=f"step {step}: {text}")
+
+    def close(self) -> None:
+        """Write everything out."""
+        self._run.finish()
+
+
+def _tensorboard(run_dir: Path, start_step: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+
+TRACKERS = {
+    "tensorboard": _tensorboard,
+    "wandb": lambda run_dir, start_step: WeightsAndBiases(run_dir),
+    "none": lambda run_dir, start_step: None,
+}
+
+
+def make_tracker(name: str, run_dir: Path, start_step: int = 0) -> Tracker | None:
+    """Return the tracker of a name.
+
+    Args:
+        name: one of `TRACKERS`.
+        run_dir: the run's folder.
+        start_step: the step that the run goes on from.
+
+    Returns:
+        The tracker; None for "none".
+
+    Raises:
+        ConfigError: the name is unknown, or its package is not installed.
+    """
+    if name not in TRACKERS:
+        raise unknown_name("tracker", name, TRACKERS)
+    try:
+        return TRACKERS[name](run_dir, start_step)
+    except ImportError as error:
+        raise ConfigError(
+            f'{name} is not installed: `pip install {name}`, or choose tracker = "none".'
+        ) from error
+
+
+class Sheet(NamedTuple):
+    """Images for people to look at, laid out row by row; n of them, H × W pixels each.
+
+    Attributes:
+        images: float (n, 3, H, W) nominally in [0, 1].
+        captions: a line for each.
+        columns: images a row.
+    """
+
+    images: Tensor
+    captions: tuple[str, ...]
+    columns: int
+
+
 class Logger:
     """Writes what the main process is told; in the others it does nothing."""
 
@@ -198,7 +298,7 @@ class Logger:
         Args:
             run_dir: the run's folder.
             distributed: the processes; the main one writes.
-            tracker: where it is shown besides, a name in `trackers.TRACKERS`; without the package TensorBoard,
+            tracker: where it is shown besides, a name in `TRACKERS`; without the package TensorBoard,
                 which is the default, is done without.
             start_step: the step that the run goes on from; what was logged beyond it is removed, for it is
                 logged again.
