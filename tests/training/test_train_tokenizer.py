@@ -17,7 +17,7 @@ from maskgit.data.image_cache import new_image_cache
 from maskgit.errors import CheckpointError, ConfigError, DataError, OutputError
 from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.tokenizer import Tokenizer
-from maskgit.training import codebook
+from maskgit.training import tokenizer_parts
 from maskgit.training import train_tokenizer as loop
 from maskgit.training.distributed import Distributed
 from maskgit.training.dry_run import dry_run_tokenizer
@@ -264,7 +264,7 @@ def test_the_loop_gives_new_codes_fresh_moments(config, tmp_path, monkeypatch):
 
 
 def test_the_last_place_of_a_batch_is_the_last(monkeypatch):
-    monkeypatch.setattr(codebook, "uniform", lambda seed, indices, *_: torch.ones(len(indices), 1))
+    monkeypatch.setattr(tokenizer_parts, "uniform", lambda seed, indices, *_: torch.ones(len(indices), 1))
     features = torch.arange(1.0, 25).view(2, 3, 2, 2)
     book = torch.zeros(2, 3)
     dead = torch.ones(2, dtype=torch.bool)
