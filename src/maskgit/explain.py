@@ -267,11 +267,35 @@ def save_animation(
         OutputError: the name ends otherwise, or the file cannot be written or may not be replaced.
     """
     path = files.expand(path)
-    options = ANIMATIONS.get(path.suffix.lower())
-    if options is None:
+    if path.suffix.lower() not in ANIMATIONS:
         raise OutputError(f"{path} must end in {' or '.join(ANIMATIONS)}, the formats of animations.")
     if not overwrite and path.exists():
         raise OutputError(f"{path} exists already; choose another name or allow it to be overwritten.")
+    data = encode_animation(
+        frames, path.suffix.lower(), milliseconds=milliseconds, hold=hold, mark=mark, sign=sign
+    )
+    files.write_bytes(path, data, overwrite=overwrite)
+
+
+def encode_animation(
+    frames: Sequence[Image.Image],
+    suffix: str,
+    *,
+    milliseconds: int = 250,
+    hold: int = 2000,
+    mark: bool = True,
+    sign: Sign | None = None,
+) -> bytes:
+    """Return frames as the file of an animation.
+
+    Args:
+        suffix: a name in `ANIMATIONS`.
+        frames, milliseconds, hold, mark, sign: as for `save_animation`.
+
+    Raises:
+        ConfigError, ImageError: a number is out of range, or there are no frames.
+    """
+    options = ANIMATIONS[suffix]
     if not frames or len({frame.size for frame in frames}) > 1:
         raise ImageError("An animation needs at least one frame, and all of the same size.")
     milliseconds = check_count("milliseconds", milliseconds, 20, 60_000)
@@ -289,7 +313,7 @@ def save_animation(
         written = provenance.into_gif(written, xmp)
     if sign is not None and source is not None:
         written = sign(written, f"image/{form}", source)
-    files.write_bytes(path, written, overwrite=overwrite)
+    return written
 
 
 def _trace(made: Output) -> Trace:

@@ -235,11 +235,12 @@ def test_previews_are_streamed(client, pipe, ask):
     body = GENERATE | {key: value for key, value in ask.items() if key != "headers"}
     answer = client.post("/v1/generate", json=body | {"num_images": 2}, headers=headers)
     assert answer.headers["content-type"].startswith("text/event-stream")
-    *previews, (name, result) = events(answer)
+    *told, (name, result) = events(answer)
     assert name == "result"
-    assert sorted((data["index"], data["step"]) for _, data in previews) == [
-        (i, t) for i in range(2) for t in range(3)
-    ]
+    made = [(i, t) for i in range(2) for t in range(3)]
+    previews = [(name, data) for name, data in told if name == "preview"]
+    assert sorted((data["index"], data["step"]) for _, data in previews) == made
+    assert sorted((data["index"], data["step"]) for name, data in told if name == "progress") == made
     assert result == client.post("/v1/generate", json=GENERATE | {"num_images": 2}).json()
     steps = []
     pipe.generate("frog", seed=5, steps=3, callback=lambda step, indices, tokens: steps.append(tokens))

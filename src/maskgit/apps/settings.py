@@ -76,6 +76,7 @@ SETTINGS = {
         1,
     ),
     "dilate": Setting("Number of tokens to grow the mask by.", 0),
+    "strength": Setting("Share of tokens to replace: 0 is the reconstruction, 1 a new image.", 0, 1),
     "left": Setting("Pixels to add on the left.", 0),
     "right": Setting("Pixels to add on the right.", 0),
     "top": Setting("Pixels to add at the top.", 0),

@@ -6,7 +6,7 @@ from maskgit.errors import DownloadError, MaskGITError, OutputError
 from maskgit.foundation.files import expand, output_error
 from maskgit.foundation.proxies import missing_socks
 
-PATTERNS = ["*.json", "*.safetensors", "*.md"]
+PATTERNS = ["*.json", "*.safetensors", "*.md", "samples/*.webp"]
 
 
 def download(

@@ -55,6 +55,20 @@ def read_mask(mask: Any, photo: Photo, *, invert: bool = False) -> np.ndarray:
     return painted
 
 
+def read_painted(mask: Any) -> np.ndarray:
+    """Return where a picture is painted, of whatever size, bool (H, W); see `read_mask`.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    picture = open_picture(mask, "mask")
+    if picture.mode == "RGBA":
+        black = Image.new("RGB", picture.size)
+        black.paste(picture, mask=picture)
+        picture = black
+    return _threshold(np.asarray(picture).max(2))
+
+
 def _painted(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return where an array of any allowed shape is painted, bool (H, W)."""
     values = mask[0] if mask.ndim == 4 and len(mask) == 1 else mask
@@ -90,12 +104,7 @@ def _read(mask: Any, photo: Photo) -> np.ndarray:
         mask = (mask.float() if mask.is_floating_point() else mask).numpy()
     if isinstance(mask, np.ndarray):
         return _painted(mask, photo.size)
-    picture = open_picture(mask, "mask")
-    if picture.mode == "RGBA":
-        black = Image.new("RGB", picture.size)
-        black.paste(picture, mask=picture)
-        picture = black
-    return _threshold(np.asarray(picture).max(2))
+    return read_painted(mask)
 
 
 def _hint(share: float, inverted: bool) -> None:

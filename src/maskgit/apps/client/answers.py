@@ -60,6 +60,7 @@ class Picture:
         media_type: the file's media type, such as image/png.
         seed, index: those of the image, or None where nothing was sampled.
         tokens: rows of the token grid, if asked for.
+        trace: how the image was decoded, if asked for.
     """
 
     image: Image.Image
@@ -68,6 +69,7 @@ class Picture:
     seed: int | None = None
     index: int | None = None
     tokens: list[list[int]] | None = field(default=None, repr=False)
+    trace: schemas.Trace | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,9 @@ def _pictures(body: schemas.Pictures) -> Pictures:
     made = []
     for shown in body.images:
         image, data = _decoded(shown.image)
-        made.append(Picture(image, data, shown.media_type, shown.seed, shown.index, shown.tokens))
+        made.append(
+            Picture(image, data, shown.media_type, shown.seed, shown.index, shown.tokens, shown.trace)
+        )
     return Pictures(made, body.model, body.settings, body.class_guess, tuple(body.notes))
 
 

@@ -39,6 +39,7 @@ class Making(TypedDict, total=False):
         first_index: index of the first image.
         format: file format of the images in the answer.
         return_tokens: whether to return the images' tokens, too.
+        return_trace: whether to return how the image was decoded, too; of one image only.
         priority: "low" lets all other requests go first.
     """
 
@@ -47,6 +48,7 @@ class Making(TypedDict, total=False):
     first_index: int
     format: Format
     return_tokens: bool
+    return_trace: bool
     priority: Literal["normal", "low"]
     steps: int
     policy: str
@@ -129,7 +131,7 @@ def edit(
     Args:
         image: a path, a file's bytes or a PIL image.
         boxes: (left, top, width, height) each, in pixels of the photo as displayed.
-        label: a class name or number, None for no class.
+        label: a class name or number, None for no class, "guess" lets the model choose the likeliest.
         rule: "cover" replaces every token that a box touches, "official" follows the official notebook.
         start_step: step to start decoding at; None is the server's default.
         feather: radius in pixels of the soft edge; None is the server's default.
@@ -209,6 +211,19 @@ def outpaint(
         feather=feather,
     )
     return Call("/v1/outpaint", read_pictures, fields, {"image": _file(image)})
+
+
+def vary(image: Source, strength: float, label: Label = "guess", **making: Unpack[Making]) -> Call[Pictures]:
+    """Make variations of an image; see `MaskGIT.vary`.
+
+    Args:
+        image: a path, a file's bytes or a PIL image.
+        strength: share of tokens to replace: 0 is the reconstruction, 1 a new image.
+        label: a class name or number, None for no class, "guess" lets the model choose the likeliest.
+        **making: see `Making`.
+    """
+    fields = {"strength": strength, "class": label, **making}
+    return Call("/v1/vary", read_pictures, fields, {"image": _file(image)})
 
 
 def reconstruct(image: Source, *, format: Format = "png", return_tokens: bool = False) -> Call[Pictures]:

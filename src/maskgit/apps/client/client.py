@@ -301,6 +301,7 @@ class Client(_Connected[httpx.Client]):
     edit = _sent(client_calls.edit)
     inpaint = _sent(client_calls.inpaint)
     outpaint = _sent(client_calls.outpaint)
+    vary = _sent(client_calls.vary)
     reconstruct = _sent(client_calls.reconstruct)
     tokenize = _sent(client_calls.tokenize)
     detokenize = _sent(client_calls.detokenize)
@@ -311,6 +312,7 @@ class Client(_Connected[httpx.Client]):
     stream_edit = _streamed(client_calls.edit)
     stream_inpaint = _streamed(client_calls.inpaint)
     stream_outpaint = _streamed(client_calls.outpaint)
+    stream_vary = _streamed(client_calls.vary)
 
 
 class AsyncClient(_Connected[httpx.AsyncClient]):
@@ -366,6 +368,7 @@ class AsyncClient(_Connected[httpx.AsyncClient]):
     edit = _awaited(client_calls.edit)
     inpaint = _awaited(client_calls.inpaint)
     outpaint = _awaited(client_calls.outpaint)
+    vary = _awaited(client_calls.vary)
     reconstruct = _awaited(client_calls.reconstruct)
     tokenize = _awaited(client_calls.tokenize)
     detokenize = _awaited(client_calls.detokenize)
@@ -376,3 +379,4 @@ class AsyncClient(_Connected[httpx.AsyncClient]):
     stream_edit = _streamed_async(client_calls.edit)
     stream_inpaint = _streamed_async(client_calls.inpaint)
     stream_outpaint = _streamed_async(client_calls.outpaint)
+    stream_vary = _streamed_async(client_calls.vary)

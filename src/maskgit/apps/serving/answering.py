@@ -20,9 +20,11 @@ from maskgit.pipeline import MaskGIT
 
 log = logging.getLogger(__name__)
 # Events that a slow reader has not taken yet.
-_MAX_WAITING = 16
+_MAX_WAITING = 64
 # Seconds of silence after which a stream sends a comment, so that no proxy takes the connection for dead.
 _HEARTBEAT = 5.0
+# How often it is looked where a request stands that has not begun.
+_LOOK = 0.5
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 _CLIENTS_FAULTS = (ConfigError, ImageError, RegionError)
 
@@ -88,6 +90,7 @@ async def stream(
     *,
     last: Callable[[Answer], bytes],
     fail: Callable[[ServiceError], bytes],
+    queued: Callable[[int], bytes] | None = None,
 ) -> Response:
     """Return an answer in events. Whatever goes wrong from here on is an event, too: the head is sent at once.
 
@@ -96,6 +99,7 @@ async def stream(
         work: makes the answer, and may emit events before.
         cost: see `cost_of`.
         last, fail: the last event, of an answer or an error.
+        queued: the event that tells a place in line; see `Service.place`.
     """
     emit = Emit()
 
@@ -112,12 +116,21 @@ async def stream(
     gone.add_done_callback(lambda _: accepted.ticket.cancel())
 
     async def events() -> AsyncIterator[bytes]:
+        silent, told = 0.0, 0
         try:
             while True:
+                place = service.place(accepted.ticket)
+                # Who begins at the next step waits for nobody.
+                if queued is not None and place != told and max(place, told) > 1:
+                    told = place
+                    yield queued(place)
                 try:
-                    item = await asyncio.wait_for(emit.queue.get(), _HEARTBEAT)
+                    item = await asyncio.wait_for(emit.queue.get(), _LOOK if place else _HEARTBEAT)
                 except TimeoutError:
-                    yield b": still working\n\n"
+                    silent += _LOOK if place else _HEARTBEAT
+                    if silent >= _HEARTBEAT:
+                        silent = 0.0
+                        yield b": still working\n\n"
                     continue
                 if isinstance(item, bytes):
                     yield item

@@ -1,23 +1,26 @@
 """The HTTP application: routes, answers and errors, around a `Service`."""
 
 import asyncio
+import dataclasses
+import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from fastapi.exceptions import StarletteHTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from torch import Tensor
 
-from maskgit.apps.serving import openai_api, outputs, schemas
+from maskgit.apps.serving import openai_api, outputs, samples, schemas
 from maskgit.apps.serving import openapi_docs as describing
 from maskgit.apps.serving.answering import Emit, as_fault, client_of, cost_of, stream, wait
 from maskgit.apps.serving.errors import FailedError, InvalidRequestError, NotFoundError
-from maskgit.apps.serving.handlers import MAKERS, Maker, recipe, tokenize
+from maskgit.apps.serving.handlers import MAKERS, Maker, inspect_file, recipe, tokenize
 from maskgit.apps.serving.inputs import EVENTS, JSON, answer_type, read_body
 from maskgit.apps.serving.metrics import MEDIA_TYPE, Counted, Metrics
 from maskgit.apps.serving.middleware import BodyGate, KeyGate, error_answer, error_headers, speaks_openai
@@ -26,12 +29,15 @@ from maskgit.apps.serving.options import Network
 from maskgit.apps.serving.outputs import Answer
 from maskgit.apps.serving.request_model import SharedModel
 from maskgit.apps.serving.service import Service
+from maskgit.apps.settings import SETTINGS
 from maskgit.errors import MaskGITError
 from maskgit.foundation import __version__
 from maskgit.foundation.notes import listening
 from maskgit.images import provenance
 from maskgit.pipeline import MaskGIT
 from maskgit.results import Callback
+from maskgit.sampler.policies import POLICIES
+from maskgit.sampler.schedules import MASK_SCHEDULES
 
 log = logging.getLogger(__name__)
 # Share of a request's time that previews after the first may take.
@@ -91,6 +97,14 @@ def bare_app(lifespan: Any = None) -> FastAPI:
         describing.add_post(app, command, maker.schema, maker.summary, _maker_route(command, maker))
     openai_api.add_routes(app)
     describing.add_post(app, "tokenize", schemas.Tokenize, "Encode an image to tokens.", _tokenize)
+    describing.add_post(
+        app,
+        "inspect",
+        schemas.Inspect,
+        "Read an image file's size and settings.",
+        _inspect,
+        plain=schemas.Inspected,
+    )
     describing.add_get(app, "/v1/models", schemas.Models, "List the models that are served.", _models)
     app.add_api_route(
         "/v1/models/{name:path}",
@@ -99,6 +113,9 @@ def bare_app(lifespan: Any = None) -> FastAPI:
         include_in_schema=False,
     )
     describing.add_get(app, "/v1/classes", schemas.Classes, "List the model's classes.", _classes)
+    describing.add_get(app, "/v1/policies", schemas.Policies, "List the decoding policies.", _policies)
+    describing.add_get(app, "/v1/samples", schemas.Samples, "List images that come with the model.", _samples)
+    app.add_api_route("/v1/samples/{name}", _sheet, methods=["GET", "HEAD"], include_in_schema=False)
     describing.add_get(app, "/healthz", schemas.Health, "Answer while the process lives.", _healthz)
     describing.add_get(app, "/readyz", schemas.Health, "Say whether requests are accepted.", _readyz)
     app.add_api_route("/metrics", _metrics, include_in_schema=False)
@@ -147,10 +164,11 @@ def _maker_route(command: str, maker: Maker) -> Callable[[Request], Any]:
             source = begun if service.marking.mark else None
             return await stream(
                 http,
-                lambda model, emit: work(model, _previews(model, emit, source)),
+                lambda model, emit: work(model, Previews(model, emit, count, source)),
                 cost,
                 last=lambda answer: outputs.event("result", answer.body),
                 fail=lambda fault: outputs.event("error", error_answer(fault, openai=False).body),
+                queued=lambda place: outputs.event("queued", {"place": place}),
             )
         return await wait(http, service.submit(work, client=client_of(http), **cost))
 
@@ -168,22 +186,48 @@ async def _tokenize(http: Request) -> Response:
     return await wait(http, service.submit(work, client=client_of(http), **cost))
 
 
-def _previews(model: SharedModel, emit: Emit, source: str | None) -> Callback:
-    """Return a callback that emits previews of steps, as many as take a small share of the time.
+class Previews:
+    """A callback that emits the steps of a request's images, and as many previews as take a small share of its time."""
 
-    For `source` see `provenance.say`.
-    """
-    started, allowance = time.monotonic(), outputs.Allowance(_PREVIEW_SHARE)
+    def __init__(self, model: SharedModel, emit: Emit, num_images: int, source: str | None) -> None:
+        """Begin to count the time; for `source` see `provenance.say`."""
+        self._model, self._emit, self._num_images, self._source = model, emit, num_images, source
+        self._started, self._allowance = time.monotonic(), outputs.Allowance(_PREVIEW_SHARE)
+        # By index: the newest step, and its tokens.
+        self._newest: dict[int, tuple[int, Tensor]] = {}
 
-    def told(step: int, indices: Tensor, tokens: Tensor) -> None:
+    def __call__(self, step: int, indices: Tensor, tokens: Tensor) -> None:
         for index, grid in zip(indices.tolist(), tokens, strict=True):
-            if not emit.full and allowance.allows(time.monotonic() - started):
-                before = model.seconds_called
-                image = outputs.preview(model.decode_tokens(grid[None]), source)
-                allowance.spend(model.seconds_called - before)
-                emit(outputs.event("preview", {"step": step, "index": index, "image": image}))
+            if not self._emit.full:
+                self._emit(outputs.event("progress", {"step": step, "index": index}))
+            if index in self._newest:
+                self._show()
+            self._newest[index] = (step, grid)
+        if len(self._newest) == self._num_images:
+            self._show()
 
-    return told
+    def _show(self) -> None:
+        """Emit previews of the newest tokens, decoded together."""
+        if self._emit.full or not self._allowance.allows(time.monotonic() - self._started):
+            return
+        before = self._model.seconds_called
+        pixels = self._model.decode_tokens(torch.stack([grid for _, grid in self._newest.values()]))
+        self._allowance.spend(self._model.seconds_called - before)
+        shown = outputs.previews(pixels, self._source)
+        for (index, (step, _)), image in zip(self._newest.items(), shown, strict=True):
+            self._emit(outputs.event("preview", {"step": step, "index": index, "image": image}))
+        self._newest.clear()
+
+
+async def _inspect(http: Request) -> Response:
+    service: Service = http.app.state.service
+    body = await read_body(http, schemas.Inspect)
+    cost = await asyncio.to_thread(cost_of, service, body)
+
+    def work(model: MaskGIT) -> Answer:
+        return Answer(inspect_file(body.image).model_dump_json().encode())
+
+    return await wait(http, service.submit(work, client=client_of(http), **cost))
 
 
 async def _models(http: Request) -> schemas.Models:
@@ -214,6 +258,37 @@ async def _classes(http: Request) -> schemas.Classes:
     names = model.class_names or [None] * model.vocabulary.num_classes
     listed = [schemas.ClassName(number=number, name=name) for number, name in enumerate(names)]
     return schemas.Classes(classes=listed)
+
+
+async def _policies(http: Request) -> schemas.Policies:
+    model = http.app.state.service.model
+    listed = []
+    for name, policy in POLICIES.items():
+        listed.append(
+            schemas.PolicyCard(
+                name=name,
+                about=(inspect.getdoc(policy) or "").partition("\n")[0],
+                parameters={field.name: field.default for field in dataclasses.fields(policy)},
+                sampler=model.sampler_config(policy=name).to_dict(),
+            )
+        )
+    settings = {
+        name: schemas.SettingCard(help=setting.help, low=setting.low, high=setting.high)
+        for name, setting in SETTINGS.items()
+    }
+    return schemas.Policies(policies=listed, mask_schedules=list(MASK_SCHEDULES), settings=settings)
+
+
+async def _samples(http: Request) -> schemas.Samples:
+    folder = http.app.state.service.samples
+    return await asyncio.to_thread(samples.read, folder) if folder else schemas.Samples()
+
+
+async def _sheet(http: Request, name: str) -> Response:
+    folder = http.app.state.service.samples
+    if name not in samples.SHEETS or folder is None or not (folder / name).is_file():
+        raise NotFoundError(f"There is no sample {name!r:.80}.")
+    return FileResponse(folder / name, media_type="image/webp", headers={"x-content-type-options": "nosniff"})
 
 
 async def _healthz() -> schemas.Health:

@@ -3,11 +3,15 @@
 These functions run in a request's own thread, or wherever else somebody has a model.
 """
 
+import base64
+import hashlib
+import io
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
 from maskgit import images
 from maskgit.apps.serving import schemas
@@ -15,9 +19,10 @@ from maskgit.apps.serving.errors import InvalidRequestError, TooLargeError
 from maskgit.apps.serving.inputs import picture_size
 from maskgit.apps.serving.options import Limits
 from maskgit.apps.serving.outputs import Recipe
+from maskgit.editing.masks import read_painted
 from maskgit.editing.outpaint import count_windows
 from maskgit.editing.photos import open_picture
-from maskgit.errors import RegionError
+from maskgit.errors import ImageError, RegionError
 from maskgit.foundation.checks import check_count
 from maskgit.images import reading as imagefiles
 from maskgit.networks.classes import class_query
@@ -26,6 +31,8 @@ from maskgit.results import Callback, Output
 
 # While a canvas is decoded and blended, a pixel takes so many times as much memory as one of a photo.
 _CANVAS_COST = 8
+# Characters of a mask in metadata, and pixels a side of a preview.
+_MAX_MASK_CHARS, _PREVIEW_SIDE = 2**19, 1280
 
 
 class Maker(NamedTuple):
@@ -92,6 +99,11 @@ def outpaint(model: MaskGIT, body: schemas.Outpaint, told: Callback | None) -> O
     )
 
 
+def vary(model: MaskGIT, body: schemas.Vary, told: Callback | None) -> Output:
+    """Replace a share of an image's tokens."""
+    return model.vary(images.read_image(body.image), body.strength, body.class_, **_shared(body, told))
+
+
 def reconstruct(model: MaskGIT, body: schemas.Reconstruct, told: Callback | None) -> Output:
     """Encode and decode."""
     return model.reconstruct(images.read_image(body.image))
@@ -114,6 +126,7 @@ MAKERS = {
     "edit": Maker(schemas.Edit, edit, "Replace boxes of a photo with a class."),
     "inpaint": Maker(schemas.Inpaint, inpaint, "Inpaint the masked part of a photo."),
     "outpaint": Maker(schemas.Outpaint, outpaint, "Extend a photo beyond its edges."),
+    "vary": Maker(schemas.Vary, vary, "Make variations of an image."),
     "reconstruct": Maker(schemas.Reconstruct, reconstruct, "Encode an image to tokens and decode it again."),
     "detokenize": Maker(schemas.Detokenize, detokenize, "Decode tokens to an image."),
 }
@@ -145,12 +158,16 @@ def check_limits(body: schemas.Request, limits: Limits, image_size: int) -> int:
             raise InvalidRequestError(
                 f"steps may be at most {limits.max_steps} on this server, but is {body.steps}."
             )
+        if body.return_trace and body.num_images > 1:
+            raise InvalidRequestError(f"return_trace takes one image, but num_images is {body.num_images}.")
     pixels = 0
     for picture in (getattr(body, "image", None), getattr(body, "mask", None)):
         if isinstance(picture, bytes):
             width, height = picture_size(picture, limits.max_pixels)
             pixels += width * height
     if not isinstance(body, schemas.Sampled) or not hasattr(body, "image"):
+        return pixels
+    if isinstance(body, schemas.Vary):
         return pixels
     if not isinstance(body, schemas.Outpaint):
         width, height = picture_size(body.image, limits.max_pixels)
@@ -181,7 +198,7 @@ def count_steps(model: MaskGIT, body: schemas.Request) -> int:
         return 1
     config = model.sampler_config(**body.settings())
     label, start, windows = getattr(body, "class_", "guess"), 0, 1
-    if isinstance(body, schemas.Generate | schemas.Edit | schemas.Outpaint) or label != "guess":
+    if isinstance(body, schemas.Generate | schemas.Outpaint) or label != "guess":
         model.label(label)
     if isinstance(body, schemas.Edit):
         start = config.steps // 6 if body.start_step is None else body.start_step
@@ -228,7 +245,44 @@ def recipe(model: MaskGIT, recorded: dict[str, Any], body: schemas.Shown, made: 
     settings["class"] = None if label is None else class_text(model, label)
     shown = set(schemas.Sampled.model_fields) | {"image", "mask", "class_"}
     settings |= {key: value for key, value in body.model_dump().items() if key not in shown}
+    photo, mask = getattr(body, "image", None), getattr(body, "mask", None)
+    if photo is not None:
+        settings["photo_sha256"] = hashlib.sha256(photo).hexdigest()
+    if mask is not None:
+        settings |= {"mask": mask} if isinstance(mask, str) else _recorded_mask(mask)
     return Recipe(settings, body.seed, body.first_index)
+
+
+def _recorded_mask(mask: bytes) -> dict[str, str]:
+    """Return a mask for metadata, so that the edit can be repeated; one that is too large is left out."""
+    data = io.BytesIO()
+    Image.fromarray(read_painted(mask)).save(data, "PNG")
+    text = base64.b64encode(data.getvalue()).decode()
+    return {"mask_png": text} if len(text) <= _MAX_MASK_CHARS else {}
+
+
+def inspect_file(data: bytes) -> schemas.Inspected:
+    """Look at an image file.
+
+    Raises:
+        ImageError: it is none.
+    """
+    picture = open_picture(data, "image")
+    try:
+        settings = images.read_settings(data)
+    except ImageError:
+        settings = None
+    width, height = picture.size
+    small, preview = picture.copy(), io.BytesIO()
+    small.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+    small.save(preview, "WEBP", quality=90)
+    return schemas.Inspected(
+        width=width,
+        height=height,
+        sha256=hashlib.sha256(data).hexdigest(),
+        settings=settings,
+        preview=base64.b64encode(preview.getvalue()).decode(),
+    )
 
 
 def class_text(model: MaskGIT, label: int | str) -> int | str:
@@ -244,4 +298,5 @@ def _shared(body: schemas.Sampled, told: Callback | None) -> dict[str, Any]:
         "seed": body.seed,
         "first_index": body.first_index,
         "callback": told,
+        **({"return_steps": True} if body.return_trace else {}),
     } | body.settings()

@@ -43,13 +43,15 @@ def add_post(
     summary: str,
     route: Callable[..., Any],
     answer: type[BaseModel] | None = None,
+    plain: type[BaseModel] = schemas.Tokens,
 ) -> None:
     """Add a route that takes a body; the route reads it itself, because it may be JSON or a form.
 
     Args:
         app: the application.
         command: the path below /v1.
-        schema, answer: of the body and of the answer; None is our own, or tokens.
+        schema, answer: of the body and of the answer in OpenAI's form; None is our own.
+        plain: our own answer, of what returns no images.
         summary: for the documentation.
         route: reads the request and answers it.
     """
@@ -58,15 +60,15 @@ def add_post(
     if issubclass(schema, schemas.Sampled):
         content[EVENTS] = {}
     answers: dict[int | str, dict[str, Any]] = {
-        200: {"model": answer or (schemas.Pictures if shows else schemas.Tokens), "content": content}
+        200: {"model": answer or (schemas.Pictures if shows else plain), "content": content}
     }
     for status, about in _ERRORS.items():
         # OpenAI's own API has 400 for this.
         shown = 400 if answer is not None and status == 422 else status
         answers[shown] = {"model": schemas.ErrorAnswer, "description": about}
-    plain = schema.model_json_schema()
-    form = plain | {
-        "properties": {name: _as_part(name, field) for name, field in plain["properties"].items()}
+    fields = schema.model_json_schema()
+    form = fields | {
+        "properties": {name: _as_part(name, field) for name, field in fields["properties"].items()}
     }
     app.add_api_route(
         f"/v1/{command}",
@@ -78,7 +80,7 @@ def add_post(
         response_model=None,
         dependencies=[KEY],
         openapi_extra={
-            "requestBody": {"required": True, "content": {JSON: {"schema": plain}, FORM: {"schema": form}}}
+            "requestBody": {"required": True, "content": {JSON: {"schema": fields}, FORM: {"schema": form}}}
         },
     )
 

@@ -2,11 +2,12 @@
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from maskgit import images
+from maskgit import explain, images
 from maskgit.apps.serving.inputs import JSON, PICTURES
 from maskgit.images import provenance
 from maskgit.pipeline import MaskGIT
@@ -87,6 +88,8 @@ def pictures(
             "index": None if recipe.seed is None else recipe.first_index + number,
             "tokens": made.tokens[number].tolist() if with_tokens else None,
         }
+        if made.trace is not None:
+            shown["trace"] = _trace(model, made, writing)
         listed.append(shown)
     guess = None
     if made.class_guess is not None:
@@ -95,17 +98,40 @@ def pictures(
     return to_json(answer | {"notes": notes})
 
 
+def _trace(model: MaskGIT, made: Output, writing: dict[str, Any]) -> dict[str, Any]:
+    """Return how the only image was decoded, as `schemas.Trace` has it."""
+    assert made.trace is not None, "asked for"
+    steps = made.trace.tokens[0]
+    frames = images.to_pil(torch.cat([model.decode_tokens(part) for part in steps.split(16)]))
+    provenance.say(frames, made.source if writing["mark"] else None)
+    # Of an edit, the part that the model saw.
+    explained = explain.explain(replace(made, photos=None))
+    files = {
+        "explanation": images.encode(explained, **writing),
+        "animation": explain.encode_animation(explain.animation(model, made), ".gif", **writing),
+    }
+    return {
+        "steps": len(steps),
+        "fixed_at": made.trace.fixed_at[0].tolist(),
+        "confidence": [[round(p, 4) for p in row] for row in made.trace.final_confidence[0].tolist()],
+        "tokens": made.tokens[0].tolist(),
+        "frames": [base64.b64encode(images.encode(frame)).decode("ascii") for frame in frames],
+        **{name: base64.b64encode(data).decode("ascii") for name, data in files.items()},
+    }
+
+
 def class_name(model: MaskGIT, label: int) -> str | None:
     """Return the first of a class's names, or None if it has none."""
     return None if model.class_names is None else model.class_names[label].split(",")[0]
 
 
-def preview(pixels: torch.Tensor, source: str | None) -> str:
-    """Return an image float32 (1, 3, H, W) as a small PNG, base64; for `source` see `provenance.say`."""
-    picture = images.to_pil(pixels)[0]
-    provenance.say([picture], source)
-    picture.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
-    return base64.b64encode(images.encode(picture)).decode("ascii")
+def previews(pixels: torch.Tensor, source: str | None) -> list[str]:
+    """Return images float32 (B, 3, H, W) as small PNGs, base64; for `source` see `provenance.say`."""
+    pictures = images.to_pil(pixels)
+    provenance.say(pictures, source)
+    for picture in pictures:
+        picture.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
+    return [base64.b64encode(images.encode(picture)).decode("ascii") for picture in pictures]
 
 
 def to_json(values: Any) -> Answer:

@@ -117,6 +117,7 @@ class Sampled(Shown):
     seed: int = _setting("seed", 0)
     first_index: int = _setting("first_index", 0)
     stream: bool = Field(False, description="Answer with server-sent events: previews, then the result.")
+    return_trace: bool = Field(False, description="Also return how the image was decoded; of one image only.")
     priority: Literal["normal", "low"] = _setting("priority", "normal")
     steps: int | None = _setting("steps")
     policy: Word | None = _setting("policy")
@@ -139,7 +140,15 @@ class Sampled(Shown):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-_NOT_SETTINGS = {*Shown.model_fields, "num_images", "seed", "first_index", "stream", "priority"}
+_NOT_SETTINGS = {
+    *Shown.model_fields,
+    "num_images",
+    "seed",
+    "first_index",
+    "stream",
+    "return_trace",
+    "priority",
+}
 
 
 class Generate(Sampled):
@@ -158,7 +167,7 @@ class Edit(Sampled):
         fail_fast=True,
         description="Areas to replace, in pixels of the photo as displayed.",
     )
-    class_: Class
+    class_: GuessableClass
     rule: Literal["cover", "official"] = _setting("rule", "cover")
     start_step: int | None = _setting("start_step")
     feather: float | None = _setting("feather", le=MAX_PIXELS)
@@ -191,6 +200,14 @@ class Outpaint(Sampled):
     feather: float | None = _setting("inner_feather", le=MAX_PIXELS)
 
 
+class Vary(Sampled):
+    """Variations of an image."""
+
+    image: File
+    strength: float = _setting("strength", ...)
+    class_: GuessableClass = "guess"
+
+
 class Reconstruct(Shown):
     """An image, encoded to tokens and decoded again."""
 
@@ -203,12 +220,34 @@ class Tokenize(Request):
     image: File
 
 
+class Inspect(Request):
+    """An image file to look at."""
+
+    image: File
+
+
 class Detokenize(Shown):
     """Tokens to decode to an image."""
 
     tokens: list[Row] = Field(
         max_length=MAX_GRID, fail_fast=True, description="Rows of the token grid, top row first."
     )
+
+
+class Trace(BaseModel):
+    """How an image was decoded; lists of lists are rows of the token grid."""
+
+    steps: int
+    fixed_at: list[list[int]] = Field(
+        description="The step that fixed each token, from 0; -1 where it was known from the start."
+    )
+    confidence: list[list[float]] = Field(description="The probability of each token when it was fixed.")
+    tokens: list[list[int]]
+    frames: list[str] = Field(
+        description="The image that decoding would give after each step; PNG files, base64."
+    )
+    explanation: str = Field(description="The image and both maps on one sheet; a PNG file, base64.")
+    animation: str = Field(description="The image as it forms; a GIF file, base64.")
 
 
 class Picture(BaseModel):
@@ -219,6 +258,7 @@ class Picture(BaseModel):
     seed: int | None = None
     index: int | None = None
     tokens: list[list[int]] | None = None
+    trace: Trace | None = None
 
 
 class ClassName(BaseModel):
@@ -245,6 +285,61 @@ class Tokens(BaseModel):
 
     model: str
     tokens: list[list[int]]
+
+
+class Inspected(BaseModel):
+    """The answer to `inspect`."""
+
+    width: int = Field(description="Pixels of the image as displayed.")
+    height: int
+    sha256: str = Field(description="Of the file; images made from it record it.")
+    settings: dict[str, Any] | None = Field(description="Settings that the file records, if any.")
+    preview: str = Field(description="The image as displayed, scaled down to 1280 pixels; WebP, base64.")
+
+
+class PolicyCard(BaseModel):
+    """A decoding policy."""
+
+    name: str
+    about: str
+    parameters: dict[str, Any] = Field(description="Defaults of its policy_options.")
+    sampler: dict[str, Any] = Field(description="Sampler settings that the model uses with it by default.")
+
+
+class SettingCard(BaseModel):
+    """A setting of requests."""
+
+    help: str
+    low: int | float | None = Field(description="Range of a number, both ends included.")
+    high: int | float | None
+
+
+class Policies(BaseModel):
+    """The answer to `policies`."""
+
+    policies: list[PolicyCard]
+    mask_schedules: list[str]
+    settings: dict[str, SettingCard]
+
+
+class Sample(BaseModel):
+    """An image that can be generated again with the model's default settings."""
+
+    number: int | None = Field(description="Of its class.")
+    seed: int
+    index: int
+
+
+class Samples(BaseModel):
+    """The answer to `samples`: what the sheets classes.webp and forming.webp beside it show, in square tiles."""
+
+    columns: int | None = Field(
+        default=None, description="Classes in a row of classes.webp, by number; null: no sheets."
+    )
+    frames: int = Field(
+        default=0, description="Columns of forming.webp, from the first step to the finished image."
+    )
+    forming: list[Sample] = Field(default=[], description="Rows of forming.webp.")
 
 
 class ModelCard(BaseModel):

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from maskgit.apps.cli.flags import Marking
@@ -52,6 +53,7 @@ class Service:
         *,
         recorded: dict[str, Any] | None = None,
         marking: Marking | None = None,
+        samples: Path | None = None,
     ) -> None:
         """Describe the service; `start` starts it.
 
@@ -61,6 +63,7 @@ class Service:
             limits: None is the defaults.
             recorded: what pictures' metadata says of the model beside its name and this package's version.
             marking: what files say of where their pictures come from; None is the defaults.
+            samples: folder of images that come with the model, as `serving.samples` writes it; None is none.
 
         Raises:
             ConfigError: pictures cannot be signed as asked.
@@ -70,6 +73,7 @@ class Service:
         # When a model was made is not recorded, and replicas must answer alike.
         self.created = 0
         self.recorded = {"maskgit": __version__, "model": name} | (recorded or {})
+        self.samples = samples
         self.limits = limits or Limits()
         self.marking = marking or Marking()
         self.marking.writing()
@@ -105,6 +109,13 @@ class Service:
     def ready(self) -> bool:
         """Whether requests are taken."""
         return self._worker.ready.is_set() and self._worker.failure is None and not self._draining
+
+    def place(self, ticket: Ticket) -> int:
+        """Return a request's place among those that wait for their first step, from 1; 0 once it has begun."""
+        with self._changed:
+            waiting = [one for one in self._tickets if not one.made]
+        waiting.sort(key=lambda one: one.number)
+        return waiting.index(ticket) + 1 if ticket in waiting else 0
 
     def start(self) -> None:
         """Start the threads; the model is warmed up first.

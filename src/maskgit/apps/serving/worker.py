@@ -67,7 +67,9 @@ class Ticket:
         self.made = 0
         # Seconds that the model's thread gave to its calls.
         self.called = 0.0
-        self.requester = Requester(client, next(_NUMBERS), low)
+        # In the order of their issue.
+        self.number = next(_NUMBERS)
+        self.requester = Requester(client, self.number, low)
         self.deadline = time.monotonic() + seconds
         self._cancelled: ServiceError | None = None
 
