@@ -40,13 +40,14 @@ def in_thread(
     keys: tuple[str, ...] = (),
     model: MaskGIT | None = None,
     marking: Marking | None = None,
+    samples: Path | None = None,
     **options: Any,
 ) -> Iterator[tuple[httpx.Client, Service]]:
     """Give a client of a real server, with the bundled model if no other is given, and the service behind it.
 
     The options are those of `create_app`.
     """
-    service = Service(model or MaskGIT.from_pretrained(), "cifar10", limits, marking=marking)
+    service = Service(model or MaskGIT.from_pretrained(), "cifar10", limits, marking=marking, samples=samples)
     server = uvicorn.Server(configured(create_app(service, keys, **options)))
     with bind("127.0.0.1", 0) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -171,11 +171,9 @@ def strangers_command() -> tuple[str, ...]:
 def as_a_stranger(folder, *arguments):
     """Start a command as a user without name and home, to whom one folder belongs."""
     folder.mkdir()
-    # Another user's Gradio has been here.
-    (folder / "gradio").touch()
     if os.getuid() == 0:
         os.chown(folder, STRANGER, STRANGER)
-    kept = {key: value for key, value in os.environ.items() if key not in (*HOMES, "GRADIO_TEMP_DIR")}
+    kept = {key: value for key, value in os.environ.items() if key not in HOMES}
     with subprocess.Popen(
         [*strangers_command(), "-m", "maskgit", *arguments],
         env=kept | {"TMPDIR": str(folder)},

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("serve", "fastapi", "serve"),
         ("serve", "prometheus_client", "serve"),
-        ("app", "gradio", "app"),
+        ("app", "fastapi", "serve"),
         ("export cifar10 --out out", "onnx", "export"),
     ],
 )

@@ -10,18 +10,18 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import sync_playwright
 from starlette.testclient import TestClient
 
-from maskgit import MaskGIT, images
+from maskgit import images
 from maskgit.apps.cli.commands import main
 from maskgit.apps.client.client import Client, Pictures, Preview
 from maskgit.apps.serving import outputs
+from maskgit.apps.serving.app import create_app
 from maskgit.apps.serving.network import Forwarded
 from maskgit.apps.serving.options import Network
-from maskgit.apps.serving.service import Limits
-from maskgit.apps.webui.page import mount
-from maskgit.apps.webui.serving import application
+from maskgit.apps.serving.service import Limits, Service
+from maskgit.apps.webui.page import add_page
 from maskgit.errors import ConfigError
 from servers import behind_nginx, in_thread, wait_for
 
@@ -33,24 +33,16 @@ BARE = EXAMPLE.replace("proxy_pass http://127.0.0.1:8000/;", "proxy_pass http://
 BARE = re.sub(r"proxy_set_header X-Forwarded-Prefix .*;", "", BARE)
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return MaskGIT.from_pretrained()
-
-
 @pytest.fixture(scope="module", params=["prefix told", "prefix known"])
-def url(request, pipe):
+def url(request):
     """The URL under /mg/."""
     network, example = {
         "prefix told": (BEHIND, EXAMPLE),
         "prefix known": (Network(root_path="/mg", trusted_proxies=BEHIND.trusted_proxies), BARE),
     }[request.param]
 
-    def page(app):
-        mount(app, pipe, "cifar10")
-
     with (
-        in_thread(Limits(max_batch=4), network=network, page=page) as (client, _),
+        in_thread(Limits(max_batch=4), network=network, page=add_page) as (client, _),
         behind_nginx(str(client.base_url).rstrip("/"), example) as outside,
     ):
         yield f"{outside}/mg"
@@ -112,18 +104,19 @@ def test_the_page_generates_and_edits_under_the_path(url, tmp_path):
         page.on("response", lambda answer: asked.append((answer.status, answer.url)))
         page.on("pageerror", lambda error: broken.append(str(error)))
         page.goto(f"{url}/")
-        page.get_by_role("button", name="Generate", exact=True).click()
-        page.locator(".status:visible", has_text="4 images in").wait_for()
-        expect(page.locator(".pictures img:visible")).to_have_count(4)
+        page.locator("label", has_text="1").first.click()
+        page.get_by_role("button", name="frog", exact=True).click()
+        page.locator("#status", has_text="1 picture in").wait_for()
+        page.locator(".tile").hover()
         with page.expect_download() as download:
-            page.locator("a.save:visible", has_text="Save PNG").first.click()
+            page.get_by_role("button", name="Save 1×").click()
         download.value.save_as(tmp_path / "made.png")
-        page.get_by_role("tab", name="Edit").click()
-        page.locator(".upload input[type=file]").set_input_files(tmp_path / "meadow.png")
-        page.locator(".status:visible", has_text="meadow.png, 96 × 64 pixels").wait_for()
-        page.get_by_label("Vary the whole image").check()
-        page.get_by_role("button", name="Edit", exact=True).click()
-        page.locator(".status:visible", has_text="1 image in").wait_for()
+        page.get_by_role("link", name="Edit").click()
+        page.locator("#edit .drop input").set_input_files(tmp_path / "meadow.png")
+        page.locator("#edit .status", has_text="meadow.png, 96 × 64 pixels").wait_for()
+        page.locator("#edit .ways label", has_text="Remix").click()
+        page.get_by_role("button", name="Apply").click()
+        page.locator("#edit .status", has_text="Done in").wait_for()
         browser.close()
     assert images.read_settings(tmp_path / "made.png")["command"] == "generate"
     assert not broken
@@ -132,18 +125,20 @@ def test_the_page_generates_and_edits_under_the_path(url, tmp_path):
     assert not [(status, at) for status, at in asked if status >= 400]
 
 
-def test_the_page_alone_is_told_where_it_is(pipe):
-    """What a browser asks for begins with what the page's config says."""
+def test_the_page_is_told_where_it_is(tiny):
+    """What a browser asks for begins with the page's base."""
     network = Network("/mg", ("192.0.2.1",), ("images.example.org",))
-    app = application(pipe, "cifar10", network)
+    app = create_app(Service(tiny, "tiny"), page=add_page, network=network)
     headers = {"x-forwarded-host": "images.example.org", "x-forwarded-proto": "https"}
     for peer, root in (
-        ("192.0.2.1", "https://images.example.org/mg"),
-        ("192.0.2.2", "http://localhost:1/mg"),
+        ("192.0.2.1", "https://images.example.org/mg/"),
+        ("192.0.2.2", "http://localhost:1/mg/"),
     ):
-        with TestClient(app, base_url="http://localhost:1", client=(peer, 1)) as client:
-            assert client.get("/mg/config", headers=headers).json()["root"] == root
-            assert client.get("/config", headers=headers).json()["root"] == root
+        client = TestClient(app, base_url="http://localhost:1", client=(peer, 1))
+        for path in ("/mg/", "/"):
+            text = client.get(path, headers=headers).text
+            assert '<base href="/mg/">' in text
+            assert f'content="{root}v1/samples/forming.webp"' in text
 
 
 def ask(client: httpx.Client, seen_from: str, key: str = "") -> httpx.Response:
@@ -250,7 +245,6 @@ FORGED = [
     ("x-forwarded-proto", "https"),
     ("x-forwarded-host", "evil.example"),
     ("x-forwarded-prefix", "/evil"),
-    ("x-gradio-server", "http://evil.example"),
 ]
 
 

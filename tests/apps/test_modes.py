@@ -1,7 +1,5 @@
 """Which mode a command runs in if nothing is said, and that it is said."""
 
-import json
-
 import pytest
 import torch
 
@@ -76,24 +74,3 @@ def test_tuning_is_exact_everywhere(monkeypatch, tmp_path):
     monkeypatch.setattr(statistics, "read_statistics", lambda *_: None)
     with pytest.raises(ToldError, match="exact"):
         tuning_commands.tune("cifar10", tmp_path / "x.npz", out=tmp_path)
-
-
-def test_the_page_records_the_mode_it_runs_in(monkeypatch):
-    pytest.importorskip("gradio")
-    from maskgit.apps.webui.session import Studio
-    from maskgit.engine import Engine
-
-    # Whatever the machine is that looks.
-    monkeypatch.setattr(devices, "choose_device", lambda name="auto": torch.device("cuda"))
-    network = torch.nn.Linear(1, 1)
-    for engine, dtype, mode in (
-        (None, torch.float32, "exact"),
-        (Engine(), torch.float32, "exact"),
-        (Engine(dtype="bfloat16"), torch.bfloat16, "fast"),
-        (Engine(device="cuda", compile=True, graphs=True), torch.float32, "fast"),
-    ):
-        pipe = MaskGIT.__new__(MaskGIT)
-        pipe.engine, pipe.transformer = engine, network.to(dtype)
-        recorded = Studio(pipe, "name", None).recorded("page")
-        assert recorded["mode"] == mode
-        assert json.dumps(recorded)

@@ -1,56 +1,39 @@
-"""The page, as somebody uses it in a browser: Debian's Chromium, driven by Playwright.
+"""The page, as somebody uses it in a browser: Debian's Chromium, driven by Playwright; one server, one browser."""
 
-Pictures of the page are written to the folder that MASKGIT_SCREENSHOTS names, or else to a temporary one.
-"""
-
-import io
-import os
+import json
 import re
 import shutil
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
-from fastapi import FastAPI
-from PIL import Image, ImageColor
-from playwright.sync_api import Page, TimeoutError, expect, sync_playwright
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
 
-from maskgit import MaskGIT, images
-from maskgit.apps.webui.edits import PAINT_COLOUR
-from maskgit.apps.webui.page import mount
-from maskgit.apps.webui.serving import listen
-from maskgit.apps.webui.streaming import THREAD
+from maskgit import MaskGIT, hub, images
+from maskgit.apps.serving.service import Limits
+from maskgit.apps.serving.worker import Ticket
+from maskgit.apps.webui.page import add_page
+from servers import in_thread, wait_for
 
 # Milliseconds that a busy machine may take; nothing waits so long on an idle one.
 PATIENCE = 120_000
 expect.set_options(timeout=PATIENCE)
-# The colours in the middle of the photo and of what is painted over it.
-MIDDLE, PAINT = (96, 96, 175), ImageColor.getrgb(PAINT_COLOUR)[:3]
-WIDE, NARROW = (1280, 900), (390, 844)
-NAME_OF_FOCUS = """(e => e.ariaLabel || (e.labels?.length ? e.labels[0] : e).innerText.trim())
-(document.activeElement)"""
+WIDE, MIDDLE, NARROW = (1280, 900), (768, 1024), (390, 844)
+SAMPLES = Path(hub.__file__).parent / "assets" / "models" / "cifar10" / "samples"
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return MaskGIT.from_pretrained()
-
-
-@pytest.fixture(scope="module")
-def url(pipe):
-    """The page's address, on a port that was free."""
-    listening = listen("127.0.0.1", 0)
-    app = mount(FastAPI(), pipe, "cifar10")
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
-    listening.close()
+def server():
+    """The bundled model with two steps, and its service."""
+    whole = MaskGIT.from_pretrained()
+    quick = replace(whole.config, sampler=replace(whole.config.sampler, steps=2))
+    model = MaskGIT(quick, whole.tokenizer, whole.transformer)
+    with in_thread(Limits(), model=model, samples=SAMPLES, page=add_page) as (client, service):
+        yield f"{str(client.base_url).rstrip('/')}/", service
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +50,18 @@ def browser():
 
 
 @pytest.fixture
-def visit(browser, url):
+def visit(browser, server):
     """A function that opens the page as somebody new; at the end, nothing asked for was elsewhere or broke."""
+    url, _ = server
     asked: list[str] = []
     broken: list[str] = []
     contexts = []
 
-    def open_page(size=WIDE, dark=False) -> Page:
+    def open_page(size=WIDE, dark=False, query="", still=True) -> Page:
         context = browser.new_context(
             viewport={"width": size[0], "height": size[1]},
             color_scheme="dark" if dark else "light",
+            reduced_motion="reduce" if still else "no-preference",
             accept_downloads=True,
         )
         contexts.append(context)
@@ -84,8 +69,8 @@ def visit(browser, url):
         page.set_default_timeout(PATIENCE)
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: broken.append(str(error)))
-        page.goto(url)
-        page.get_by_role("button", name="Generate", exact=True).wait_for()
+        page.goto(url + query)
+        page.locator("body.ready").wait_for()
         return page
 
     yield open_page
@@ -105,435 +90,390 @@ def photo(tmp_path_factory) -> Path:
     return path
 
 
-def tab(page: Page, name: str) -> None:
-    page.get_by_role("tab", name=name).click()
-
-
 def press(page: Page, name: str) -> None:
-    page.get_by_role("button", name=name, exact=True).click()
+    page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
 
 
-def said(page: Page, pattern: str) -> None:
-    """Wait until the line above the pictures says something."""
-    try:
-        page.locator(".status:visible", has_text=re.compile(pattern)).wait_for()
-    except TimeoutError:
-        pytest.fail(
-            f"waited for {pattern!r}; the page says {page.locator('.status:visible').all_inner_texts()}"
-        )
+def said(page: Page, text: str) -> None:
+    expect(page.locator(".status:visible").first).to_contain_text(re.compile(text))
 
 
-def choose_class(page: Page, name: str) -> None:
-    """Search a class by its name."""
-    field = page.get_by_label("Class").locator("visible=true").first
-    field.fill(name)
-    field.press("Enter")
-    expect(field).to_have_value(name)
+def count(page: Page, number: int) -> None:
+    page.locator("#count label", has_text=str(number)).click()
 
 
-def saved(page: Page, folder: Path, number: int = 0) -> Path:
-    """Download a result."""
+def act(page: Page, name: str, number: int = 0) -> None:
+    """Use an action of a picture."""
+    tile = page.locator(".tile").nth(number)
+    tile.hover()
+    tile.get_by_role("button", name=name, exact=True).click()
+
+
+def saved(page: Page, folder: Path, press_it) -> Path:
     with page.expect_download() as download:
-        page.locator("a.save:visible", has_text="Save PNG").nth(number).click()
+        press_it()
     path = folder / download.value.suggested_filename
     download.value.save_as(path)
     return path
 
 
-def choose_file(page: Page, button: str, path: Path) -> None:
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name=button).locator("visible=true").click()
-    chooser.value.set_files(path)
+def edit(page: Page, photo: Path, way: str) -> None:
+    """Choose a photo to be edited in some way."""
+    page.get_by_role("link", name="Edit").click()
+    page.locator("#edit .panel input[type=file]").first.set_input_files(photo)
+    said(page, "pixels")
+    page.locator(".ways label", has_text=way).click()
 
 
-def upload(page: Page, path: Path) -> None:
-    page.locator(".upload input[type=file]").set_input_files(path)
-
-
-def drag(page: Page, canvas: str, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """Move the pointer over a canvas while it is down; places are shares of its sides."""
-    page.locator(canvas).first.scroll_into_view_if_needed()
-    seen = page.locator(canvas).first.bounding_box()
+def drag(page: Page, *places: tuple[float, float]) -> None:
+    """Move the pointer over the photo while it is down; places are shares of its sides."""
+    seen = page.locator(".board").bounding_box()
     assert seen is not None
-    places = [(seen["x"] + x * seen["width"], seen["y"] + y * seen["height"]) for x, y in (start, end)]
-    page.mouse.move(*places[0])
+    points = [(seen["x"] + x * seen["width"], seen["y"] + y * seen["height"]) for x, y in places]
+    page.mouse.move(*points[0])
     page.mouse.down()
-    page.mouse.move(*places[1], steps=6)
+    for point in points[1:]:
+        page.mouse.move(*point, steps=6)
     page.mouse.up()
 
 
-def wait_for_colour(page: Page, colour: tuple[int, ...]) -> None:
-    """Wait until the middle of what is painted on is seen in a colour."""
-    canvas, seen = page.locator(".canvas canvas").first, (0, 0, 0)
-    deadline = time.monotonic() + PATIENCE / 1000
-    while np.abs(np.subtract(seen, colour)).max() > 40:
-        assert time.monotonic() < deadline, f"waited for the colour {colour}, but see {seen}"
-        page.wait_for_timeout(50)
-        with Image.open(io.BytesIO(canvas.screenshot())) as shot:
-            seen = shot.convert("RGB").getpixel((shot.width // 2, shot.height // 2))
+def box(page: Page) -> list[str]:
+    return [page.get_by_label(name, exact=True).input_value() for name in ("Left", "Top", "Width", "Height")]
 
 
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def decoding() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == THREAD]
+def test_the_first_screen_is_full_light_and_forms_once(visit):
+    page = visit(still=False)
+    tiles = page.locator(".tile canvas")
+    expect(tiles).to_have_count(9)
+    for tile in tiles.all():
+        seen = tile.bounding_box()
+        assert min(seen["width"], seen["height"]) >= 200
+        assert seen["y"] + seen["height"] <= WIDE[1]
+    first = "canvas => [...canvas.getContext('2d').getImageData(0, 0, 32, 32).data].join()"
+    begun = tiles.last.evaluate(first)
+    page.wait_for_function(
+        "([begun, read]) => eval(read)(document.querySelectorAll('.tile canvas')[8]) !== begun".replace(
+            "eval(read)", "(" + first + ")"
+        ),
+        arg=[begun, ""],
+    )
+    timing = "performance.getEntriesByType('resource').map(one => one.transferSize)"
+    sizes = page.evaluate(timing)
+    assert len(sizes) + 1 <= 30
+    assert sum(sizes) <= 400_000
+    assert page.locator("meta[property='og:title']").get_attribute("content").startswith("MaskGIT")
+    assert page.locator("#classes button").count() == 10
 
 
-def wait_until_idle() -> None:
-    """Wait until nothing is decoded any more."""
-    for thread in decoding():
-        thread.join(PATIENCE / 1000)
-    assert not decoding()
+def test_a_typed_class_counts_without_enter(visit):
+    page = visit()
+    count(page, 1)
+    page.get_by_label("Class", exact=True).fill("frog")
+    press(page, "Generate")
+    said(page, "frog: 1 picture in")
+    page.get_by_label("Class", exact=True).fill("ship")
+    page.keyboard.press("Tab")
+    expect(page.get_by_label("Class", exact=True)).to_have_value("ship")
+    press(page, "Generate")
+    said(page, "ship: 1 picture in")
+    page.get_by_label("Class", exact=True).fill("hrose")
+    press(page, "Generate")
+    said(page, "no class “hrose”. Did you mean")
+    press(page, "horse")
+    said(page, "horse: 1 picture in")
 
 
-def held(monkeypatch, pipe) -> threading.Event:
-    """Let decoding wait after its first step until the event that is returned is set."""
+def test_a_picture_is_saved_and_made_again(visit, server, tmp_path):
+    page = visit()
+    count(page, 4)
+    page.locator("#classes").get_by_role("button", name="frog").click()
+    said(page, "frog: 4 pictures in")
+    small = saved(page, tmp_path, lambda: act(page, "Save 1×", 2))
+    large = saved(page, tmp_path, lambda: act(page, "Save 4×", 2))
+    settings = images.read_settings(small)
+    assert small.name == f"frog-seed{settings['seed']}-2.png"
+    assert large.name == f"frog-seed{settings['seed']}-2-4x.png"
+    assert settings == images.read_settings(large)
+    assert (settings["class"], settings["index"]) == ("frog", 2)
+    assert (Image.open(small).size, Image.open(large).size) == ((32, 32), (128, 128))
+    # The address is a link to the same pictures; a reload comes back to them.
+    pictures = page.locator(".tile img").evaluate_all("all => all.map(one => one.src)")
+    page.reload()
+    said(page, "frog: 4 pictures in")
+    assert page.locator(".tile img").evaluate_all("all => all.map(one => one.src)") == pictures
+    # Whoever gets the file makes the same picture, on another page.
+    other = visit()
+    other.locator("#load").set_input_files(small)
+    said(other, "frog: 1 picture in")
+    again = saved(other, tmp_path / "again", lambda: act(other, "Save 1×"))
+    assert (pixels(again) == pixels(small)).all()
+    assert images.read_settings(again) == settings
+    # The seed stays as it was loaded, and what somebody made is nobody else's.
+    assert other.get_by_label("Seed", exact=True).first.input_value() == str(settings["seed"])
+    assert other.locator("#runs button").count() == 1
+
+
+def test_a_link_makes_the_same_picture_with_its_settings(visit, server, tmp_path):
+    _, service = server
+    page = visit(query="?class=horse&seed=18446744073709551615&count=1&steps=3&policy=halton")
+    said(page, "horse: 1 picture in")
+    path = saved(page, tmp_path, lambda: act(page, "Save 1×"))
+    made = service.model.generate("horse", seed=2**64 - 1, steps=3, policy="halton")
+    assert np.abs(pixels(path) - np.asarray(made.to_pil()[0]).astype(int)).max() <= 1
+    assert images.read_settings(path)["seed"] == 2**64 - 1
+
+
+def test_earlier_runs_are_kept_as_settings(visit):
+    page = visit()
+    count(page, 1)
+    for name in ("cat", "deer"):
+        page.locator("#classes").get_by_role("button", name=name).click()
+        said(page, f"{name}: 1 picture in")
+        if name == "cat":
+            cat = page.locator(".tile img").get_attribute("src")
+    page.goto(page.url.partition("?")[0])
+    page.locator("#runs button", has_text="cat").click()
+    said(page, "cat: 1 picture in")
+    assert page.locator(".tile img").get_attribute("src") == cat
+
+
+def test_stop_stops_at_once_and_so_does_a_closed_tab(visit, server):
+    _, service = server
+    page = visit()
+    for end in (lambda: press(page, "Stop"), page.close):
+        page.goto(page.url.partition("?")[0] + "?class=frog&count=9&steps=200")
+        said(page, "step 1 of 200")
+        end()
+        wait_for(lambda: not service.num_accepted)
+    assert service.ready
+
+
+def test_a_place_in_line_is_told(visit, server):
+    _, service = server
     go_on = threading.Event()
-    generate = pipe.generate
-
-    def waiting(*args, callback, **settings):
-        def told(step, *rest):
-            callback(step, *rest)
-            if step == 0:
-                assert go_on.wait(PATIENCE / 1000)
-
-        return generate(*args, callback=told, **settings)
-
-    monkeypatch.setattr(pipe, "generate", waiting)
-    return go_on
-
-
-def endless(monkeypatch, pipe) -> list[int]:
-    """Let decoding begin anew for ever, slowly; the steps that were made are noted in the list."""
-    steps: list[int] = []
-    generate = pipe.generate
-
-    def repeating(*args, callback, **settings):
-        def told(step, *rest):
-            steps.append(step)
-            time.sleep(0.02)
-            callback(step, *rest)
-
-        while True:
-            generate(*args, callback=told, **settings)
-
-    monkeypatch.setattr(pipe, "generate", repeating)
-    return steps
-
-
-def test_the_first_step_is_seen_before_the_second_is_made(visit, pipe, monkeypatch):
-    go_on = held(monkeypatch, pipe)
+    held = threading.Thread(target=service._worker.call, args=(lambda: go_on.wait(120), Ticket(120)))
+    held.start()
+    first = service.submit(lambda model: model.generate("frog"))
     page = visit()
-    press(page, "Generate")
-    said(page, "Step 1 of 12")
-    expect(page.locator(".pictures img:visible")).to_have_count(4)
-    expect(page.locator("a.save:visible")).to_have_count(0)
+    count(page, 1)
+    press(page, "Surprise me")
+    said(page, "2nd in line")
     go_on.set()
-    said(page, "4 images in")
-    expect(page.locator("a.save:visible")).to_have_count(4)
+    said(page, "1 picture in")
+    first.future.result()
+    held.join()
 
 
-def test_a_picture_is_downloaded_with_its_settings_and_made_again(visit, pipe, tmp_path):
+def test_a_server_that_is_gone_is_told(visit):
     page = visit()
-    choose_class(page, "frog")
-    page.get_by_label("Seed").locator("visible=true").fill("5")
-    page.get_by_label("number input for Steps").locator("visible=true").fill("6")
-    page.get_by_label("number input for Steps").locator("visible=true").press("Tab")
-    expect(page.get_by_label("range slider for Steps").locator("visible=true")).to_have_value("6")
-    press(page, "Generate")
-    said(page, "4 images in")
-    first = saved(page, tmp_path, 2)
-    assert first.name == "frog-5-00002.png"
-    settings = images.read_settings(first)
-    assert [settings[name] for name in ("command", "class", "seed", "index", "steps")] == [
-        "generate", "frog", 5, 2, 6,
-    ]  # fmt: skip
-    expected = pipe.generate("frog", seed=5, first_index=2, steps=6).to_pil()[0]
-    assert np.abs(pixels(first) - np.asarray(expected)).max() <= 1
-
-    again = visit()
-    choose_file(again, "Load settings from a PNG", first)
-    said(again, "Settings loaded from frog-5-00002.png")
-    press(again, "Generate")
-    said(again, "1 image in")
-    second = saved(again, tmp_path / "again")
-    assert images.read_settings(second) == settings
-    assert np.abs(pixels(first) - pixels(second)).max() <= 1
+    page.route("**/v1/*", lambda route: route.abort())
+    press(page, "Surprise me")
+    said(page, "cannot be reached")
+    expect(page.get_by_role("button", name="Generate", exact=True)).to_be_visible()
 
 
-def test_what_is_painted_is_filled_in_and_can_be_painted_again(visit, photo, tmp_path):
+def test_more_like_this_varies_a_picture(visit):
+    page = visit(query="?class=truck&seed=1&count=1")
+    said(page, "truck: 1 picture in")
+    act(page, "More like this")
+    said(page, "truck, varied: 9 pictures in")
+    first = page.locator(".tile img").first.get_attribute("src")
+    page.locator("#runs button", has_text="ship").or_(page.locator("#runs button", has_text="varied")).click()
+    said(page, "truck, varied: 9 pictures in")
+    assert page.locator(".tile img").first.get_attribute("src") == first
+
+
+def test_what_is_painted_is_replaced_and_can_be_painted_again(visit, photo, tmp_path):
     page = visit()
-    tab(page, "Edit")
-    upload(page, photo)
-    said(page, "meadow.png, 96 × 64 pixels")
-    wait_for_colour(page, MIDDLE)
-    drag(page, ".canvas canvas", (0.45, 0.5), (0.55, 0.5))
-    wait_for_colour(page, PAINT)
-    choose_class(page, "frog")
-    press(page, "Edit")
-    said(page, "1 image in")
-    first = saved(page, tmp_path)
-    settings = images.read_settings(first)
-    assert (settings["command"], settings["class"], settings["photo"]) == ("inpaint", "frog", "meadow.png")
-    changed = (pixels(first) != pixels(photo)).any(-1)
-    assert changed[32, 48]
-    assert not changed[:, :20].any()
-    assert not changed[:, -20:].any()
-
-    # The slider between before and after goes by keys.
-    slider = page.get_by_label("How much of the original is shown")
-    slider.focus()
-    slider.press("Home")
-    assert page.locator(".stage").evaluate("e => e.style.getPropertyValue('--at')") == "0%"
-
-    again = visit()
-    tab(again, "Edit")
-    choose_file(again, "Load settings from a PNG", first)
-    said(again, "was made from meadow.png; upload that photo first")
-    upload(again, photo)
-    said(again, "meadow.png, 96 × 64 pixels")
-    choose_file(again, "Load settings from a PNG", first)
-    said(again, "Settings loaded from")
-    press(again, "Edit")
-    said(again, "1 image in")
-    second = saved(again, tmp_path / "again")
-    assert images.read_settings(second) == settings
-    assert np.array_equal(pixels(first), pixels(second))
-
-
-def test_a_box_is_drawn_and_replaced(visit, photo, tmp_path):
-    page = visit()
-    tab(page, "Edit")
-    page.get_by_label("Replace a box").check()
-    upload(page, photo)
-    page.locator(".boxer img").wait_for()
-    drag(page, ".boxer", (0.25, 0.25), (0.5, 0.75))
-    expect(page.get_by_label("Width", exact=True)).not_to_have_value("0")
-    box = [
-        int(page.get_by_label(name, exact=True).input_value()) for name in ("Left", "Top", "Width", "Height")
-    ]
-    assert np.abs(np.array(box) - [24, 16, 24, 32]).max() <= 1
-    choose_class(page, "ship")
-    press(page, "Edit")
-    said(page, "1 image in")
-    path = saved(page, tmp_path)
-    assert images.read_settings(path)["box"] == [box]
-    changed = (pixels(path) != pixels(photo)).any(-1)
-    assert changed[box[1] : box[1] + box[3], box[0] : box[0] + box[2]].mean() > 0.9
-    assert not changed[:, 80:].any()
-
-    # Numbers move what is drawn.
-    page.get_by_label("Left", exact=True).fill("48")
-    expect(page.locator(".boxer i")).to_have_attribute("style", re.compile("left: 50%"))
-
-
-def test_a_box_is_there_before_the_server_answers(visit, photo):
-    page = visit()
-    tab(page, "Edit")
-    page.get_by_label("Replace a box").check()
-    upload(page, photo)
-    page.locator(".boxer img").wait_for()
-    # Nothing that is asked from now on is answered.
-    page.route("**/gradio_api/run/**", lambda route: None)
-    drag(page, ".boxer", (0.25, 0.25), (0.5, 0.75))
-    expect(page.get_by_label("Width", exact=True)).not_to_have_value("0")
-    press(page, "Edit")
-    said(page, "1 image in")
-
-
-def test_a_photo_goes_on_beyond_its_edges(visit, photo, tmp_path):
-    page = visit()
-    tab(page, "Edit")
-    upload(page, photo)
-    said(page, "meadow.png")
-    page.get_by_label("Extend beyond the edges").check()
-    page.get_by_label("left", exact=True).uncheck()
-    press(page, "Edit")
-    said(page, "1 image in")
-    path = saved(page, tmp_path)
-    # Its shorter side is the model's 32 pixels then, and 16 are added.
-    assert Image.open(path).size == (48 + 16, 32)
-    settings = images.read_settings(path)
-    assert [settings[side] for side in ("left", "right", "top", "bottom")] == [0, 16, 0, 0]
-    assert settings["class"] == "none"
-
-
-def test_a_photo_is_varied(visit, photo, tmp_path):
-    page = visit()
-    tab(page, "Edit")
-    upload(page, photo)
-    said(page, "meadow.png")
-    page.get_by_label("Vary the whole image").check()
-    press(page, "Edit")
-    said(page, "guessed class")
-    assert images.read_settings(saved(page, tmp_path))["strength"] == 0.5
-
-
-def test_two_policies_are_compared_on_one_seed(visit, tmp_path):
-    page = visit()
-    tab(page, "Compare")
-    press(page, "Compare")
-    said(page, "A took .* B took")
-    expect(page.locator(".sides section")).to_have_count(2)
-    assert "halton" in page.locator(".sides section").nth(1).inner_text()
-    files = [saved(page, tmp_path / side, number) for side, number in (("a", 0), ("b", 4))]
-    ours, theirs = (images.read_settings(path) for path in files)
-    assert (ours["policy"], theirs["policy"]) == ("confidence", "halton")
-    # A policy brings the settings that belong to it.
-    assert theirs["mask_schedule"] == "arccos"
-    assert all(ours[name] == theirs[name] for name in ("class", "seed", "index", "steps"))
-
-
-def test_a_picture_is_looked_into(visit, pipe):
-    page = visit()
-    tab(page, "Inside")
-    press(page, "Look inside")
-    said(page, "Decoded in")
-    codes = [int(text) for text in page.locator(".tokens span").all_inner_texts()]
-    assert codes == pipe.generate(0, seed=0).tokens.flatten().tolist()
-    expect(page.locator("a.save:visible")).to_have_text(["Image", "Explanation", "Animation"])
-    slider = page.get_by_label("Step", exact=True)
-    slider.focus()
-    slider.press("Home")
-    expect(page.locator(".frame:visible")).to_have_attribute("alt", re.compile("after step 0"))
-
-
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n and then nothing of the kind", b"<b>text</b>"])
-def test_a_bad_upload_is_answered_with_a_sentence(visit, tmp_path, content):
-    path = tmp_path / "bad.png"
-    path.write_bytes(content or b"\n")
-    page = visit()
-    tab(page, "Edit")
-    upload(page, path)
-    line = page.locator("p[role=alert]:visible")
-    line.wait_for()
-    text = line.inner_text()
-    assert text.startswith("bad.png")
-    assert "Traceback" not in page.content()
-    assert "maskgit-page" not in text
-    press(page, "Edit")
-    said(page, "upload one first")
-
-
-def test_what_is_mistaken_in_a_form_is_answered_with_a_sentence(visit, photo):
-    page = visit()
-    seed = page.get_by_label("Seed").locator("visible=true")
-    seed.fill("<i>seven</i>")
-    press(page, "Generate")
-    said(page, "The seed must be a whole number, but is <i>seven</i>")
-    seed.fill("0")
-    choose_file(page, "Load settings from a PNG", photo)
-    said(page, "meadow.png holds no settings")
-    tab(page, "Edit")
-    upload(page, photo)
-    said(page, "meadow.png, ")
-    press(page, "Edit")
+    edit(page, photo, "Paint")
+    press(page, "Apply")
     said(page, "Nothing is painted")
+    drag(page, (0.45, 0.5), (0.55, 0.5))
+    said(page, "meadow.png, 96 × 64")
+    # A look at another way changes nothing: neither the mask, nor the class, which is guessed.
+    read = (
+        "canvas => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]"
+        ".filter((_, i) => i % 4 === 3).map(alpha => alpha > 127).join()"
+    )
+    mask = page.locator(".mask").evaluate(read)
+    page.locator(".ways label", has_text="Box").click()
+    page.locator(".ways label", has_text="Paint").click()
+    assert page.locator(".mask").evaluate(read) == mask
+    expect(page.get_by_label("What should appear")).to_have_value("")
+    press(page, "Apply")
+    said(page, "Guessed class: ")
+    # Fully the result; the photo lies under the slider.
+    assert page.get_by_label("Show the photo before").input_value() == "0"
+    assert page.locator(".before").evaluate("one => one.style.clipPath").startswith("inset(0px 100%")
+    made = saved(page, tmp_path, lambda: press(page, "Save"))
+    settings = images.read_settings(made)
+    assert re.fullmatch(r"meadow-painted-[a-z]+-seed\d+\.png", made.name)
+    assert settings["command"] == "inpaint"
+    before, after = pixels(photo), pixels(made)
+    assert before.shape == after.shape
+    assert (before[:, :16] == after[:, :16]).all()
+    assert (before[28:36, 44:52] != after[28:36, 44:52]).any()
+    # Loaded elsewhere, while another way is showing: the class, the mask and the picture come back.
+    other = visit()
+    edit(other, photo, "Extend")
+    other.locator("#edit input[accept='image/png']").set_input_files(made)
+    said(other, "Settings loaded from")
+    expect(other.get_by_label("What should appear")).to_have_value(settings["class"])
+    assert other.locator(".mask").evaluate(read) == mask
+    press(other, "Apply")
+    said(other, "Done in")
+    again = saved(other, tmp_path / "again", lambda: press(other, "Save"))
+    assert (pixels(again) == after).all()
+    # A new photo takes the result away.
+    other.locator("#edit .panel input[type=file]").first.set_input_files(photo)
+    expect(other.locator(".outcome")).to_be_hidden()
 
 
-def test_a_closed_tab_stops_its_work(visit, pipe, monkeypatch):
-    wait_until_idle()
-    steps = endless(monkeypatch, pipe)
+def test_a_box_is_drawn_moved_resized_and_typed(visit, photo, tmp_path):
     page = visit()
-    press(page, "Generate")
-    said(page, "Step [2-9]")
-    assert len(decoding()) == 1
-    page.close()
-    wait_until_idle()
-    assert steps
-
-
-def test_stop_stops_the_work(visit, pipe, monkeypatch):
-    wait_until_idle()
-    endless(monkeypatch, pipe)
-    page = visit()
-    press(page, "Generate")
-    said(page, "Step [2-9]")
-    page.get_by_role("button", name="Stop").locator("visible=true").click()
-    said(page, "Stopped")
-    wait_until_idle()
-
-
-def test_two_people_do_not_see_each_others_pictures(visit, photo):
-    ours, theirs = visit(), visit()
-    for page, name in ((ours, "frog"), (theirs, "ship")):
-        choose_class(page, name)
-        press(page, "Generate")
-    for page in (ours, theirs):
-        said(page, "4 images in")
-    links = [
-        [link.get_attribute("href") for link in page.locator("a.save:visible").all()]
-        for page in (ours, theirs)
-    ]
-    assert not set(links[0]) & set(links[1])
-    assert "frog 0" not in theirs.locator(".pictures:visible").inner_text()
-    assert "ship 0" not in ours.locator(".pictures:visible").inner_text()
-    tab(ours, "Edit")
-    upload(ours, photo)
-    said(ours, "meadow.png")
-    tab(theirs, "Edit")
-    press(theirs, "Edit")
-    said(theirs, "There is no photo yet")
-    # Files are found by names that cannot be guessed; their folder is not listed.
-    folder = theirs.url + links[0][0].rsplit("/", 2)[0]
-    assert theirs.request.get(folder).status in (403, 404)
-
-
-def test_everything_is_reached_by_the_keyboard(visit):
-    page = visit()
-    reached = []
-    for _ in range(30):
+    edit(page, photo, "Box")
+    press(page, "Apply")
+    said(page, "There is no box yet")
+    drag(page, (0.5, 0.5))
+    assert box(page) == [""] * 4
+    drag(page, (0.25, 0.25), (0.5, 0.75))
+    assert [abs(int(a) - b) <= 1 for a, b in zip(box(page), (24, 16, 24, 32), strict=True)] == [True] * 4
+    left, top, width, height = map(int, box(page))
+    drag(page, (0.375, 0.5), (0.475, 0.5))
+    assert 8 <= int(box(page)[0]) - left <= 11
+    assert box(page)[1:] == [str(top), str(width), str(height)]
+    corner = page.locator(".box .se").bounding_box()
+    page.mouse.move(corner["x"] + 8, corner["y"] + 8)
+    page.mouse.down()
+    page.mouse.move(corner["x"] + 88, corner["y"] + 8, steps=4)
+    page.mouse.up()
+    assert int(box(page)[2]) > width
+    for name, value in (("Left", 40), ("Top", 20), ("Width", 16), ("Height", 16)):
+        page.get_by_label(name, exact=True).fill(str(value))
         page.keyboard.press("Tab")
-        reached.append(page.evaluate(NAME_OF_FOCUS))
-        if reached[-1] == "Generate" and len(reached) > 5:
-            break
-    for name in ("Class", "Seed", "number input for Steps", "Policy"):
-        assert name in reached
-    assert reached[-1] == "Generate"
-    page.keyboard.press("Enter")
-    said(page, "4 images in")
+    page.get_by_label("What should appear").fill("frog")
+    press(page, "Apply")
+    said(page, "Done in")
+    made = saved(page, tmp_path, lambda: press(page, "Save"))
+    settings = images.read_settings(made)
+    assert (settings["command"], settings["boxes"], settings["class"]) == ("edit", [[40, 20, 16, 16]], "frog")
+    assert (pixels(photo)[:, :10] == pixels(made)[:, :10]).all()
+    press(page, "How it formed")
+    page.get_by_role("button", name="Save animation").wait_for()
+
+
+def test_a_photo_is_extended_and_remixed(visit, photo, tmp_path):
+    page = visit()
+    edit(page, photo, "Extend")
+    press(page, "Apply")
+    said(page, "Done in")
+    wide = saved(page, tmp_path, lambda: press(page, "Save"))
+    # As docs/app.md says: scaled to the model's size, with 16 pixels on each side.
+    assert Image.open(wide).size == (48 + 32, 32)
+    page.locator(".ways label", has_text="Remix").click()
+    press(page, "Apply")
+    said(page, "Done in")
+    assert Image.open(saved(page, tmp_path, lambda: press(page, "Save"))).size == (32, 32)
+
+
+def test_odd_files_are_taken_or_answered_with_one_sentence(visit, tmp_path):
+    page = visit()
+    page.get_by_role("link", name="Edit").click()
+    chosen = page.locator("#edit .panel input[type=file]").first
+    (tmp_path / "notes.png").write_text("no picture")
+    chosen.set_input_files(tmp_path / "notes.png")
+    expect(page.locator(".status.wrong")).to_have_count(1)
+    turned = Image.new("RGB", (40, 20), "teal")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    chosen.set_input_files(tmp_path / "turned.jpg")
+    said(page, "turned.jpg, 20 × 40 pixels")
+    Image.new("CMYK", (30, 30)).save(tmp_path / "print.tiff")
+    chosen.set_input_files(tmp_path / "print.tiff")
+    said(page, "print.tiff, 30 × 30 pixels")
+    page.locator("#edit input[accept='image/png']").set_input_files(tmp_path / "turned.jpg")
+    said(page, "holds no settings")
+
+
+def test_a_reload_comes_back_to_the_edit(visit, photo):
+    page = visit()
+    edit(page, photo, "Box")
+    drag(page, (0.25, 0.25), (0.5, 0.75))
+    drawn = box(page)
+    page.wait_for_timeout(1000)
+    page.reload()
+    said(page, "meadow.png, 96 × 64")
+    page.wait_for_function("document.querySelector('[aria-label=Width], input').value !== null")
+    expect(page.locator(".box")).to_be_visible()
+    assert box(page) == drawn
+
+
+def test_a_picture_is_looked_into_and_compared(visit, tmp_path):
+    page = visit()
+    act(page, "How it formed", 6)
+    page.get_by_role("button", name="Save animation").wait_for()
+    cells = page.locator("dialog .map").first.locator("span")
+    assert cells.count() == 64
+    cells.first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("dialog .help")).to_contain_text("Row 1, column 2: code")
+    sheet = saved(page, tmp_path, lambda: press(page, "Save explanation"))
+    assert sheet.name == "horse-seed0-2-explained.png"
+    page.get_by_label("Step", exact=True).fill("0")
+    press(page, "Close")
+    act(page, "Compare", 6)
+    expect(page.locator("dialog figure .help").nth(1)).to_contain_text("policy halton")
+    expect(page.locator("dialog figure .help").nth(1)).to_contain_text(" s")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_it_fits_screens_wide_and_narrow(visit, photo, tmp_path, dark):
-    folder = Path(os.environ.get("MASKGIT_SCREENSHOTS", tmp_path))
-    page = visit(WIDE, dark)
+@pytest.mark.parametrize("size", [NARROW, MIDDLE, WIDE], ids=["390", "768", "1280"])
+def test_nothing_stands_in_anybodys_way(visit, photo, size, dark):
+    page = visit(size, dark)
+    expect(page.locator(".tile canvas")).to_have_count(9)
 
-    def look(name: str) -> None:
-        for width, height in (NARROW, WIDE):
-            page.set_viewport_size({"width": width, "height": height})
-            # What follows the size of the window does so a moment later.
-            page.wait_for_function(
-                "width => innerWidth == width && document.documentElement.scrollWidth <= width", arg=width
-            )
-            path = folder / f"{name}-{width}-{'dark' if dark else 'light'}.png"
-            page.screenshot(path=path, full_page=True)
+    def check() -> None:
+        found = Axe().run(page).response["violations"]
+        assert not found, json.dumps([(one["id"], [n["html"] for n in one["nodes"]][:3]) for one in found])
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
-    press(page, "Generate")
-    said(page, "4 images in")
-    look("generate")
-    shown = page.locator(".pictures img:visible").first
-    assert shown.bounding_box()["width"] > 300
-    assert shown.evaluate("e => getComputedStyle(e).imageRendering") == "pixelated"
-    colours = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
-    assert (max(colours) < 64) == dark
-    tab(page, "Edit")
-    upload(page, photo)
-    said(page, "meadow.png")
-    look("paint")
-    page.get_by_label("Replace a box").check()
-    page.locator(".boxer img").wait_for()
-    drag(page, ".boxer", (0.3, 0.2), (0.6, 0.8))
-    press(page, "Edit")
-    said(page, "1 image in")
-    look("edit")
-    tab(page, "Inside")
-    press(page, "Look inside")
-    said(page, "Decoded in")
-    look("inside")
-    tab(page, "Compare")
-    press(page, "Compare")
-    said(page, "B took")
-    look("compare")
+    page.locator("details").first.evaluate("one => { one.open = true; }")
+    check()
+    edit(page, photo, "Box")
+    drag(page, (0.25, 0.25), (0.5, 0.75))
+    check()
+
+
+def test_on_a_phone_pictures_come_first_and_the_bar_is_in_reach(visit, photo):
+    page = visit(NARROW)
+    expect(page.locator(".tile canvas")).to_have_count(9)
+    assert page.locator("#gallery").bounding_box()["y"] < page.locator("#classes").bounding_box()["y"]
+    press(page, "Settings")
+    count(page, 1)
+    press(page, "Settings")
+    page.locator("#classes").get_by_role("button", name="dog").click()
+    said(page, "dog: 1 picture in")
+    expect(page.locator("#picked")).to_have_text("dog")
+    bar = page.get_by_role("button", name="Generate", exact=True).bounding_box()
+    assert bar["y"] + bar["height"] <= NARROW[1]
+    edit(page, photo, "Box")
+    drag(page, (0.25, 0.25), (0.75, 0.75))
+    apply = page.get_by_role("button", name="Apply").bounding_box()
+    assert apply["y"] + apply["height"] <= NARROW[1]
+    press(page, "Apply")
+    said(page, "Done in")
+    expect(page.locator(".board")).to_be_hidden()
+    # Holding the result shows the photo.
+    page.locator(".pair").hover()
+    page.mouse.down()
+    assert page.locator(".before").evaluate("one => one.style.clipPath") in (
+        "inset(0px)",
+        "inset(0px 0% 0px 0px)",
+    )
+    page.mouse.up()
+    assert page.locator(".before").evaluate("one => one.style.clipPath").startswith("inset(0px 100%")

@@ -18,7 +18,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,255}(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:[0-9]{1,5})?")
 # What only proxies may say. Libraries behind us believe some of it, whoever says it.
-_PROXIES_WORDS = re.compile(rb"x-forwarded-.*|x-gradio-server")
+_PROXIES_WORDS = re.compile(rb"x-forwarded-.*")
 
 
 def place(app: FastAPI, network: Network) -> None:

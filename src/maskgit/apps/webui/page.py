@@ -1,139 +1,85 @@
-"""The page as a whole, on its own and as part of a server."""
+"""The page as part of a server: plain files, which ask the server's public endpoints for everything else."""
 
-import html
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from html import escape
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import gradio as gr
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
 
 from maskgit.apps.cli.flags import Marking
-from maskgit.apps.webui import PRIVATE_FOLDER
-from maskgit.apps.webui.compare_tab import compare_tab
-from maskgit.apps.webui.edit_tab import edit_tab
-from maskgit.apps.webui.generate_tab import generate_tab
-from maskgit.apps.webui.inside_tab import inside_tab
-from maskgit.apps.webui.pictures import KEPT, Shelf
-from maskgit.apps.webui.session import Studio
+from maskgit.apps.serving.app import create_app
+from maskgit.apps.serving.errors import NotFoundError
+from maskgit.apps.serving.service import Service
 from maskgit.pipeline import MaskGIT
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-# Fonts that are there already; nothing is fetched.
-FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif")
-MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
-# A 100-megapixel photo as PNG is hardly larger.
-MAX_UPLOAD = "400mb"
-
-
-def build_page(pipe: MaskGIT, name: str, marking: Marking | None = None) -> gr.Blocks:
-    """Return the page of a model.
-
-    Args:
-        pipe: the model.
-        name: what it was loaded by; pictures say so, and are remade by a page of the same name.
-        marking: what files say of where their pictures come from; None is the defaults.
-    """
-    studio = Studio(pipe, name, Shelf(PRIVATE_FOLDER), marking or Marking())
-    with gr.Blocks(title="MaskGIT", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
-        gr.HTML(_header(studio), elem_classes="masthead")
-        with gr.Tabs():
-            for title, tab in TABS.items():
-                with gr.Tab(title):
-                    tab(studio)
-    page.queue(api_open=False)
-    return page
+_TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "html": "text/html"}
+# Nothing is loaded from elsewhere, and no text becomes a script. Results and chosen files are data: and blob: URLs.
+_HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "same-origin",
+    "cache-control": "no-cache",
+}
 
 
-TABS = {"Generate": generate_tab, "Edit": edit_tab, "Inside": inside_tab, "Compare": compare_tab}
+def add_page(app: FastAPI) -> FastAPI:
+    """Put the page at / of a server from `create_app`."""
+    folder = resources.files("maskgit").joinpath("assets/webui")
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    index = files.pop("index.html").decode()
+
+    async def show(http: Request) -> Response:
+        root = http.scope.get("root_path", "")
+        # The page's own addresses are relative to the base, so that it works below a proxy's path.
+        base = f'<base href="{escape(root)}/">' if root else ""
+        filled = index.replace("{base}", base).replace("{url}", escape(str(http.base_url)))
+        return _answer(http, filled.encode(), "html")
+
+    async def file(http: Request, name: str) -> Response:
+        if name not in files:
+            raise NotFoundError(f"The page has no file {name!r:.80}.")
+        return _answer(http, files[name], name.rpartition(".")[2])
+
+    methods = ["GET", "HEAD"]
+    app.add_api_route("/", show, methods=methods, include_in_schema=False)
+    app.add_api_route("/page/{name}", file, methods=methods, include_in_schema=False)
+    return app
 
 
-def _header(studio: Studio) -> str:
-    config = studio.pipe.config
-    facts = (
-        studio.name,
-        f"{config.image_size} × {config.image_size} pixels",
-        f"{config.transformer.num_classes} classes",
-        str(studio.pipe.device),
-    )
-    listed = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts)
-    return f"<h1>MaskGIT</h1><ul>{listed}</ul>"
+def _answer(http: Request, data: bytes, ending: str) -> Response:
+    tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+    headers = _HEADERS | {"etag": tag}
+    if http.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    return Response(data, media_type=_TYPES[ending], headers=headers)
 
 
 def mount(
-    app: "FastAPI", pipe: MaskGIT, name: str, *, path: str = "/", marking: Marking | None = None
-) -> "FastAPI":
-    """Put the page of a model into a server.
+    app: FastAPI, pipe: MaskGIT, name: str, *, path: str = "/", marking: Marking | None = None
+) -> FastAPI:
+    """Put a model's page, and the endpoints that it uses, into a server.
 
     Args:
         app: the server; whatever else answers below `path` must have been added before.
-        pipe, name, marking: as for `build_page`.
+        pipe: the model; nobody else may use it from now on.
+        name: what the model was loaded by; pictures say so.
         path: where the page is.
+        marking: what files say of where their pictures come from; None is the defaults.
     """
-    data = resources.files("maskgit").joinpath("assets/webui")
-    options: dict[str, Any] = {
-        "server_name": "127.0.0.1",
-        "footer_links": [],
-        "run_history": False,
-        "show_error": False,
-        "ssr_mode": False,
-        "pwa": False,
-        "mcp_server": False,
-        "enable_monitoring": False,
-        "max_file_size": MAX_UPLOAD,
-        "theme": theme(),
-        "css": data.joinpath("page.css").read_text("utf-8"),
-    }
-    return gr.mount_gradio_app(app, build_page(pipe, name, marking), path, **options)
+    inner = create_app(Service(pipe, name, marking=marking), page=add_page)
+    outer = app.router.lifespan_context
 
+    @asynccontextmanager
+    async def lifespan(given: Any) -> AsyncIterator[Any]:
+        async with outer(given) as state, inner.router.lifespan_context(inner):
+            yield state
 
-def theme() -> gr.themes.Base:
-    """Return the page's colours and shapes, for light and dark."""
-    return gr.themes.Base(
-        primary_hue=gr.themes.colors.indigo,
-        neutral_hue=gr.themes.colors.stone,
-        radius_size=gr.themes.sizes.radius_md,
-        font=FONT,
-        font_mono=MONO,
-    ).set(
-        body_background_fill="#fbfaf7",
-        body_background_fill_dark="#131416",
-        body_text_color="#1d1c1a",
-        body_text_color_dark="#ece9e2",
-        body_text_color_subdued="#6b6860",
-        body_text_color_subdued_dark="#9d998f",
-        background_fill_primary="#ffffff",
-        background_fill_primary_dark="#1b1d20",
-        background_fill_secondary="#f4f1ea",
-        background_fill_secondary_dark="#212327",
-        block_background_fill="#ffffff",
-        block_background_fill_dark="#1b1d20",
-        block_border_color="#e5e1d8",
-        block_border_color_dark="#2d3035",
-        block_label_text_color="#6b6860",
-        block_label_text_color_dark="#9d998f",
-        block_title_text_color="#1d1c1a",
-        block_title_text_color_dark="#ece9e2",
-        block_title_text_weight="550",
-        block_info_text_color="#6b6860",
-        block_info_text_color_dark="#9d998f",
-        border_color_primary="#e5e1d8",
-        border_color_primary_dark="#2d3035",
-        input_background_fill="#fbfaf7",
-        input_background_fill_dark="#131416",
-        input_border_color="#e5e1d8",
-        input_border_color_dark="#2d3035",
-        slider_color="#2f5bd7",
-        slider_color_dark="#8fb0ff",
-        button_primary_background_fill="#2f5bd7",
-        button_primary_background_fill_hover="#2449b3",
-        button_primary_background_fill_dark="#4a72e8",
-        button_primary_background_fill_hover_dark="#5f84f0",
-        button_primary_text_color="#ffffff",
-        button_primary_text_color_dark="#ffffff",
-        button_secondary_background_fill="#eeeae1",
-        button_secondary_background_fill_hover="#e5e1d8",
-        button_secondary_background_fill_dark="#2a2d32",
-        button_secondary_background_fill_hover_dark="#34383e",
-        color_accent="#2f5bd7",
-    )
+    app.router.lifespan_context = lifespan
+    app.mount(path.rstrip("/"), inner)
+    return app
