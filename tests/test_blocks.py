@@ -210,7 +210,7 @@ def test_bits_are_signs_and_distances_agree_with_them():
     quantizer = Tokenizer(config).quantizer
     features = torch.randn(2, 5, 3, 3, requires_grad=True)
     made = quantizer(features)
-    assert torch.equal(made.tokens, made.distances.argmin(-1))
+    assert torch.equal(made.tokens, made.distances[0].argmin(-1))
     assert torch.equal(made.features, features.sign())
     assert made.tokens[0, 0, 0] == sum(2**i for i in range(5) if features[0, i, 0, 0] > 0)
     made.features.sum().backward()

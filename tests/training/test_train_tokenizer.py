@@ -139,10 +139,25 @@ def test_settings_change_the_result(config, tmp_path, changes):
     assert not equal(weights(plain), weights(changed))
 
 
-def test_gumbel_trains(config, tmp_path):
-    model = replace(config.model, quantizer="gumbel")
-    path = train_tokenizer(replace(config, out=str(tmp_path / "run"), model=model))
-    assert hub.load_tokenizer(path).config.quantizer == "gumbel"
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gumbel", {}),
+        ("simvq", {}),
+        ("ibq", {}),
+        ("bsq", {"entropy_groups": 2}),
+        ("fsq", {"model": {"levels": (2, 4, 2, 3), "codebook_size": 48}}),
+    ],
+)
+def test_every_quantizer_trains(config, tmp_path, name, settings):
+    model = replace(config.model, quantizer=name, **settings.get("model", {}))
+    config = replace(config, out=str(tmp_path / "run"), model=model, revive_codes=False)
+    path = train_tokenizer(replace(config, entropy_groups=settings.get("entropy_groups", 1)))
+    assert hub.load_tokenizer(path).config == model
+    line = [line for line in logged(config.out) if "loss" in line][-1]
+    assert (line["commitment_loss"] > 0) == (name not in ("gumbel", "fsq"))
+    assert (line["codebook_loss"] > 0) == (name in ("simvq", "ibq"))
+    assert (line["entropy_loss"] != 0) == (name in ("ibq", "bsq"))
 
 
 def test_gumbel_noise_belongs_to_the_sample(config):
@@ -410,10 +425,11 @@ def stopping_at(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(loop.StopSignal, "agreed", lambda self: next(steps) == step)
 
 
-@pytest.mark.parametrize("changes", [{"quantizer": "vq"}, {"quantizer": "lfq"}])
+@pytest.mark.parametrize("changes", [{"quantizer": "vq"}, {"quantizer": "bsq"}])
 def test_a_cut_up_batch_gives_the_same_run_to_rounding(config, tmp_path, monkeypatch, changes):
     """In float64, as two processes are compared; an entropy of each part would part the runs at once."""
     config = replace(config, model=replace(config.model, **changes))
+    config = replace(config, entropy_groups=2 if changes["quantizer"] == "bsq" else 1)
     runs = [replace(config, out=str(tmp_path / str(parts)), accumulate=parts) for parts in (1, 4)]
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     before = torch.get_default_dtype()
@@ -433,6 +449,11 @@ def test_a_cut_up_batch_gives_the_same_run_to_rounding(config, tmp_path, monkeyp
         ({"accumulate": 2, "adaptive_weight": True}, "gradients of a whole batch"),
         ({"accumulate": 2, "model": TokenizerConfig(norm="BN")}, "statistics are those of a whole batch"),
         ({"freeze": "encoder"}, "name one in init_from"),
+        ({"entropy_groups": 2}, "for quantizers of bits, lfq and bsq, but the quantizer is vq"),
+        (
+            {"entropy_groups": 3, "model": TokenizerConfig(quantizer="bsq", embedding_dim=10)},
+            "must divide the 10 bits of a code, but is 3",
+        ),
         ({"freeze": "decoder", "init_from": "a"}, "none, encoder"),
     ],
 )

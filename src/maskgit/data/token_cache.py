@@ -2,6 +2,8 @@
 
     meta.json   plan.json   tokens-00000.npy …  uint16 (n, V, h, w)   labels.npy  int32 (N,)
 
+Tokens of more than 65,536 codes are uint32.
+
 Shapes: N images, S pixels a side, n images of a shard or batch, V views of each image, h × w the token grid.
 """
 
@@ -36,10 +38,8 @@ from maskgit.foundation.checks import check_choice, check_count, check_seed
 from maskgit.foundation.devices import upload
 from maskgit.foundation.files import expand, output_error, read_json, replacing
 from maskgit.foundation.notes import bar
-from maskgit.networks.config import MAX_GRID
+from maskgit.networks.config import MAX_CODES, MAX_GRID
 from maskgit.sampler.noise import uniform
-
-MAX_CODES = 2**16  # uint16 holds them
 
 PLAN = "plan.json"
 # What determines the tokens: two caches that agree in these hold the same tokens.
@@ -62,13 +62,18 @@ PLAN_KEYS = (
 CROPS = 67
 
 
+def token_type(num_codes: int) -> np.dtype:
+    """Return the type that tokens of so many codes are stored in: uint16 up to 65,536 of them, uint32 above."""
+    return np.dtype("<u2" if num_codes <= 2**16 else "<u4")
+
+
 @dataclass(frozen=True, eq=False)
 class TokenCache:
     """The tokens of a data set, of one or more crops of each image, opened for reading.
 
     Attributes:
         path: its folder.
-        shards: uint16 (n, V, h, w) each, memory-mapped; all but the last hold `shard_size` images.
+        shards: uint16 or uint32 (n, V, h, w) each, memory-mapped; all but the last hold `shard_size` images.
         labels: int32 (N,), each in [0, len(class_names)), memory-mapped.
         class_names: a name for each class.
         fingerprint: sha256 of the tokens, the labels and everything they were made from.
@@ -106,7 +111,7 @@ class TokenCache:
             # The labels first: the size of their file confirms the number of images.
             labels = map_labels(path / LABELS, count, names)
             shards = tuple(
-                map_array(path / shard_name(i), np.dtype("uint16"), (stop - start, views, grid, grid))
+                map_array(path / shard_name(i), token_type(codes), (stop - start, views, grid, grid))
                 for i, (start, stop) in enumerate(shard_bounds(count, size))
             )
             return cls(
@@ -153,12 +158,12 @@ class TokenCache:
             views: int (n,) in [0, V).
 
         Returns:
-            uint16 (n, h, w).
+            uint16 or uint32 (n, h, w).
 
         Raises:
             DataError: a token is not below `num_codes`.
         """
-        tokens = np.empty((len(indices), self.grid_size, self.grid_size), np.uint16)
+        tokens = np.empty((len(indices), self.grid_size, self.grid_size), self.shards[0].dtype)
         shards, places = np.divmod(indices, len(self.shards[0]))
         for shard in np.unique(shards):
             here = shards == shard
@@ -302,7 +307,8 @@ class _Shard:
             tokens = np.load(self.file, mmap_mode="r", allow_pickle=False)
         except (OSError, EOFError, ValueError):
             return None
-        whole = tokens.dtype == np.uint16 and tokens.shape == self.shape and tokens.max() < self.num_codes
+        same = tokens.dtype == token_type(self.num_codes) and tokens.shape == self.shape
+        whole = same and tokens.max() < self.num_codes
         return tokens if whole else None
 
 
@@ -338,7 +344,8 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
         free = shutil.disk_usage(out).free
     except OSError as error:
         raise output_error(out, error) from error
-    needed = 2 * plan["num_images"] * plan["num_views"] * plan["grid_size"] ** 2
+    grid = plan["num_views"] * plan["grid_size"] ** 2
+    needed = token_type(plan["num_codes"]).itemsize * plan["num_images"] * grid
     if needed > free:
         raise OutputError(
             f"{out} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there. "
@@ -356,8 +363,8 @@ def _encode_shard(
     batch_size: int,
     device: str | torch.device,
 ) -> np.ndarray:
-    """Return the tokens of a shard's images, uint16 (n, V, h, w)."""
-    tokens = np.empty(shard.shape, np.uint16)
+    """Return the tokens of a shard's images, uint16 or uint32 (n, V, h, w)."""
+    tokens = np.empty(shard.shape, token_type(shard.num_codes))
     make = VIEWS[plan["views"]].make
     for first in range(shard.start, shard.stop, batch_size):
         last = min(first + batch_size, shard.stop)

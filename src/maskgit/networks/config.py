@@ -1,6 +1,8 @@
 """The shapes of the networks, as typed descriptions validated when made."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +13,6 @@ ACTIVATIONS = ("swish", "relu")
 
 
 NORMS = ("GN", "LN", "BN")
-
-
-QUANTIZERS = ("vq", "gumbel", "lfq")
 
 
 BLOCKS = ("official", "pre_norm", "modern")
@@ -80,6 +79,8 @@ class TokenizerConfig(NetworkConfig):
         stem: sides of the blocks of pixels that are folded into channels before the first convolution and unfolded
             after the last, 1 for none.
 
+        levels: of quantizer fsq, the numbers that each dimension of a code is rounded to, such as (8, 5, 5, 5).
+
     Source: official configs/vqgan_config.py.
     """
 
@@ -102,6 +103,7 @@ class TokenizerConfig(NetworkConfig):
     latent_channels: int = 0
     symmetric_pixels: bool = False
     stem: int = 1
+    levels: tuple[int, ...] = ()
 
     def validate(self) -> None:
         check_range("filters", self.filters, 1, 4096)
@@ -113,17 +115,13 @@ class TokenizerConfig(NetworkConfig):
         check_range("codebook_size", self.codebook_size, 2, MAX_CODES)
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("norm", self.norm, NORMS)
-        check_choice("quantizer", self.quantizer, QUANTIZERS)
+        check_choice("quantizer", self.quantizer, QUANTIZER_CHECKS)
         check_choice("block", self.block, ("official", "taming"))
         check_range("decoder_res_blocks", self.decoder_res_blocks, 0, 16)
         check_range("latent_channels", self.latent_channels, 0, MAX_WIDTH)
-        if self.quantizer == "lfq" and 2**self.embedding_dim != self.codebook_size:
-            raise ConfigError(
-                f"A code of quantizer lfq is a bit a dimension: embedding_dim {self.embedding_dim} makes "
-                f"{2 ** min(self.embedding_dim, 63):,} codes, but codebook_size is {self.codebook_size:,}."
-            )
-        if self.quantizer == "lfq" and self.normalize_codes:
-            raise ConfigError("normalize_codes is for codebooks; quantizer lfq has none.")
+        if self.levels and self.quantizer != "fsq":
+            raise ConfigError(f"levels are for quantizer fsq, but the quantizer is {self.quantizer}.")
+        QUANTIZER_CHECKS[self.quantizer](self)
         for name, allowed in (("downsample_kernel", (3, 4)), ("stem", (1, 2, 4, 8))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {allowed}, but is {getattr(self, name)}.")
@@ -139,6 +137,53 @@ class TokenizerConfig(NetworkConfig):
     def middle_blocks(self) -> int:
         """Residual blocks in the middle of each network."""
         return 2 if self.block == "taming" else self.num_res_blocks
+
+
+def _check_codebook(config: TokenizerConfig) -> None:
+    """Raise nothing: a codebook can have any number of rows of any width."""
+
+
+def _check_unnormalized(config: TokenizerConfig) -> None:
+    if config.normalize_codes:
+        raise ConfigError(
+            f"normalize_codes is for quantizers vq, gumbel and ibq, but the quantizer is {config.quantizer}."
+        )
+
+
+def _check_bits(config: TokenizerConfig) -> None:
+    _check_unnormalized(config)
+    if 2**config.embedding_dim != config.codebook_size:
+        raise ConfigError(
+            f"A code of quantizer {config.quantizer} is a bit a dimension: embedding_dim {config.embedding_dim} makes "
+            f"{2 ** min(config.embedding_dim, 63):,} codes, but codebook_size is {config.codebook_size:,}."
+        )
+
+
+def _check_levels(config: TokenizerConfig) -> None:
+    _check_unnormalized(config)
+    levels = " × ".join(map(str, config.levels)) or "nothing"
+    for count in config.levels:
+        check_range("levels", count, 2, MAX_CODES)
+    if len(config.levels) != config.embedding_dim:
+        raise ConfigError(
+            f"levels must have a number for each dimension, {config.embedding_dim} (embedding_dim), but are {levels}."
+        )
+    if math.prod(config.levels) != config.codebook_size:
+        raise ConfigError(
+            f"levels {levels} make {math.prod(config.levels):,} codes, but codebook_size is {config.codebook_size:,}."
+        )
+
+
+# By the quantizer's name, what it asks of a config. `networks.quantizer.QUANTIZERS` has their classes.
+QUANTIZER_CHECKS: dict[str, Callable[[TokenizerConfig], None]] = {
+    "vq": _check_codebook,
+    "gumbel": _check_codebook,
+    "simvq": _check_unnormalized,
+    "ibq": _check_codebook,
+    "lfq": _check_bits,
+    "bsq": _check_bits,
+    "fsq": _check_levels,
+}
 
 
 @dataclass(frozen=True)

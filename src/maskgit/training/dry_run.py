@@ -23,7 +23,7 @@ from maskgit.training.objectives.perceptual import PerceptualLoss
 from maskgit.training.run.folder import check_run_folder
 from maskgit.training.run.progress import duration, peak_flops
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.tokenizer_parts import Reconstructor, flops_per_image, make_networks
+from maskgit.training.tokenizer_parts import flops_per_image, make_networks, make_reconstructor
 from maskgit.training.train_tokenizer import adversarial_losses, frozen, judge, reconstruction_losses
 from maskgit.training.train_transformer import flops_per_image as transformer_flops
 from maskgit.training.transformer_config import TransformerTrainingConfig
@@ -108,7 +108,7 @@ def _tokenizer_step_bytes(
         noise = None
         if config.model.quantizer == "gumbel":
             noise = torch.zeros(part, num_tokens * config.model.codebook_size)
-        made = Reconstructor(tokenizer, precision)(images, noise)
+        made = make_reconstructor(config, tokenizer, precision)(images, noise)
         logs = reconstruction_losses(config, images, made, perceptual, precision)
         loss = logs["reconstruction_loss"] + logs["quantizer_loss"]
         if config.adversarial_weight:

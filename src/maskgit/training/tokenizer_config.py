@@ -54,6 +54,8 @@ class TokenizerTrainingConfig(Config):
         perceptual_files: paths or URLs of its weights, where it needs them.
         perceptual_depth, perceptual_min_size: as `make_perceptual` takes them.
         commitment_weight, entropy_weight, entropy_kind, entropy_temperature: as `quantizer_loss` takes them.
+        entropy_groups: of quantizers lfq and bsq, the groups of bits whose codes the entropy loss counts, each group's by
+            themselves: with 18 bits in 2 groups it holds 2 · 2^9 numbers for each vector, in one group 2^18.
         adversarial_loss: a name in `losses.ADVERSARIAL_LOSSES`.
         adversarial_weight: of the adversarial loss; 0 switches it off.
         adversarial_start: the step from which on the discriminator is trained and heard.
@@ -116,6 +118,7 @@ class TokenizerTrainingConfig(Config):
     entropy_weight: float = 0.1
     entropy_kind: str = "softmax"
     entropy_temperature: float = 0.01
+    entropy_groups: int = 1
     adversarial_loss: str = "non-saturating"
     adversarial_weight: float = 0.1
     adversarial_start: int = 0
@@ -195,6 +198,15 @@ class TokenizerTrainingConfig(Config):
             self.check_image_size(self.image_size)
 
     def _validate_parts(self) -> None:
+        check_range("entropy_groups", self.entropy_groups, 1, self.model.embedding_dim)
+        if self.entropy_groups > 1 and self.model.quantizer not in ("lfq", "bsq"):
+            raise ConfigError(
+                f"entropy_groups is for quantizers of bits, lfq and bsq, but the quantizer is {self.model.quantizer}."
+            )
+        if self.model.embedding_dim % self.entropy_groups:
+            raise ConfigError(
+                f"entropy_groups must divide the {self.model.embedding_dim} bits of a code, but is {self.entropy_groups}."
+            )
         if self.accumulate > 1 and self.model.norm == "BN":
             raise ConfigError(
                 "accumulate must be 1 where model.norm is 'BN', whose statistics are those of a whole batch. Choose 'GN' "

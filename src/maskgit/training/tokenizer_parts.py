@@ -46,11 +46,14 @@ class Reconstructed(NamedTuple):
 class Reconstructor(nn.Module):
     """A tokenizer with the gradients that training needs, as one module that DDP can wrap."""
 
-    def __init__(self, tokenizer: Tokenizer, precision: torch.dtype, freeze: str = "none") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, precision: torch.dtype, freeze: str = "none", entropy_groups: int = 1
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.precision = precision
         self.freeze = freeze
+        self.entropy_groups = entropy_groups
 
     def features(self, images: Tensor) -> Tensor:
         """Encode: float (b, 3, S, S) in [0, 1] → float32 (b, D, h, w)."""
@@ -72,10 +75,18 @@ class Reconstructor(nn.Module):
                 noise = noise.view(len(features), *features.shape[2:], -1)
             quantized = quantizer(features, noise, tau)
         else:
-            quantized = quantizer(features)
+            quantized = quantizer(features, entropy_groups=self.entropy_groups)
         with autocast(images.device, self.precision):
             reconstruction = tokenizer.decoder(quantized.features)
         return Reconstructed(reconstruction.float(), features, quantized)
+
+
+def make_reconstructor(
+    config: TokenizerTrainingConfig, tokenizer: Tokenizer, precision: torch.dtype
+) -> Reconstructor:
+    """Return a run's tokenizer as it is trained."""
+    groups = config.entropy_groups if config.entropy_weight else 0
+    return Reconstructor(tokenizer, precision, config.freeze, groups)
 
 
 def make_networks(
@@ -117,7 +128,7 @@ def make_networks(
 @torch.no_grad()
 def mean_choice_of_parts(
     config: TokenizerTrainingConfig, reconstructor: Reconstructor, parts: Sequence[Tensor]
-) -> Tensor | None:
+) -> list[Tensor] | None:
     """Return how often a whole batch that is cut into parts chooses each code, as the entropy loss reads it.
 
     The mean choice's entropy is not a mean of the parts' entropies, so all of them are encoded beforehand.
@@ -128,20 +139,21 @@ def mean_choice_of_parts(
         parts: float32 (m, 3, S, S) each, in [0, 1].
 
     Returns:
-        float32 (K,), or None where there is one part or no entropy loss.
+        float32 (K,) for each group of distances, or None where there is one part or no entropy loss.
     """
-    if len(parts) == 1 or not config.entropy_weight or config.model.quantizer == "gumbel":
-        return None
     quantizer = reconstructor.tokenizer.quantizer
+    if len(parts) == 1 or not config.entropy_weight or "entropy" not in quantizer.losses:
+        return None
     means = [
-        mean_choice(
-            -quantizer(reconstructor.features(images)).distances,
-            config.entropy_kind,
-            config.entropy_temperature,
-        )
+        [
+            mean_choice(-distances, config.entropy_kind, config.entropy_temperature)
+            for distances in quantizer(
+                reconstructor.features(images), entropy_groups=config.entropy_groups
+            ).distances
+        ]
         for images in parts
     ]
-    return torch.stack(means).mean(0)
+    return [torch.stack(of_parts).mean(0) for of_parts in zip(*means, strict=True)]
 
 
 def step_rates(config: TokenizerTrainingConfig, step: int) -> dict[str, float]:
@@ -233,7 +245,7 @@ def flops_per_image(
             module(*inputs)
         return counter.get_total_flops()
 
-    total = 3.0 * forward(Reconstructor(tokenizer, torch.float32, config.freeze), image)
+    total = 3.0 * forward(make_reconstructor(config, tokenizer, torch.float32), image)
     # Both images forwards, and one of them backwards to its pixels alone.
     total += 1.5 * forward(perceptual, image, image)
     if adversarial and config.adversarial_weight:

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from maskgit.foundation.devices import copies_aside, upload
 from maskgit.hub import save_tokenizer
-from maskgit.networks.quantizer import VectorQuantizer
+from maskgit.networks.quantizer import QUANTIZERS, VectorQuantizer
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.training.distributed import Distributed, compile_blocks, gradient_sync, parallelize
 from maskgit.training.evaluation import evaluate_tokenizer, reconstruction_sheet
 from maskgit.training.inputs import open_images
 from maskgit.training.numerics import autocast, choose_precision, warnings_of_speed
 from maskgit.training.objectives.losses import (
-    QUANTIZER_LOSSES,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
     l1_loss,
     l2_loss,
+    quantizer_loss,
     r1_penalty,
 )
 from maskgit.training.objectives.perceptual import PerceptualLoss
@@ -52,10 +52,10 @@ from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.tokenizer_parts import (
     CodeUsage,
     Reconstructed,
-    Reconstructor,
     flops_per_image,
     gumbel_noise,
     make_networks,
+    make_reconstructor,
     mean_choice_of_parts,
     revive_codes,
     step_rates,
@@ -126,7 +126,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
     if config.compile:
         # The discriminator is not: R1 differentiates twice, which torch.compile cannot.
         compile_blocks((tokenizer.encoder, tokenizer.decoder))
-    alone = Reconstructor(tokenizer, precision, config.freeze)
+    alone = make_reconstructor(config, tokenizer, precision)
     reconstructor = parallelize(alone, distributed)
     parallel_discriminator = parallelize(discriminator, distributed)
     ema = EMA(tokenizer, config.ema_decay)
@@ -197,7 +197,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
                 discriminator_optimizer.zero_grad()
             parts = images.chunk(config.accumulate)
             sample_numbers = upload(batch.sample_numbers, device).chunk(config.accumulate)
-            whole_mean = mean_choice_of_parts(config, alone, parts)
+            whole_means = mean_choice_of_parts(config, alone, parts)
             of_parts: list[dict[str, Tensor]] = []
             features, tokens = [], []
             for i, (part, part_numbers) in enumerate(zip(parts, sample_numbers, strict=True)):
@@ -206,7 +206,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
                     # The tokenizer's loss
                     noise, tau = gumbel_noise(config, step, part_numbers, num_tokens)
                     made = reconstructor(part, noise, tau)
-                    logs = reconstruction_losses(config, part, made, perceptual, precision, whole_mean)
+                    logs = reconstruction_losses(config, part, made, perceptual, precision, whole_means)
                     if adversarial:
                         with frozen(discriminator), autocast(device, precision):
                             fake_logits = discriminator(made.images)
@@ -362,7 +362,7 @@ def reconstruction_losses(
     made: Reconstructed,
     perceptual: PerceptualLoss,
     precision: torch.dtype,
-    whole_mean: Tensor | None = None,
+    whole_means: list[Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the losses that need no discriminator, by name, weights included only in the sums.
 
@@ -372,19 +372,19 @@ def reconstruction_losses(
         made: what the tokenizer made of them.
         perceptual: the frozen network's loss.
         precision: what that network computes in.
-        whole_mean: as `entropy_loss` takes it.
+        whole_means: as `quantizer_loss` takes them.
 
     Returns:
         float32 () each: the parts, and two sums: `reconstruction_loss` and `quantizer_loss`.
     """
-    quantizer = QUANTIZER_LOSSES[config.model.quantizer](
-        made.features,
+    quantizer = quantizer_loss(
         made.quantized,
+        QUANTIZERS[config.model.quantizer].losses,
         commitment_weight=config.commitment_weight,
         entropy_weight=config.entropy_weight,
         entropy_kind=config.entropy_kind,
         entropy_temperature=config.entropy_temperature,
-        whole_mean=whole_mean,
+        whole_means=whole_means,
     )
     logs = {
         "l2_loss": l2_loss(images, made.images),

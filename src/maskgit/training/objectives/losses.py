@@ -4,8 +4,8 @@ Shapes: B batch, N positions, K codes, D embedding_dim, h × w the token grid.
 Source: official libml/losses.py and nets/vqgan_tokenizer.py.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -186,63 +186,49 @@ class QuantizerLosses(NamedTuple):
 
 
 def quantizer_loss(
-    features: Tensor,
     quantized: Quantized,
+    parts: Sequence[str] = ("commitment", "codebook", "entropy"),
     *,
     commitment_weight: float = 0.25,
     entropy_weight: float = 0.1,
     entropy_kind: str = "softmax",
     entropy_temperature: float = 0.01,
-    whole_mean: Tensor | None = None,
+    whole_means: Sequence[Tensor] | None = None,
 ) -> QuantizerLosses:
-    """Return the loss of the `vq` quantizer.
+    """Return the loss of a quantizer.
 
     Args:
-        features: float (B, D, h, w), the encoder's.
-        quantized: what the quantizer made of them.
-        commitment_weight: of the features' distance to their codes.
-        entropy_weight: of `entropy_loss`.
+        quantized: what it made of the encoder's features.
+        parts: its `losses`: "commitment", of features to their codes; "codebook", of codes to their features, with
+            weight 1; "index" in place of both, which weighs them the other way round and adds the features that were
+            made with gradients (IBQ, arXiv 2412.02692, §3.2); "entropy", `entropy_loss` summed over the groups of
+            `quantized.distances`. Of bits a vector's own entropy is that sum exactly, for its bits are
+            independent; that of the mean choice is at most the sum, and it exactly in one group (BSQ, eq. 14).
+        commitment_weight: of the commitment, or of the codes in "index".
+        entropy_weight: of the entropy loss.
         entropy_kind: as `entropy_loss` takes it.
         entropy_temperature: as `entropy_loss` takes it.
-        whole_mean: as `entropy_loss` takes it.
+        whole_means: as `entropy_loss` takes it, for each group.
 
-    Returns:
-        The losses; the codes' distance to their features has weight 1.
-
-    Source: official `VectorQuantizer`, e_latent_loss, q_latent_loss and entropy_loss.
+    Source: official `VectorQuantizer`, e_latent_loss, q_latent_loss and entropy_loss. The affinity 2 z·c that
+    MAGVIT-v2 has is the negative squared distance but for what all codes share, so that both have one softmax.
     """
-    features, codes = features.float(), quantized.codes.float()
-    commitment = l2_loss(codes.detach(), features) * commitment_weight
-    codebook = l2_loss(codes, features.detach())
-    entropy = torch.zeros_like(codebook)
-    if entropy_weight:
-        entropy = entropy_loss(-quantized.distances, entropy_kind, entropy_temperature, whole_mean)
+    inputs, codes = quantized.inputs.float(), quantized.codes.float()
+    zero = torch.zeros((), device=inputs.device)
+    commitment, codebook, entropy = zero, zero, zero
+    if "commitment" in parts:
+        commitment = l2_loss(codes.detach(), inputs) * commitment_weight
+    if "codebook" in parts:
+        codebook = l2_loss(codes, inputs.detach())
+    if "index" in parts:
+        commitment = l2_loss(quantized.features, inputs) + l2_loss(codes.detach(), inputs)
+        codebook = l2_loss(codes, inputs.detach()) * commitment_weight
+    if "entropy" in parts and entropy_weight:
+        means = whole_means or [None] * len(quantized.distances)
+        for distances, mean in zip(quantized.distances, means, strict=True):
+            entropy = entropy + entropy_loss(-distances, entropy_kind, entropy_temperature, mean)
         entropy = entropy * entropy_weight
     return QuantizerLosses(commitment + codebook + entropy, commitment, codebook, entropy)
-
-
-def no_quantizer_loss(features: Tensor, quantized: Quantized, **weights: object) -> QuantizerLosses:
-    """Return the loss of the `gumbel` quantizer, which is nothing.
-
-    Source: official `GumbelVQ`.
-    """
-    zero = torch.zeros((), device=features.device)
-    return QuantizerLosses(zero, zero, zero, zero)
-
-
-def lookup_free_loss(features: Tensor, quantized: Quantized, **settings: Any) -> QuantizerLosses:
-    """Return the loss of the `lfq` quantizer: `quantizer_loss` without the codebook's part, for there is none.
-
-    Source: MAGVIT-v2 (arXiv 2310.05737), §3.1. Its affinity 2 z·c of a vector and a code is the negative squared
-    distance but for what all codes share, so that both have one softmax.
-    """
-    made = quantizer_loss(features, quantized, **settings)
-    zero = torch.zeros_like(made.codebook)
-    return QuantizerLosses(made.commitment + made.entropy, made.commitment, zero, made.entropy)
-
-
-# By the quantizer's name.
-QUANTIZER_LOSSES = {"vq": quantizer_loss, "gumbel": no_quantizer_loss, "lfq": lookup_free_loss}
 
 
 def sequence_losses(logits: Tensor, labels: Tensor, weights: Tensor, label_smoothing: float = 0.0) -> Tensor:
