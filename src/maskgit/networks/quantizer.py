@@ -130,7 +130,7 @@ class VectorQuantizer(Quantizer):
 class GumbelQuantizer(VectorQuantizer):
     """A soft mixture of codes in training, the nearest code otherwise (`gumbel`)."""
 
-    losses = ()
+    losses: ClassVar[tuple[str, ...]] = ()
 
     def forward(
         self, features: Tensor, noise: Tensor | None = None, tau: float = 1.0, *, entropy_groups: int = 0
@@ -157,7 +157,7 @@ class GumbelQuantizer(VectorQuantizer):
 class SimVectorQuantizer(Quantizer):
     """The nearest row of a codebook that is fixed numbers times a learned matrix, so that all rows move (`simvq`)."""
 
-    losses = ("commitment", "codebook")
+    losses: ClassVar[tuple[str, ...]] = ("commitment", "codebook")
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__(config)
@@ -173,7 +173,7 @@ class SimVectorQuantizer(Quantizer):
 class IndexBackpropagationQuantizer(VectorQuantizer):
     """The row with the largest dot product; gradients flow as if the softmax of all products had chosen (`ibq`)."""
 
-    losses = ("index", "entropy")
+    losses: ClassVar[tuple[str, ...]] = ("index", "entropy")
 
     def distances(self, features: Tensor) -> Tensor:
         """Return the negative dot product with every code."""
@@ -193,7 +193,7 @@ class FiniteScalarQuantizer(Quantizer):
     Codes run from −1 to 1; a dimension with an even number of levels has one more of them below zero.
     """
 
-    losses = ()
+    losses: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__(config)
@@ -223,7 +223,7 @@ class FiniteScalarQuantizer(Quantizer):
 
     def tokens(self, features: Tensor) -> Tensor:
         digits = self.digits(self.inputs(features.float()))
-        return sum(digit * prod(self.levels[:i]) for i, digit in enumerate(digits))  # type: ignore[return-value]
+        return torch.stack([digit * prod(self.levels[:i]) for i, digit in enumerate(digits)]).sum(0)
 
     def embed(self, tokens: Tensor) -> Tensor:
         columns = enumerate(self.levels)
@@ -247,7 +247,7 @@ class FiniteScalarQuantizer(Quantizer):
 class LookupFreeQuantizer(FiniteScalarQuantizer):
     """Each dimension's sign is a bit of the code, the first the lowest, and ±1 is what the decoder reads (`lfq`)."""
 
-    losses = ("commitment", "entropy")
+    losses: ClassVar[tuple[str, ...]] = ("commitment", "entropy")
 
     def inputs(self, features: Tensor) -> Tensor:
         return features

@@ -224,7 +224,7 @@ def quantizer_loss(
         commitment = l2_loss(quantized.features, inputs) + l2_loss(codes.detach(), inputs)
         codebook = l2_loss(codes, inputs.detach()) * commitment_weight
     if "entropy" in parts and entropy_weight:
-        means = whole_means or [None] * len(quantized.distances)
+        means: Sequence[Tensor | None] = whole_means or [None] * len(quantized.distances)
         for distances, mean in zip(quantized.distances, means, strict=True):
             entropy = entropy + entropy_loss(-distances, entropy_kind, entropy_temperature, mean)
         entropy = entropy * entropy_weight
