@@ -14,8 +14,15 @@ from maskgit.errors import ConfigError
 from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.quantizer import VectorQuantizer
 from maskgit.training.objectives import discriminator
-from maskgit.training.objectives.discriminator import Discriminator, blur_downsample, num_filters
+from maskgit.training.objectives.discriminator import (
+    DISCRIMINATORS,
+    Discriminator,
+    PatchDiscriminator,
+    blur_downsample,
+    num_filters,
+)
 from maskgit.training.objectives.losses import (
+    LeCam,
     adaptive_weight,
     discriminator_loss,
     entropy_loss,
@@ -201,13 +208,14 @@ def test_blur_is_binomial():
     torch.testing.assert_close(blur_downsample(x)[0, 0], line[:, None] * line)
 
 
-@pytest.mark.parametrize("size", [4, 6, 8, 20, 36, 64, 96, 192, 1024])
-@pytest.mark.parametrize("blur", [True, False])
-def test_discriminator_sizes(size, blur):
-    network = Discriminator(size, max_filters=4, blur_resample=blur)
+@pytest.mark.parametrize("size", [4, 5, 6, 8, 20, 36, 64, 96, 192, 1024])
+@pytest.mark.parametrize(("kind", "blur"), [("stylegan", True), ("stylegan", False), ("patchgan", False)])
+def test_discriminator_sizes(size, kind, blur):
+    network = DISCRIMINATORS[kind](size, max_filters=4, blur_resample=blur)
     images = torch.rand(2, 3, size, size, requires_grad=True)
     logits = network(images)
-    assert logits.shape == (2, 1)
+    assert logits.shape[:2] == (2, 1)
+    assert logits.ndim == (2 if kind == "stylegan" else 4)
     (gradient,) = torch.autograd.grad(logits.sum(), images)
     assert (gradient != 0).any(dim=1).all(), "every pixel is looked at"
 
@@ -220,6 +228,33 @@ def test_a_size_between_two_powers_has_the_layers_of_the_larger():
     assert widths(192) == widths(256)
     assert Discriminator(96).dense1.in_features == 512 * 3 * 3
     assert Discriminator(384, max_filters=8).dense1.in_features == 8 * 3 * 3
+
+
+def test_patches_of_70_pixels_are_judged_one_by_one():
+    torch.manual_seed(0)
+    network = PatchDiscriminator(96, max_filters=4)
+    # Normalization looks at whole images; without it a logit sees its patch alone.
+    network.layers = torch.nn.Sequential(
+        *(m for m in network.layers if not isinstance(m, torch.nn.GroupNorm))
+    )
+    images = torch.rand(1, 3, 96, 96, requires_grad=True)
+    logits = network(images)
+    assert logits.shape == (1, 1, 10, 10)
+    (gradient,) = torch.autograd.grad(logits[0, 0, 5, 5], images)
+    rows = gradient.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert int(rows[-1] - rows[0]) + 1 == 70
+
+
+def test_lecam_pulls_logits_to_the_other_sides_mean():
+    lecam = LeCam(decay=0.5)
+    real, fake = torch.tensor([[2.0], [4.0]]), torch.tensor([[-1.0], [1.0]])
+    first = lecam(real, fake)  # The means are 1.5 and 0 after it.
+    assert lecam.means.tolist() == [1.5, 0.0]
+    assert first == pytest.approx((2**2 + 4**2) / 2 + (2.5**2 + 0.5**2) / 2)
+    lecam(real, fake)
+    assert lecam.means.tolist() == [2.25, 0.0]
+    near = torch.tensor([[-3.0]]), torch.tensor([[7.0]])
+    assert LeCam(decay=1.0)(*near) == 0, "only the side that runs away is pulled"
 
 
 def test_discriminator_does_not_see_memory_order():

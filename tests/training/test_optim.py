@@ -9,12 +9,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maskgit.errors import CheckpointError, ConfigError
+from maskgit.networks.config import TransformerConfig
+from maskgit.networks.transformer import Transformer
 from maskgit.training.optim import (
     EMA,
     clip_gradients,
     learning_rate,
     make_adam,
     parameter_groups,
+    set_learning_rate,
+    transformer_optimizers,
     warm_decay,
 )
 
@@ -51,6 +55,29 @@ def test_weight_decay_is_on_matrices_alone():
     assert {p.ndim for p in decayed["params"]} == {2, 4}
     assert {p.ndim for p in others["params"]} == {1}
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_muon_moves_the_matrices_of_the_layers_alone():
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        16, 3, 4, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, block="modern", dropout=0.0
+    )
+    network = Transformer(config)
+    adamw, muon = transformer_optimizers(network, "muon", weight_decay=0.0, betas=(0.9, 0.96))
+    set_learning_rate([adamw, muon], 0.01)
+    matrices = {id(p) for n, p in network.named_parameters() if n.startswith("layers.") and p.ndim == 2}
+    assert {id(p) for group in muon.param_groups for p in group["params"]} == matrices
+    others = [p for group in adamw.param_groups for p in group["params"]]
+    assert {id(p) for p in others} == {id(p) for p in network.parameters()} - matrices
+    weight = network.layers[0].attention.out.weight
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight)
+    muon.step()
+    # All directions move alike, and in the mean as far as AdamW's 0.2 of the learning rate (arXiv 2502.16982, eq. 4).
+    moves = torch.linalg.svdvals((before - weight).detach())
+    assert moves.max() / moves.min() < 3
+    assert (before - weight).detach().square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
+    assert len(transformer_optimizers(network, "adamw", weight_decay=0.0, betas=(0.9, 0.96))) == 1
 
 
 def test_clipping():

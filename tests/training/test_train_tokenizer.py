@@ -125,6 +125,8 @@ def test_resuming_is_exact(config, tmp_path, monkeypatch, workers):
     [
         {"adaptive_weight": True},
         {"adversarial_loss": "hinge", "blur_resample": False},
+        {"discriminator": "patchgan", "adversarial_loss": "hinge"},
+        {"lecam_weight": 0.1},
         {"entropy_kind": "argmax", "l1_weight": 1.0},
         {"adversarial_weight": 0.0, "max_gradient_norm": 0.1, "lr_schedule": "cosine"},
         {"revive_codes": False},
@@ -137,6 +139,12 @@ def test_settings_change_the_result(config, tmp_path, changes):
     plain = train_tokenizer(replace(config, out=str(tmp_path / "plain")))
     changed = train_tokenizer(replace(config, out=str(tmp_path / "changed"), **changes))
     assert not equal(weights(plain), weights(changed))
+
+
+def test_blocks_computed_anew_give_the_same_run(config, tmp_path):
+    plain = train_tokenizer(replace(config, out=str(tmp_path / "plain")))
+    anew = train_tokenizer(replace(config, out=str(tmp_path / "anew"), gradient_checkpointing=True))
+    assert equal(weights(plain), weights(anew))
 
 
 @pytest.mark.parametrize(
@@ -447,6 +455,9 @@ def test_a_cut_up_batch_gives_the_same_run_to_rounding(config, tmp_path, monkeyp
     [
         ({"accumulate": 3}, "multiple of the 1 processes times accumulate"),
         ({"accumulate": 2, "adaptive_weight": True}, "gradients of a whole batch"),
+        ({"accumulate": 2, "lecam_weight": 0.1}, "follows the logits of whole batches"),
+        ({"compile": True, "gradient_checkpointing": True}, "exclude each other"),
+        ({"discriminator": "unet"}, "stylegan, patchgan"),
         ({"accumulate": 2, "model": TokenizerConfig(norm="BN")}, "statistics are those of a whole batch"),
         ({"freeze": "encoder"}, "name one in init_from"),
         ({"entropy_groups": 2}, "for quantizers of bits, lfq and bsq, but the quantizer is vq"),

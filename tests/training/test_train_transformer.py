@@ -25,7 +25,7 @@ from maskgit.sampler.config import SamplerConfig
 from maskgit.training import numerics
 from maskgit.training import train_transformer as module
 from maskgit.training.distributed import Distributed
-from maskgit.training.dry_run import dry_run_transformer
+from maskgit.training.dry_run import dry_run_transformer, transformer_step_bytes
 from maskgit.training.evaluation import RatioLosses, warn_of_samples
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import completed
@@ -139,9 +139,9 @@ def interrupt_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(module.UpdateGate, "check", interrupting)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, num_workers):
-    config = replace(config, num_workers=num_workers)
+@pytest.mark.parametrize("changes", [{}, {"num_workers": 2}, {"optimizer": "muon"}])
+def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, changes):
+    config = replace(config, **changes)
     straight = replace(config, out=str(tmp_path / "straight"))
     train_transformer(straight)
     with monkeypatch.context() as patch:
@@ -152,6 +152,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, num_wo
     assert Checkpoints(config.out).committed()[-1].step == 4
     train_transformer(config)
     assert_same_run(straight, config)
+
+
+def test_layers_computed_anew_give_the_same_run_with_dropout(config, tmp_path):
+    anew = replace(config, out=str(tmp_path / "anew"), gradient_checkpointing=True)
+    for run in (config, anew):
+        train_transformer(run)
+    assert_same_run(config, anew)
+    assert transformer_step_bytes(anew, 8, torch.float32) < transformer_step_bytes(config, 8, torch.float32)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
 from maskgit.errors import ConfigError
 from maskgit.foundation.compiled import Compiled
@@ -133,6 +135,18 @@ def compile_blocks(blocks: Iterable[nn.Module], **options: Any) -> None:
     """
     for block in blocks:
         block.forward = Compiled(block.forward, **options)
+
+
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Let each block of a network forget what it computed inside, and compute it anew in the backward pass.
+
+    A step then takes about a third longer, and keeps a block's input and output alone (arXiv 1604.06174).
+
+    Args:
+        blocks: changed in place; those that are compiled must be so before.
+    """
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def parallelize(

@@ -15,10 +15,10 @@ from maskgit.foundation.devices import choose_device, shapes_only
 from maskgit.foundation.files import expand
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
+from maskgit.training.distributed import checkpoint_blocks
 from maskgit.training.inputs import open_images, open_tokens
 from maskgit.training.numerics import attention, autocast, choose_precision
-from maskgit.training.objectives.discriminator import Discriminator
-from maskgit.training.objectives.losses import sequence_losses
+from maskgit.training.objectives.losses import LeCam, sequence_losses
 from maskgit.training.objectives.perceptual import PerceptualLoss
 from maskgit.training.run.folder import check_run_folder
 from maskgit.training.run.progress import duration, peak_flops
@@ -61,7 +61,7 @@ def dry_run_tokenizer(config: TokenizerTrainingConfig, world: int = 1) -> str:
         for on, share in ((True, adversarial), (False, 1 - adversarial))
     )
     seconds = images * flops / peak_flops(device, precision) / world
-    activations = _tokenizer_step_bytes(config, networks, size, part, precision)
+    activations = tokenizer_step_bytes(config, networks, size, part, precision)
     side = size // config.model.patch_size
     return "\n".join(
         (
@@ -89,9 +89,9 @@ def passes(num_read: int, num_images: int | None) -> str:
     return f"{num_read / num_images:.1f} times through the data"
 
 
-def _tokenizer_step_bytes(
+def tokenizer_step_bytes(
     config: TokenizerTrainingConfig,
-    networks: tuple[Tokenizer, Discriminator, PerceptualLoss],
+    networks: tuple[Tokenizer, nn.Module, PerceptualLoss],
     size: int,
     part: int,
     precision: torch.dtype,
@@ -119,7 +119,7 @@ def _tokenizer_step_bytes(
         loss.backward()
         if config.adversarial_weight:
             # Step 0 is one with the R1 penalty.
-            judged = judge(config, discriminator, images, made.images.detach(), 0, precision)
+            judged = judge(config, discriminator, LeCam(), images, made.images.detach(), 0, precision)
             judged["discriminator_total_loss"].backward()
 
     return step_bytes(networks, step)
@@ -146,7 +146,7 @@ def dry_run_transformer(config: TransformerTrainingConfig, world: int = 1) -> st
     shards = world if config.fsdp else 1
     # Weights, both averages of AdamW and the EMA, float32.
     fixed = 4 * 4 * parameters / shards
-    activations = _transformer_step_bytes(config, part, precision)
+    activations = transformer_step_bytes(config, part, precision)
     images = config.steps * config.batch_size
     flops = transformer_flops(config.model)
     seconds = images * flops / peak_flops(device, precision) / world
@@ -164,12 +164,14 @@ def dry_run_transformer(config: TransformerTrainingConfig, world: int = 1) -> st
     )
 
 
-def _transformer_step_bytes(config: TransformerTrainingConfig, part: int, precision: torch.dtype) -> int:
+def transformer_step_bytes(config: TransformerTrainingConfig, part: int, precision: torch.dtype) -> int:
     """Return the bytes that a step takes for a part of a batch, beside weights and optimizer, gradients included."""
     model = config.model
     with shapes_only():
         transformer = Transformer(model)
     transformer.to_empty(device="cpu")
+    if config.gradient_checkpointing:
+        checkpoint_blocks(transformer.layers)
 
     def step() -> None:
         tokens = torch.zeros(part, model.num_tokens, dtype=torch.int64)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from maskgit.errors import CheckpointError
 from maskgit.foundation.checks import check_choice
 from maskgit.foundation.devices import copies_aside
+from maskgit.networks.transformer import Transformer
 
 # What remains of the peak at some progress in [0, 1] after the warm-up, before the final decay.
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -72,28 +73,67 @@ def learning_rate(
     return rate * min(1.0, max(0, total_steps - step) / decay) if decay else rate
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give all parameter groups of an optimizer one learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+    """Give all parameter groups of some optimizers one learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, but: Iterable[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """Return a model's parameters for an optimizer, with weight decay on matrices alone.
 
     Args:
         model: its trainable parameters are taken, shared ones once.
         weight_decay: for parameters of two dimensions or more; biases and norms get none.
+        but: parameters that are left out.
 
     Returns:
         Two groups (or one, if the other is empty), in the order of `model.named_parameters`.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    others = {id(p) for p in but}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+OPTIMIZERS = ("adamw", "muon")
+
+
+def transformer_optimizers(
+    transformer: Transformer, name: str, *, weight_decay: float, betas: tuple[float, ...]
+) -> list[torch.optim.Optimizer]:
+    """Return a transformer's optimizers: AdamW alone, or Muon for the matrices of the layers and AdamW for the rest.
+
+    Args:
+        transformer: on its device.
+        name: a name in `OPTIMIZERS`.
+        weight_decay: of matrices.
+        betas: AdamW's.
+
+    Source: Muon is torch's, whose updates are scaled to be as large as AdamW's, so that one learning rate serves both
+    (arXiv 2502.16982, §2.2).
+    """
+    check_choice("optimizer", name, OPTIMIZERS)
+    matrices = [p for p in transformer.layers.parameters() if p.ndim == 2] if name == "muon" else []
+    device = transformer.token_embedding.weight.device
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            parameter_groups(transformer, weight_decay, matrices),
+            lr=0.0,
+            betas=(betas[0], betas[1]),
+            fused=device.type == "cpu" or copies_aside(device),
+        )
+    ]
+    if matrices:
+        muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        made.append(muon)
+    return made
 
 
 def make_adam(parameters: Iterable[nn.Parameter], betas: tuple[float, ...]) -> torch.optim.Adam:

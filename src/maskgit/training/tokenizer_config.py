@@ -8,7 +8,7 @@ from maskgit.evaluation.networks.features import BUNDLED_NETS
 from maskgit.foundation.checks import Config, check_choice, check_range
 from maskgit.networks.config import TokenizerConfig
 from maskgit.training.numerics import PRECISIONS
-from maskgit.training.objectives.discriminator import check_discriminator_size
+from maskgit.training.objectives.discriminator import DISCRIMINATORS, check_discriminator_size
 from maskgit.training.objectives.losses import ADVERSARIAL_LOSSES, ENTROPY_KINDS
 from maskgit.training.objectives.perceptual import PERCEPTUAL
 from maskgit.training.optim import LR_SCHEDULES
@@ -59,6 +59,9 @@ class TokenizerTrainingConfig(Config):
         adversarial_loss: a name in `losses.ADVERSARIAL_LOSSES`.
         adversarial_weight: of the adversarial loss; 0 switches it off.
         adversarial_start: the step from which on the discriminator is trained and heard.
+        discriminator: a name in `discriminator.DISCRIMINATORS`: "stylegan", the official one, which judges an image as a
+            whole, or "patchgan", which judges patches, usually with "hinge" (arXiv 1611.07004, 2012.09841).
+        lecam_weight: of LeCam's regularization of the discriminator; 0 switches it off.
         adaptive_weight: whether `adversarial_weight` is multiplied by VQGAN's adaptive weight.
         r1_cost: of the R1 penalty.
         r1_every: steps from one R1 penalty to the next; each is multiplied by their number.
@@ -70,6 +73,8 @@ class TokenizerTrainingConfig(Config):
         device: "auto", "cpu", "cuda" or the like.
         precision: what networks compute in: "auto", "float32" or "bfloat16".
         compile: whether `torch.compile` builds the encoder and the decoder.
+        gradient_checkpointing: whether residual blocks are computed anew in the backward pass, for less memory and more
+            time.
         log_every, evaluate_every, checkpoint_every: in steps.
         num_test_images: how many are evaluated, spread over the classes; None takes all.
         feature_net: a name in `features.BUNDLED_NETS` for the Fréchet distance of reconstructions, or None.
@@ -122,6 +127,8 @@ class TokenizerTrainingConfig(Config):
     adversarial_loss: str = "non-saturating"
     adversarial_weight: float = 0.1
     adversarial_start: int = 0
+    discriminator: str = "stylegan"
+    lecam_weight: float = 0.0
     adaptive_weight: bool = False
     r1_cost: float = 10.0
     r1_every: int = 16
@@ -137,6 +144,7 @@ class TokenizerTrainingConfig(Config):
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
+    gradient_checkpointing: bool = False
     log_every: int = 50
     evaluate_every: int = 10_000
     num_test_images: int | None = None
@@ -156,7 +164,7 @@ class TokenizerTrainingConfig(Config):
             check_range(name, getattr(self, name), 0, 2**40)
         for name in (
             "l2_weight", "l1_weight", "perceptual_weight", "commitment_weight", "entropy_weight",
-            "adversarial_weight", "r1_cost",
+            "adversarial_weight", "lecam_weight", "r1_cost",
         ):  # fmt: skip
             check_range(name, getattr(self, name), 0, 1e6)
         check_range("batch_size", self.batch_size, 1, 2**24)
@@ -217,6 +225,15 @@ class TokenizerTrainingConfig(Config):
                 "accumulate must be 1 where adaptive_weight is true, which compares gradients of a whole batch. Set it "
                 "to false, or choose a smaller batch_size."
             )
+        if self.compile and self.gradient_checkpointing:
+            raise ConfigError(
+                "compile and gradient_checkpointing exclude each other for tokenizers: choose one."
+            )
+        if self.accumulate > 1 and self.lecam_weight:
+            raise ConfigError(
+                "accumulate must be 1 where lecam_weight is not 0, which follows the logits of whole batches. Set it to 0, "
+                "or choose a smaller batch_size."
+            )
         if self.freeze != "none" and self.init_from is None:
             raise ConfigError(
                 f"freeze is {self.freeze!r}, which keeps parts of a trained tokenizer: name one in init_from."
@@ -224,6 +241,7 @@ class TokenizerTrainingConfig(Config):
 
     def _validate_names(self) -> None:
         check_choice("freeze", self.freeze, FREEZE)
+        check_choice("discriminator", self.discriminator, DISCRIMINATORS)
         check_choice("augment", self.augment, AUGMENTATIONS)
         check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_choice("tracker", self.tracker, TRACKERS)

@@ -19,10 +19,10 @@ from maskgit.evaluation.metrics import codebook_usage, perplexity
 from maskgit.networks.quantizer import GumbelQuantizer, Quantized
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.sampler.noise import gumbel, uniform
-from maskgit.training.distributed import Distributed
+from maskgit.training.distributed import Distributed, checkpoint_blocks
 from maskgit.training.fine_tuning import start_tokenizer_from
 from maskgit.training.numerics import autocast
-from maskgit.training.objectives.discriminator import Discriminator
+from maskgit.training.objectives.discriminator import DISCRIMINATORS
 from maskgit.training.objectives.losses import mean_choice
 from maskgit.training.objectives.perceptual import PerceptualLoss, make_perceptual
 from maskgit.training.optim import LR_SCHEDULES, final_decay, learning_rate
@@ -91,7 +91,7 @@ def make_reconstructor(
 
 def make_networks(
     config: TokenizerTrainingConfig, size: int, device: torch.device
-) -> tuple[Tokenizer, Discriminator, PerceptualLoss]:
+) -> tuple[Tokenizer, nn.Module, PerceptualLoss]:
     """Return a run's three networks on a device, with first weights of `init_from` or drawn from the seed.
 
     Raises:
@@ -105,12 +105,14 @@ def make_networks(
         if config.freeze == "encoder":
             tokenizer.encoder.requires_grad_(False)
             tokenizer.quantizer.requires_grad_(False)
-        discriminator = Discriminator(
+        discriminator = DISCRIMINATORS[config.discriminator](
             size if config.adversarial_weight else 8,
             config.discriminator_multiplier,
             config.blur_resample,
             config.discriminator_filters,
         )
+        if config.gradient_checkpointing:
+            checkpoint_blocks((*tokenizer.encoder.blocks, *tokenizer.decoder.blocks))
     perceptual = make_perceptual(
         config.perceptual if config.perceptual_weight else "none",
         weights=config.perceptual_files or None,
@@ -227,7 +229,7 @@ def gumbel_tau(config: TokenizerTrainingConfig, step: int) -> float:
 def flops_per_image(
     config: TokenizerTrainingConfig,
     tokenizer: Tokenizer,
-    discriminator: Discriminator,
+    discriminator: nn.Module,
     perceptual: PerceptualLoss,
     size: int,
     *,

@@ -25,6 +25,7 @@ from maskgit.training.evaluation import evaluate_tokenizer, reconstruction_sheet
 from maskgit.training.inputs import open_images
 from maskgit.training.numerics import autocast, choose_precision, warnings_of_speed
 from maskgit.training.objectives.losses import (
+    LeCam,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
@@ -73,7 +74,7 @@ CHANGEABLE = (
     "steps", "learning_rate", "discriminator_learning_rate", "lr_schedule", "warmup_steps", "decay_steps",
     "schedule_steps", "max_gradient_norm", "ema_decay", "extra_ema_decays", "precision", "l2_weight", "l1_weight",
     "perceptual_weight", "commitment_weight", "entropy_weight", "entropy_temperature", "adversarial_start",
-    "adaptive_weight", "r1_cost", "r1_every", "tau_max", "tau_min", "tau_warmup_steps", "tau_decay_steps",
+    "adaptive_weight", "lecam_weight", "r1_cost", "r1_every", "tau_max", "tau_min", "tau_warmup_steps", "tau_decay_steps",
     "revive_codes", "accumulate", "compile",
 )  # fmt: skip
 
@@ -159,7 +160,9 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
         "usage": usage,
         "step": 0,
     }
+    lecam = LeCam().to(device)
     state |= {"watch": watch} | ({"extra_emas": extra_emas} if extra_emas else {})
+    state |= {"lecam": lecam} if config.lecam_weight else {}
     latest = checkpoints.latest()
     start = int(checkpoints.load(latest, state, newer=("extra_emas", "watch"))["step"]) if latest else 0
 
@@ -188,8 +191,8 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
             images = images.contiguous(memory_format=torch.channels_last)
             adversarial = config.adversarial_weight > 0 and step >= config.adversarial_start
             rates = step_rates(config, step)
-            set_learning_rate(optimizer, rates["learning_rate"])
-            set_learning_rate(discriminator_optimizer, rates["discriminator_learning_rate"])
+            set_learning_rate([optimizer], rates["learning_rate"])
+            set_learning_rate([discriminator_optimizer], rates["discriminator_learning_rate"])
 
             # Both networks' losses, of one part of the batch after the other
             optimizer.zero_grad()
@@ -221,7 +224,7 @@ def _train(config: TokenizerTrainingConfig, distributed: Distributed, change: bo
                     # The discriminator's loss, on the same reconstructions and before either network moves
                     if adversarial:
                         judged = judge(
-                            config, parallel_discriminator, part, made.images.detach(), step, precision
+                            config, parallel_discriminator, lecam, part, made.images.detach(), step, precision
                         )
                         (judged["discriminator_total_loss"] / len(parts)).backward()
                         logs |= judged
@@ -418,6 +421,7 @@ def adversarial_losses(
 def judge(
     config: TokenizerTrainingConfig,
     discriminator: nn.Module,
+    lecam: LeCam,
     images: Tensor,
     reconstructions: Tensor,
     step: int,
@@ -428,6 +432,7 @@ def judge(
     Args:
         config: the run.
         discriminator: the network, as DDP wrapped it.
+        lecam: its regularization, which follows its logits.
         images: float32 (b, 3, S, S) in [0, 1].
         reconstructions: the same, without gradient.
         step: the present one; every `r1_every`-th has the R1 penalty, that many times.
@@ -448,10 +453,14 @@ def judge(
     with autocast(images.device, precision):
         fake_logits = discriminator(reconstructions)
     loss = discriminator_loss(real_logits, fake_logits, config.adversarial_loss)
+    total = loss + penalty * config.r1_every
+    if config.lecam_weight:
+        logs["lecam_loss"] = lecam(real_logits.float(), fake_logits.float())
+        total = total + config.lecam_weight * logs["lecam_loss"]
     return {
         **logs,
         "discriminator_loss": loss,
-        "discriminator_total_loss": loss + penalty * config.r1_every,
+        "discriminator_total_loss": total,
         "real_logit": real_logits.float().mean(),
         "fake_logit": fake_logits.float().mean(),
     }

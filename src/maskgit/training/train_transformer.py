@@ -24,7 +24,13 @@ from maskgit.networks.config import TransformerConfig
 from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.pipeline import MaskGIT
-from maskgit.training.distributed import Distributed, compile_blocks, gradient_sync, parallelize
+from maskgit.training.distributed import (
+    Distributed,
+    checkpoint_blocks,
+    compile_blocks,
+    gradient_sync,
+    parallelize,
+)
 from maskgit.training.evaluation import (
     RatioLosses,
     evaluate_loss,
@@ -36,7 +42,13 @@ from maskgit.training.inputs import TokenInputs, open_tokens
 from maskgit.training.numerics import attention, autocast, choose_precision, seed_step, warnings_of_speed
 from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.objectives.masking import draw_masks, hide_labels
-from maskgit.training.optim import EMA, clip_gradients, learning_rate, parameter_groups, set_learning_rate
+from maskgit.training.optim import (
+    EMA,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+    transformer_optimizers,
+)
 from maskgit.training.run.card import save_card, telling
 from maskgit.training.run.checkpoint import Checkpoints, ModelAndOptimizer
 from maskgit.training.run.folder import held_run, setup_run
@@ -69,7 +81,7 @@ DIVERGED_LOSS = 1.0
 CHANGEABLE = (
     "steps", "learning_rate", "lr_schedule", "warmup_steps", "decay_steps", "schedule_steps", "weight_decay",
     "max_gradient_norm", "ema_decay", "extra_ema_decays", "precision", "label_smoothing", "label_dropout",
-    "compute_loss_for_all", "mask_schedule", "accumulate", "compile",
+    "compute_loss_for_all", "mask_schedule", "accumulate", "compile", "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -123,15 +135,16 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
     transformer.to(device)
     if config.compile:
         compile_blocks(transformer.layers)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(transformer.layers)
     network = parallelize(transformer, distributed, fsdp=config.fsdp, blocks=transformer.layers)
     ema = EMA(transformer, config.ema_decay)
     extra_emas = {str(decay): EMA(transformer, decay) for decay in config.extra_ema_decays}
 
     # Optimizer
-    betas = (config.betas[0], config.betas[1])
-    groups = parameter_groups(transformer, config.weight_decay)
-    fused = device.type == "cpu" or copies_aside(device)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
+    optimizers = transformer_optimizers(
+        transformer, config.optimizer, weight_decay=config.weight_decay, betas=config.betas
+    )
     max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
 
     # Checkpoints
@@ -149,7 +162,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
         keep_best=config.keep_best,
         asynchronous=config.async_checkpoints,
     )
-    state = {"transformer": ModelAndOptimizer(transformer, optimizer), "ema": ema, "step": 0}
+    state = {"transformer": ModelAndOptimizer(transformer, *optimizers), "ema": ema, "step": 0}
     state |= {"watch": watch} | ({"extra_emas": extra_emas} if extra_emas else {})
     latest = checkpoints.latest()
     start = int(checkpoints.load(latest, state, newer=("extra_emas", "watch"))["step"]) if latest else 0
@@ -172,7 +185,8 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
     throughput = Throughput(config.batch_size, flops, peak)
     mean_loss = RunningMean()
     ratio_losses = RatioLosses(device)
-    gate = UpdateGate(device, optimizer, watch=watch)
+    # Muon cannot be told to stand still; the gate stops the run before what it spoils is kept.
+    gate = UpdateGate(device, optimizers[0], watch=watch)
     transformer.train()
     pin = copies_aside(device)
     with StopSignal(distributed) as stop, closing(inputs.train.from_step(start, pin=pin)) as batches:
@@ -189,11 +203,12 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
                 decay_steps=config.decay_steps,
                 schedule_steps=config.schedule_steps,
             )
-            set_learning_rate(optimizer, rate)
+            set_learning_rate(optimizers, rate)
             seed_step(config.seed, step, distributed.rank)
 
             # The loss
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss = torch.zeros((), device=device)
             uploaded = (upload(tensor, device).chunk(config.accumulate) for tensor in batch)
             parts = list(zip(*uploaded, strict=True))
@@ -227,7 +242,8 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
             logs = {"loss": distributed.mean(loss), "gradient_norm": norm}
             gate.check(step, logs)
             mean_loss.update(logs["loss"])
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             for held in (ema, *extra_emas.values()):
                 held.update(transformer, step)
             throughput.step()

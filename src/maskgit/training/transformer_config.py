@@ -9,7 +9,7 @@ from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.schedules import check_mask_schedule
 from maskgit.training.fine_tuning import INIT_CLASSES
 from maskgit.training.numerics import PRECISIONS
-from maskgit.training.optim import LR_SCHEDULES
+from maskgit.training.optim import LR_SCHEDULES, OPTIMIZERS
 from maskgit.training.run.progress import TRACKERS
 from maskgit.training.stream_config import TokenStreamConfig
 
@@ -37,6 +37,7 @@ class TransformerTrainingConfig(Config):
         label_smoothing: the share of the target that is spread over all codes.
         label_dropout: the share of samples whose class is masked; above 0 the model can be guided.
         compute_loss_for_all: whether tokens that were not masked count in the loss too.
+        optimizer: "adamw", or "muon" for the matrices of the layers beside AdamW for all else, at the same learning rate.
         learning_rate: its peak.
         lr_schedule: a name in `optim.LR_SCHEDULES`.
         warmup_steps: of the learning rate.
@@ -51,6 +52,7 @@ class TransformerTrainingConfig(Config):
         device: "auto", "cpu", "cuda" or the like.
         precision: what the network computes in: "auto", "float32" or "bfloat16".
         compile: whether `torch.compile` builds the layers.
+        gradient_checkpointing: whether layers are computed anew in the backward pass, for less memory and more time.
         fsdp: whether weights, gradients and optimizer state are sharded over the processes (FSDP2).
         log_every, evaluate_every, sample_every, checkpoint_every: in steps.
         num_samples: images that are sampled to look at.
@@ -83,6 +85,7 @@ class TransformerTrainingConfig(Config):
     label_smoothing: float = 0.1
     label_dropout: float = 0.1
     compute_loss_for_all: bool = False
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     lr_schedule: str = "constant"
     decay_steps: int | None = None
@@ -96,6 +99,7 @@ class TransformerTrainingConfig(Config):
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
+    gradient_checkpointing: bool = False
     fsdp: bool = False
     log_every: int = 50
     evaluate_every: int = 5000
@@ -144,6 +148,11 @@ class TransformerTrainingConfig(Config):
             )
         check_mask_schedule(self.mask_schedule)
         check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "muon" and self.fsdp:
+            raise ConfigError(
+                'fsdp shards matrices that Muon needs whole: choose optimizer = "adamw", or fsdp = false.'
+            )
         check_choice("tracker", self.tracker, TRACKERS)
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
         check_choice("init_classes", self.init_classes, INIT_CLASSES)

@@ -1,7 +1,7 @@
-"""The StyleGAN discriminator that judges reconstructions.
+"""The discriminators that judge reconstructions: StyleGAN's, which is the official one, and PatchGAN's.
 
 Shapes: B batch, C channels, S × S pixels.
-Source: official nets/discriminator.py.
+Source: official nets/discriminator.py; Isola et al. (arXiv 1611.07004), §3.2.2, as VQGAN has it.
 """
 
 import functools
@@ -134,3 +134,54 @@ class Discriminator(nn.Module):
         # Contiguous first: the order of a channels-last tensor's memory must not reach the dense layer.
         x = F.leaky_relu(self.dense1(x.contiguous().flatten(1)), 0.2)
         return self.dense2(x)
+
+
+class PatchDiscriminator(nn.Module):
+    """Images to logits of overlapping patches: float (B, 3, S, S) in [0, 1] → (B, 1, s, s).
+
+    Differs: GroupNorm in place of BatchNorm, so that a logit depends on its own image alone, as R1 needs it.
+    """
+
+    def __init__(
+        self, image_size: int, channel_multiplier: int = 1, blur_resample: bool = True, max_filters: int = 512
+    ) -> None:
+        """Make the network with fresh weights: patches of 70 pixels, or fewer halvings where images are small.
+
+        Args:
+            image_size: S ≥ 4.
+            channel_multiplier: scales the filters, 64 in the first layer.
+            blur_resample: of no effect; convolutions of stride 2 halve.
+            max_filters: a bound on the filters of every layer.
+
+        Raises:
+            ConfigError: a setting is out of range.
+        """
+        super().__init__()
+        check_discriminator_size(image_size)
+        channel_multiplier = check_count("channel_multiplier", channel_multiplier, 1, 64)
+        max_filters = check_count("max_filters", max_filters, 1, 65_536)
+        # The last two convolutions take a pixel off each.
+        halvings = next(n for n in (3, 2, 1, 0) if image_size >> n >= 3)
+        widths = [min(64 * channel_multiplier * 2**i, max_filters) for i in range(halvings + 1)]
+        layers: list[nn.Module] = []
+        for i, (before, width) in enumerate(zip([3, *widths], widths, strict=False)):
+            layers.append(nn.Conv2d(before, width, 4, stride=2 if i < halvings else 1, padding=1))
+            if i:
+                layers.append(nn.GroupNorm(math.gcd(32, width), width))
+            layers.append(nn.LeakyReLU(0.2))
+        layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.layers = nn.Sequential(*layers)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+DISCRIMINATORS: dict[str, type[Discriminator] | type[PatchDiscriminator]] = {
+    "stylegan": Discriminator,
+    "patchgan": PatchDiscriminator,
+}

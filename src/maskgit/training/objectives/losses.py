@@ -53,8 +53,8 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "no
     """Return what the discriminator minimizes.
 
     Args:
-        real_logits: float (B, 1), of images.
-        fake_logits: float (B, 1), of reconstructions.
+        real_logits: float (B, …), of images.
+        fake_logits: float (B, …), of reconstructions.
         kind: a name in `ADVERSARIAL_LOSSES`.
 
     Returns:
@@ -94,15 +94,42 @@ def r1_penalty(discriminator: nn.Module, images: Tensor, cost: float = 10.0) -> 
 
     Returns:
         penalty: float32 (), cost · mean over the batch of ‖∂logit / ∂image‖².
-        logits: float (B, 1), of the same images.
+        logits: float (B, …), of the same images; the penalty is of each image's mean.
 
     Source: official `r1_gradient_penalty`; Mescheder et al., Which Training Methods for GANs do actually
     Converge? (ICML 2018), eq. 9, whose factor 1/2 the official code leaves out.
     """
     images = images.detach().requires_grad_()
     logits = discriminator(images)
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    (gradient,) = torch.autograd.grad(logits.flatten(1).mean(1).sum(), images, create_graph=True)
     return gradient.float().square().sum(dim=(1, 2, 3)).mean() * cost, logits
+
+
+class LeCam(nn.Module):
+    """Keeps a discriminator's logits of each side from running away from the other side's running mean.
+
+    relu(D(real) − mean of fake)² + relu(mean of real − D(fake))²: Tseng et al., Regularizing Generative Adversarial
+    Networks under Limited Data (arXiv 2104.03310), eq. 4, with the one-sided distances of its authors' code.
+
+    Attributes:
+        means: float32 (2,), of the logits of images and of reconstructions; they start at 0.
+        decay: the share of them that a step keeps.
+    """
+
+    means: Tensor
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("means", torch.zeros(2))
+
+    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Follow the logits, float32 (B, …) of all processes, and return the loss, float32 ()."""
+        new = torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()])
+        # Not in place: an evaluation or a dry run may hold the former one.
+        self.means = self.means.lerp(mean_over_processes(new), 1 - self.decay)
+        real, fake = self.means
+        return F.relu(real_logits - fake).square().mean() + F.relu(real - fake_logits).square().mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

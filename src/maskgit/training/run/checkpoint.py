@@ -44,24 +44,25 @@ class Committed(NamedTuple):
 
 
 class ModelAndOptimizer:
-    """A network with its optimizer as one `Stateful`, named by parameter, sharded or not."""
+    """A network with its optimizers as one `Stateful`, named by parameter, sharded or not."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = optimizers
 
     def state_dict(self) -> dict[str, Any]:
         """Return both states; an optimizer that has not stepped yet gets its zeros first."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizers)
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set both states; what the config or the present device says of the optimizer stays."""
-        for group, saved in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True):
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, saved in zip(groups, state["optimizer"]["param_groups"], strict=True):
             saved |= {name: group[name] for name in ("fused", "foreach", "weight_decay") if name in group}
         set_state_dict(
             self.model,
-            self.optimizer,
+            self.optimizers,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
