@@ -9,14 +9,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit import MaskGIT, hub
+from maskgit.apps.serving.handlers import detokenize
+from maskgit.apps.serving.schemas import Detokenize
 from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
 from maskgit.convert import save_official
 from maskgit.diffusers import MaskGITPipeline
-from maskgit.errors import ConfigError
+from maskgit.engine.linear import ways
+from maskgit.errors import ConfigError, RegionError
+from maskgit.export import PARTS
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer, _turned, _turns
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.results import Draw
+from maskgit.sampler.policies import POLICIES
 from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.objectives.masking import draw_masks
 from maskgit.training.train_transformer import attention, flops_per_image
@@ -275,6 +280,61 @@ def test_they_learn(kind):
         losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(math.log(vocabulary.num_codes), abs=0.7)
     assert losses[-1] < 0.05
+
+
+def test_all_codes_of_a_grouped_model_are_scored_and_decoded():
+    model = model_of("groups")
+    tokens = torch.arange(16).view(1, 4, 4)
+    found = model.log_likelihood(tokens, [1], folds=16 * 2)
+    # Each group by itself, from all others, is a fold of its own: the pseudo-likelihood as it is written.
+    sequence = model.vocabulary.sequence(torch.tensor([1]), tokens)
+    expected = 0.0
+    for place in range(1, 33):
+        read = sequence.clone()
+        read[0, place] = model.vocabulary.mask
+        expected += float(model.predict_logits(read)[0, place].log_softmax(-1)[sequence[0, place]])
+    assert float(found) == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(RegionError, match="image codes from 0 to 15"):
+        model.log_likelihood(tokens + 1, [1])
+    made = detokenize(model, Detokenize(tokens=tokens[0].tolist()), None)
+    assert torch.equal(made.images, model.decode_tokens(tokens))
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_every_policy_decodes_groups(policy):
+    model = model_of("groups", policy=policy)
+    tokens = model.generate([0, 1], seed=1).tokens
+    assert tokens.shape == (2, 4, 4)
+    assert torch.equal(model.generate([0, 1], seed=1, batch_size=1).tokens, tokens)
+
+
+@pytest.mark.parametrize("kind", ["rotary adaln", "groups"])
+def test_modern_layers_are_traced_whole(kind):
+    model = model_of(kind)
+    sequence = model.vocabulary.sequence(torch.tensor([0, 1]))
+    expected = model.predict_logits(sequence)
+    traced = torch.compile(model.transformer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(traced(sequence, codes=model.vocabulary.num_codes), expected, atol=1e-5)
+    for part in (PARTS["transformer"](model), PARTS["decoder"](model), PARTS["encoder"](model)):
+        example = part.example(2)
+        program = torch.export.export(part, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        other = part.example(3)
+        assert part.difference(other, program.module()(other)).error < 1e-4
+    # Tracing leaves nothing behind in what is kept.
+    assert torch.equal(model.predict_logits(sequence), expected)
+
+
+@pytest.mark.parametrize("kind", ["rotary adaln", "groups"])
+def test_int8_layers_serve_modern_blocks(kind):
+    if "int8" not in ways(torch.float32):
+        pytest.skip("this build of torch has no int8 products")
+    model = model_of(kind)
+    sequence = model.vocabulary.sequence(torch.tensor([0, 1]))
+    expected = model.predict_logits(sequence)[:, 1:]
+    found = model.optimize("int8").predict_logits(sequence)[:, 1:]
+    assert not torch.equal(found, expected)
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 def test_a_callback_of_diffusers_is_refused_where_codes_are_drawn_in_parts():

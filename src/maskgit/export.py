@@ -89,7 +89,7 @@ class PredictLogits(Part):
     def example(self, batch: int) -> Tensor:
         numbers, side = _numbers(), self.vocabulary.grid_size
         labels = torch.arange(batch) % self.vocabulary.num_classes
-        tokens = torch.randint(self.vocabulary.num_codes, (batch, side, side), generator=numbers)
+        tokens = torch.randint(self.vocabulary.image_codes, (batch, side, side), generator=numbers)
         masks = torch.rand(batch, side, side, generator=numbers) < 0.5
         return self.vocabulary.sequence(labels, tokens, masks)
 
@@ -110,7 +110,7 @@ class DecodeTokens(Part):
 
     def example(self, batch: int) -> Tensor:
         shape = (batch, self.vocabulary.grid_size, self.vocabulary.grid_size)
-        return torch.randint(self.vocabulary.num_codes, shape, generator=_numbers())
+        return torch.randint(self.vocabulary.image_codes, shape, generator=_numbers())
 
 
 class EncodeImages(Part):
@@ -365,6 +365,7 @@ def _describe(pipe: MaskGIT, format: str) -> dict[str, Any]:
         **(made_for if format == "aoti" else {}),
         "vocabulary": {
             "num_codes": vocabulary.num_codes,
+            **({"groups": vocabulary.groups} if vocabulary.groups > 1 else {}),
             "num_classes": vocabulary.num_classes,
             "grid_size": vocabulary.grid_size,
             "mask": vocabulary.mask,

@@ -219,8 +219,8 @@ def _known(model: Model, tokens: Tensor, token_mask: Tensor | None) -> tuple[Ten
             f"tokens must be int64 of shape (B, {grid[0]}, {grid[1]}), but are {tokens.dtype} of "
             f"{tuple(tokens.shape)}."
         )
-    if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocabulary.num_codes:
-        raise RegionError(f"tokens must be image codes from 0 to {model.vocabulary.num_codes - 1}.")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocabulary.image_codes:
+        raise RegionError(f"tokens must be image codes from 0 to {model.vocabulary.image_codes - 1}.")
     shapes = (grid, (len(tokens), *grid))
     if token_mask is not None and (token_mask.shape not in shapes or token_mask.dtype != torch.bool):
         raise RegionError(

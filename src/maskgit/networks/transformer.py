@@ -352,7 +352,7 @@ class Transformer(nn.Module):
         if config.positions == "learned":
             x = x + self.position_embedding.weight
         if config.registers:
-            x = torch.cat([x, self.register_embedding.weight.expand(len(x), -1, -1)], dim=1)
+            x = torch.cat([x, self.register_embedding.weight.expand(x.shape[0], -1, -1)], dim=1)
         if config.block != "modern":
             x = self.embedding_norm(x)
         return F.dropout(x, config.dropout, self.training)

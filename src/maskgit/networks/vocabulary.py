@@ -56,6 +56,11 @@ class Vocabulary:
         return self.num_codes + self.predict_mask
 
     @property
+    def image_codes(self) -> int:
+        """Codes of an image's token: those of all its groups together."""
+        return self.num_codes**self.groups
+
+    @property
     def size(self) -> int:
         """Rows of the embedding."""
         return self.num_codes + self.num_classes + 1

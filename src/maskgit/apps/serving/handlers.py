@@ -116,7 +116,7 @@ def detokenize(model: MaskGIT, body: schemas.Detokenize, told: Callback | None) 
         raise RegionError(f"tokens must be {side} rows of {side} numbers for this model.")
     for row in body.tokens:
         for token in row:
-            check_count("tokens", token, 0, model.vocabulary.num_codes - 1)
+            check_count("tokens", token, 0, model.vocabulary.image_codes - 1)
     tokens = torch.tensor([body.tokens])
     return Output(model.decode_tokens(tokens), tokens)
 
