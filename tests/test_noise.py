@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from maskgit.errors import ConfigError
-from maskgit.sampler.noise import ImageNoise, gumbel, philox, uniform
+from maskgit.sampler.noise import ImageNoise, gumbel, philox, seed_words, uniform
 
 
 @pytest.mark.parametrize(
@@ -76,3 +76,16 @@ def test_keys_and_counters_broadcast():
     for row in range(3):
         alone = philox((torch.arange(4), 1, 2, 3), (row, 7))
         assert all(torch.equal(many[row], one) for many, one in zip(words, alone, strict=True))
+
+
+@pytest.mark.parametrize("codes", [16, 17, 18, 19])
+def test_noise_of_some_places_is_that_of_all(codes):
+    step, wanted = (
+        torch.tensor([[3], [0]]),
+        torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.4,
+    )
+    of_batch = ImageNoise(5, torch.tensor([0, 2**40]), 9, codes)
+    assert torch.equal(of_batch.tokens_at(step, wanted), of_batch.tokens(step)[wanted])
+    of_words = ImageNoise.of_words(seed_words([5, 2**63]), torch.tensor([0, 7]), 9, codes)
+    assert torch.equal(of_words.tokens_at(step, wanted), of_words.tokens(step)[wanted])
+    assert of_batch.tokens_at(step, torch.zeros_like(wanted)).shape == (0, codes)

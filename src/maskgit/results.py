@@ -53,6 +53,15 @@ class Draw:
         object.__setattr__(self, "first_index", check_count("first_index", self.first_index, 0, 2**62))
         object.__setattr__(self, "batch_size", check_count("batch_size", self.batch_size, 1, 65_536))
 
+    @property
+    def drafts(self) -> bool:
+        """Whether anyone reads the tokens that a step masks again: a trace, or a callback that does not deny it.
+
+        A callback denies it by an attribute `reads_tokens` that is False.
+        """
+        told = self.callback is not None and getattr(self.callback, "reads_tokens", True)
+        return self.return_steps or told
+
     def announce(self, num_calls: int) -> None:
         """Tell a callback that asks for it, by a method `expect`, how many calls more will come at most."""
         expect = getattr(self.callback, "expect", None)

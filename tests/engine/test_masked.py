@@ -149,3 +149,22 @@ def test_a_policy_that_reads_known_tokens_gets_their_logits(bundled, reads, monk
     monkeypatch.setitem(POLICIES, "reader", Reader)
     bundled.optimize(**float32).generate("frog", seed=1, steps=8, policy="reader")
     assert seen[-1] == (0 if reads else 1)
+
+
+@pytest.mark.parametrize("policy", ["halton", "random"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_an_order_known_in_advance_spares_what_is_masked_again(bundled, policy, guidance_scale):
+    """The image is the one of a call whose callback reads the tokens of every step."""
+    settings = {"seed": 3, "steps": 6, "policy": policy, "guidance_scale": guidance_scale}
+    fast, read = bundled.optimize("exact"), []
+    scored: list[int] = []
+    fast.local_transformer.head.register_forward_pre_hook(
+        lambda module, args: scored.append(args[0].shape[1])
+    )
+    spared = fast.generate([2, 7], **settings)
+    assert len(scored) == 6
+    assert max(scored) < 32  # Of 64 positions.
+    told = fast.generate([2, 7], callback=lambda *step: read.append(step[2]), **settings)
+    assert torch.equal(spared.tokens, told.tokens)
+    assert torch.equal(spared.tokens, bundled.generate([2, 7], **settings).tokens)
+    assert all(bool((tokens < 512).all()) for tokens in read)

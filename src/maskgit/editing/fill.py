@@ -81,7 +81,7 @@ def fill_batches(
         noise = ImageNoise(draw.seed, indices, batch.shape[1], model.vocabulary.num_logits)
         part = None if switch is None else (switch[0], upload(switch[1][rows], model.device))
         history = []
-        for made in _steps(model, batch, config, noise, start_step, part, known=known):
+        for made in _steps(model, batch, config, noise, start_step, part, known=known, drafts=draw.drafts):
             grid = model.vocabulary.grid(made.tokens)
             if draw.return_steps:
                 history.append(_record(model, made))
@@ -107,10 +107,11 @@ def _steps(
     switch: tuple[int, Tensor] | None,
     *,
     known: bool,
+    drafts: bool,
 ) -> Iterator[Decoded]:
     """Give the steps of decoding; from the step of the switch on, the class tokens are others.
 
-    The logits of known tokens are there only if `known` says so.
+    The logits of known tokens are there only if `known` says so, and tokens that are masked again if `drafts` does.
     """
     options: dict[str, Any] = {
         "mask_token": model.vocabulary.mask,
@@ -118,6 +119,7 @@ def _steps(
         "start_step": start_step,
         "step_function": model.decode_step,
         "groups": model.vocabulary.groups,
+        "drafts": drafts,
     }
     state = None
     if switch is not None:

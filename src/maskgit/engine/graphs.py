@@ -90,10 +90,11 @@ class GraphedSteps:
         guides: bool,
         last: bool = False,
         groups: int = 1,
+        drafts: bool = True,
     ) -> Made:
         """See `sampler.decode_step`; noise of another kind than `ImageNoise` is not captured."""
         options: dict[str, Any] = {"policy": policy, "mask_token": mask_token, "guides": guides, "last": last}
-        options["groups"] = groups
+        options |= {"groups": groups, "drafts": drafts}
         if not isinstance(noise, ImageNoise):
             return decode_step(predict_logits, sequence, free, memory, numbers, noise=noise, **options)
         if memory is None:

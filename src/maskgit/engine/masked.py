@@ -61,18 +61,35 @@ class MaskedPredictor:
     @torch.no_grad()
     def __call__(self, sequence: Tensor) -> Tensor:
         """Return the logits of the image codes: int64 (B, S) → float (B, S, K)."""
-        masked = sequence == self.mask_token
-        masked[:, 0] = False
+        masked = self._masked(sequence)
         least, most = torch.stack(masked.sum(1).aminmax()).tolist()
         if least == sequence.shape[1] - 1:
             return self._predict_first(sequence, masked)
         if most > LARGEST_SHARE * sequence.shape[1]:
             return self._predict_all(sequence, masked)
+        return self._predict_some(sequence, masked, masked, most)
+
+    @torch.no_grad()
+    def at(self, sequence: Tensor, *, wanted: Tensor) -> Tensor:
+        """Return the logits of the tokens that are asked for, bool (B, S); those of others may be 0."""
+        masked, most = self._masked(sequence), int(wanted.sum(1).max())
+        if most > LARGEST_SHARE * sequence.shape[1]:
+            return self._predict_all(sequence, masked)
+        return self._predict_some(sequence, masked, wanted, most)
+
+    def _masked(self, sequence: Tensor) -> Tensor:
+        masked = sequence == self.mask_token
+        masked[:, 0] = False
+        return masked
+
+    def _predict_some(self, sequence: Tensor, masked: Tensor, wanted: Tensor, most: int) -> Tensor:
+        """Return the logits where bool (B, S) says, at most so many in a row; others are 0."""
         # At least one, as nothing is to be empty.
-        positions = masked.byte().argsort(dim=1, descending=True, stable=True)[:, : max(1, most)]
+        positions = wanted.byte().argsort(dim=1, descending=True, stable=True)[:, : max(1, most)]
         if self._splits_layers:
             return self._last_layer(self._inner_layers(sequence, masked), positions)
-        made = self.local(sequence, positions=positions, codes=self.codes)
+        # The weights of the layers are packed for whole sequences, those of the head for any number of rows.
+        made = self.local.score(*self.transformer.features(sequence), positions=positions, codes=self.codes)
         at = torch.arange(len(sequence), device=sequence.device)[:, None], positions
         return made.new_zeros(*sequence.shape, self.codes).index_put_(at, made)
 

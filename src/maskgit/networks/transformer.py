@@ -311,9 +311,15 @@ class Transformer(nn.Module):
 
         Source: official `Transformer` and `MlmLayer`.
         """
+        return self.score(*self.features(sequence), positions=positions, codes=codes)
+
+    def features(self, sequence: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what the head reads: of each place of the sequence but groups' (B, 1 + M, E), and the class.
+
+        Args:
+            sequence: int64 (B, N + 1).
+        """
         config = self.config
-        if codes is None:
-            codes = config.num_logits if config.owns_classes else config.vocab_size
         x, context = self.embed(sequence), self.context(sequence)
         for layer in self.layers:
             x = layer(x, *context)
@@ -323,7 +329,20 @@ class Transformer(nn.Module):
             x = x[:, : -config.registers]
         if config.conditioning == "adaln":
             x = F.pad(x, (0, 0, 1, 0))
-        condition = context[0] if context else None
+        return x, context[0] if context else None
+
+    def score(
+        self,
+        x: Tensor,
+        condition: Tensor | None,
+        *,
+        positions: Tensor | None = None,
+        codes: int | None = None,
+    ) -> Tensor:
+        """Return the logits of `features`; see `forward`."""
+        config = self.config
+        if codes is None:
+            codes = config.num_logits if config.owns_classes else config.vocab_size
         if config.groups == 1:
             if positions is not None:
                 x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))

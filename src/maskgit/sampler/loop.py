@@ -5,6 +5,7 @@ Source: paper §3.2; official libml/parallel_decode.py.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +16,7 @@ from maskgit.foundation.checks import check_whole
 from maskgit.foundation.devices import Landing
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.guidance import PredictLogits, guided
-from maskgit.sampler.noise import Noise
+from maskgit.sampler.noise import ImageNoise, Noise
 from maskgit.sampler.plans import Numbers, plan_steps
 from maskgit.sampler.policies import Memory, Policy, Start, Step, make_policy
 
@@ -76,7 +77,17 @@ class StepFunction(Protocol):
         guides: bool,
         last: bool = False,
         groups: int = 1,
+        drafts: bool = True,
     ) -> Made: ...
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """A prediction that can leave out what no one reads."""
+
+    def at(self, sequence: Tensor, *, wanted: Tensor) -> Tensor:
+        """Return logits, int64 (B, S) → float (B, S, K), of which those where bool (B, S) is False may be 0."""
+        ...
 
 
 @runtime_checkable
@@ -176,6 +187,7 @@ def decode_steps(
     state: State | None = None,
     step_function: StepFunction | None = None,
     groups: int = 1,
+    drafts: bool = True,
 ) -> Iterator[Decoded]:
     """Give each step of decoding as it is made; see `decode` for what is not said here.
 
@@ -186,6 +198,7 @@ def decode_steps(
         state: where a former decoding stood, to go on from with the same arguments; the sequence is then not
             read.
         step_function: what makes a step, in place of `decode_step`.
+        drafts: whether the tokens that a step masks again are read; see `decode_step`.
 
     Returns:
         An iterator over the steps.
@@ -209,6 +222,7 @@ def decode_steps(
         state or State(-1, sequence, free_tokens(sequence, mask_token), ()),
         step_function or decode_step,
         groups,
+        drafts,
     )
     return _until_done(steps) if policy.adapts else steps
 
@@ -238,6 +252,7 @@ def _decode_steps(
     state: State,
     step_function: StepFunction,
     groups: int,
+    drafts: bool,
 ) -> Iterator[Decoded]:
     first, sequence, free, memory = state
     plan = plan_steps(config, sequence.shape[1] - 1, remasks=policy.remasks, device=sequence.device)
@@ -257,6 +272,7 @@ def _decode_steps(
             guides=plan.guides(number),
             last=last,
             groups=groups,
+            drafts=drafts,
         )
         sequence, memory = made.sequence, made.memory
         yield Decoded(
@@ -283,6 +299,7 @@ def decode_step(
     guides: bool,
     last: bool = False,
     groups: int = 1,
+    drafts: bool = True,
 ) -> Made:
     """Make one step of decoding, in which every row follows its own plan.
 
@@ -300,43 +317,75 @@ def decode_step(
         guides: whether any row's guidance scale is another than 1; if not, the scales are not read.
         last: whether every row is at its last step, so that nothing needs to be chosen.
         groups: tokens of each position of the image; read where memory is None.
+        drafts: whether the tokens that are masked again are read, as callbacks do; without them they may stay masked in
+            `tokens`, and their logits 0.
 
     Returns:
         `Made`; a row at its last step masks nothing again.
     """
-    predict = guided(predict_logits, mask_token, numbers.guidance_scale) if guides else predict_logits
     unknown = (sequence == mask_token) & free
+    drawn = free if policy.redraws else unknown
+    # A policy of a fixed order is asked first, and what it masks again is not predicted.
+    early = policy.orders and not drafts
+    again = torch.zeros_like(free)
+    predict = guided(predict_logits, mask_token, numbers.guidance_scale) if guides else predict_logits
+
+    def choose(logits: Tensor, tokens: Tensor) -> None:
+        nonlocal again, memory
+        if memory is None:
+            memory = begin(policy, free, logits.shape[-1], noise, groups)
+        if last:
+            return
+        again, memory = policy.choose(
+            Step(
+                number_B1=numbers.number,
+                steps_B1=numbers.steps,
+                logits_BSK=logits,
+                tokens_BS=tokens,
+                unknown_BS=unknown,
+                free_BS=free,
+                num_masked_B1=numbers.num_masked,
+                ratio_before_B1=numbers.ratio_before,
+                ratio_after_B1=numbers.ratio_after,
+                temperature_B1=numbers.temperature,
+                choice_temperature_B1=numbers.choice_temperature,
+                mask_token=mask_token,
+                predict=predict,
+                gumbel=lambda: noise.choice(numbers.drawn),
+                uniform=lambda stream: noise.uniform(numbers.drawn, stream),
+            ),
+            memory,
+        )
+        again = again & (numbers.number < numbers.steps - 1)
+
+    if early:
+        choose(sequence.new_empty(*sequence.shape, 0, dtype=torch.float32), sequence)
+        drawn = drawn & ~again
+        if isinstance(predict_logits, Selective):
+            wanted = partial(predict_logits.at, wanted=torch.cat([drawn, drawn]) if guides else drawn)
+            predict = guided(wanted, mask_token, numbers.guidance_scale) if guides else wanted
     logits = predict(sequence)
-    # argmax(logits + τ·Gumbel) samples from softmax(logits / τ), and needs no division at τ = 0.
     heat = policy.token_temperature(numbers.temperature, numbers.choice_temperature)
-    sampled = (logits + heat[..., None] * noise.tokens(numbers.drawn)).argmax(-1)
-    tokens = torch.where(free if policy.redraws else unknown, sampled, sequence)
-    if memory is None:
-        memory = begin(policy, free, logits.shape[-1], noise, groups)
-    if last:
-        return Made(logits, tokens, unknown, torch.zeros_like(free), tokens, memory)
-    again, memory = policy.choose(
-        Step(
-            number_B1=numbers.number,
-            steps_B1=numbers.steps,
-            logits_BSK=logits,
-            tokens_BS=tokens,
-            unknown_BS=unknown,
-            free_BS=free,
-            num_masked_B1=numbers.num_masked,
-            ratio_before_B1=numbers.ratio_before,
-            ratio_after_B1=numbers.ratio_after,
-            temperature_B1=numbers.temperature,
-            choice_temperature_B1=numbers.choice_temperature,
-            mask_token=mask_token,
-            predict=predict,
-            gumbel=lambda: noise.choice(numbers.drawn),
-            uniform=lambda stream: noise.uniform(numbers.drawn, stream),
-        ),
-        memory,
-    )
-    again = again & (numbers.number < numbers.steps - 1)
+    tokens = _sampled(logits, sequence, drawn, heat, noise, numbers.drawn)
+    if not early:
+        choose(logits, tokens)
+    assert memory is not None, "begun"
     return Made(logits, tokens, unknown, again, tokens.masked_fill(again, mask_token), memory)
+
+
+def _sampled(
+    logits: Tensor, sequence: Tensor, drawn: Tensor, heat_B1: Tensor, noise: Noise, step_B1: Tensor
+) -> Tensor:
+    """Return the sequence with new tokens where bool (B, S) says."""
+    # argmax(logits + τ·Gumbel) samples from softmax(logits / τ), and needs no division at τ = 0.
+    if sequence.device.type == "cpu" and isinstance(noise, ImageNoise):
+        # The noise of thousands of codes takes as long as a small network: on a CPU only what is read is drawn.
+        heat = heat_B1.expand_as(sequence)[drawn][:, None]
+        tokens = sequence.clone()
+        tokens[drawn] = (logits[drawn] + heat * noise.tokens_at(step_B1, drawn)).argmax(-1)
+        return tokens
+    sampled = (logits + heat_B1[..., None] * noise.tokens(step_B1)).argmax(-1)
+    return torch.where(drawn, sampled, sequence)
 
 
 def begin(policy: Policy, free: Tensor, num_codes: int, noise: Noise, groups: int = 1) -> Memory:

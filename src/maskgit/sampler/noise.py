@@ -85,7 +85,14 @@ def _halves(seed: int) -> tuple[int, int]:
     return seed & MASK32, seed >> 32
 
 
-def uniform(seed: int | Tensor, indices: Tensor, step: int | Tensor, stream: int, count: int) -> Tensor:
+def uniform(
+    seed: int | Tensor,
+    indices: Tensor,
+    step: int | Tensor,
+    stream: int,
+    count: int,
+    first_block: int | Tensor = 0,
+) -> Tensor:
     """Return uniform numbers for some images.
 
     Args:
@@ -94,6 +101,7 @@ def uniform(seed: int | Tensor, indices: Tensor, step: int | Tensor, stream: int
         step: in [0, 2²⁴), or one for each image, int64 (B, 1).
         stream: the purpose, in [0, 256).
         count: numbers for each image.
+        first_block: the block of four numbers to begin at, or one for each image, int64 (B, 1).
 
     Returns:
         float32 (B, count), in the open interval (0, 1), multiples of 2⁻²⁴.
@@ -107,7 +115,7 @@ def uniform(seed: int | Tensor, indices: Tensor, step: int | Tensor, stream: int
     piece = max(1, math.ceil(blocks / max(1, pieces)))
     made = []
     for start in range(0, blocks, piece):
-        block = torch.arange(start, min(start + piece, blocks), device=device)[None]
+        block = torch.arange(start, min(start + piece, blocks), device=device)[None] + first_block
         # 23 bits and a half: the largest number float32 can still tell from 1.
         words = [(word >> 9).float() for word in philox((block, where, low, high), key)]
         made.append(torch.stack(words, dim=-1).add_(0.5).mul_(2.0**-23))
@@ -166,6 +174,16 @@ class ImageNoise:
     def tokens(self, step: int | Tensor) -> Tensor:
         """Return Gumbel noise, float32 (B, N + 1, codes)."""
         return self._tokens(step, gumbels)
+
+    def tokens_at(self, step: Tensor, wanted: Tensor) -> Tensor:
+        """Return the rows of `tokens` where bool (B, N + 1) says, float32 (n, codes), and draw no others."""
+        images, places = wanted.nonzero(as_tuple=True)
+        first = (places * self.num_codes)[:, None]
+        seed = self.seed if isinstance(self.seed, int) else self.seed[images]
+        # Three more than asked for, as a place's numbers need not begin with a block.
+        numbers = uniform(seed, self.indices[images], step[images], TOKENS, self.num_codes + 3, first // 4)
+        offsets = torch.arange(self.num_codes, device=first.device) + first % 4
+        return gumbel(numbers.gather(1, offsets))
 
     def _tokens(self, step: int | Tensor, draw: Callable[..., Tensor]) -> Tensor:
         numbers = draw(self.seed, self.indices, step, TOKENS, self.num_positions * self.num_codes)

@@ -65,6 +65,8 @@ class Progress:
         self.bar = bar(total=0, unit="step")
         return self
 
+    reads_tokens = False
+
     def expect(self, num_calls: int) -> None:
         """Hear from what decodes how many steps more there are."""
         self.bar.total = (self.bar.total or 0) + num_calls

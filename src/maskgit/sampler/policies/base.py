@@ -91,6 +91,7 @@ class Policy(Config):
         defaults: settings of `SamplerConfig` that come with it unless they are given.
         remasks: whether a step may keep no token, or mask kept ones again; if not, no more steps than tokens are made.
         reads_known: whether it reads the logits of known tokens, which then are always computed.
+        orders: whether `choose` reads neither logits nor tokens; then it can be asked before any are predicted.
         redraws: whether each step draws the free tokens that are known anew, too; such a policy reads their logits.
         adapts: whether the number of steps depends on the model's predictions; then the loop stops as soon as
             nothing is masked.
@@ -100,6 +101,7 @@ class Policy(Config):
     defaults: ClassVar[dict[str, str]] = {}
     remasks: ClassVar[bool] = False
     reads_known: ClassVar[bool] = False
+    orders: ClassVar[bool] = False
     redraws: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
 

@@ -18,6 +18,8 @@ from maskgit.sampler.policies.base import Memory, Policy, Start, Step, lowest
 class _Ordered(Policy):
     """Keeps tokens in an order that is fixed before the first step; memory is each position's place in it."""
 
+    orders = True
+
     def choose(self, step: Step, memory: Memory) -> tuple[Tensor, Memory]:
         (place_BS,) = memory
         return lowest(-place_BS, step.unknown_BS, step.at_most()), memory
