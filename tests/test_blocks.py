@@ -1,6 +1,7 @@
 """Transformers that are not official: modern blocks, groups, and tokenizers with a stem, through the whole package."""
 
 import cmath
+import copy
 import json
 import math
 
@@ -14,6 +15,7 @@ from maskgit.apps.serving.schemas import Detokenize
 from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
 from maskgit.convert import save_official
 from maskgit.diffusers import MaskGITPipeline
+from maskgit.engine.convolution import can_pack, prepare_convolutions
 from maskgit.engine.linear import ways
 from maskgit.errors import ConfigError, RegionError
 from maskgit.export import PARTS
@@ -141,6 +143,24 @@ def test_the_engine_runs_every_kind(kind, mode):
     expected = model.predict_logits(sequence)
     found = fast.predictor(known=False)(sequence)
     assert torch.allclose(found[masked], expected[masked], atol=1e-3)
+
+
+@pytest.mark.parametrize("block", ["official", "taming"])
+def test_the_engines_tokenizer_changes_width_as_the_block_does(block):
+    """A block of another width reads its input in the shortcut, or what it made: so does its packed form."""
+    torch.manual_seed(0)
+    config = TokenizerConfig(
+        filters=32, num_res_blocks=1, channel_multipliers=(1, 2), embedding_dim=4, codebook_size=16, block=block,
+        attention=block == "taming", latent_channels=32 * (block == "taming"), conv_downsample=True, downsample_kernel=3,
+    )  # fmt: skip
+    plain = Tokenizer(config).eval()
+    fast = copy.deepcopy(plain)
+    prepare_convolutions(fast, pack=can_pack(torch.float32))
+    image = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(fast.encoder(image), plain.encoder(image), atol=1e-4)
+    tokens = plain.encode(image)
+    assert torch.allclose(fast.decode(tokens), plain.decode(tokens), atol=1e-4)
 
 
 def test_groups_are_digits_of_the_code_the_lowest_first():

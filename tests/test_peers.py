@@ -4,14 +4,16 @@ The records in tests/golden/peers were computed by the authors' code with weight
 fourth position's logits are kept. Full-size networks are compared where ../shared/golden/peers is.
 """
 
+import ast
 import dataclasses
 import hashlib
 import http.server
 import io
 import json
 import math
+import os
 import threading
-import zlib
+import tomllib
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,41 +21,22 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit import MaskGIT
+from maskgit import MaskGIT, convert, hub
 from maskgit.apps.cli import main
 from maskgit.checkpoints import halton, maskbit
 from maskgit.checkpoints.published import PUBLISHED
 from maskgit.checkpoints.torch_files import read_torch_file
-from maskgit.errors import CheckpointError, DownloadError
+from maskgit.errors import CheckpointError, ConfigError, DownloadError
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.sampler import decode
 from maskgit.sampler.config import SamplerConfig, StepTables
+from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+from maskgit.training.transformer_config import TransformerTrainingConfig
+from peer_models import BUFFERS, GOLDEN, SHAPES, weights
 
-GOLDEN = Path(__file__).parent / "golden" / "peers"
 SHARED = Path(__file__).parents[2] / "shared" / "golden" / "peers"
-SHAPES = json.loads((GOLDEN / "tiny_shapes.json").read_text())
-BUFFERS = ("codebook", "bits_to_indices", "codebook_used")
-
-
-def weight(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Return an entry of a state dict: it depends on its key, its shape and a seed alone."""
-    drawn = np.random.Generator(np.random.Philox(key=[zlib.crc32(key.encode()), seed])).standard_normal(
-        shape, dtype=np.float32
-    )
-    if key.endswith(("bias", "in_proj_bias")):
-        return drawn * np.float32(0.1)
-    if any(word in key for word in ("emb", "pos", "tokens")) and len(shape) > 1:
-        return drawn * np.float32(0.5)
-    if len(shape) < 2:
-        return 1 + drawn * np.float32(0.1)
-    return drawn * np.float32(1 / np.sqrt(np.prod(shape[1:])))
-
-
-def weights(shapes: dict, seed: int = 1) -> dict[str, torch.Tensor]:
-    kept = {key: shape for key, shape in shapes.items() if key.rsplit(".", 1)[-1] not in BUFFERS}
-    return {key: torch.from_numpy(weight(key, tuple(shape), seed)) for key, shape in kept.items()}
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +277,29 @@ def test_llamagens_full_size_tokenizer():
     assert_close(pixels[0, :, ::8, ::8], torch.from_numpy(record["full_vq_pixels_every_8"]), 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("project", "name"), [("maskbit", "tokenizer_lfq_14"), ("maskgit_vqgan", "imagenet_f16_256")]
+)
+def test_full_size_tokenizers_of_torch_projects(project, name):
+    shapes, record = _full(project, name)
+    network = built(Tokenizer, maskbit.tokenizer_of_torch(weights(shapes, 2)))
+    expected = torch.from_numpy(record["full_tokens"]).unflatten(1, (16, 16))
+    found = network.encode(torch.from_numpy(record["full_image"]).float())
+    assert (found == expected).float().mean() >= 0.995
+    pixels = network.decode(expected)[0, :, ::8, ::8]
+    assert_close(pixels, torch.from_numpy(record["full_pixels_every_8"]), 1e-3)
+
+
+def test_the_full_size_maskbit_generator():
+    shapes, record = _full("maskbit", "lfq_bert_14_2")
+    network = built(Transformer, maskbit.transformer_of_maskbit(weights(shapes, 2)))
+    codes = torch.from_numpy(record["full_in"])
+    sequence = sequence_of(network.config, codes, torch.tensor([207]), torch.tensor([False]))
+    with torch.no_grad():
+        found = network(sequence)[0, 1:].unflatten(0, (-1, 2))[[0, 100, 205, 255]]
+    assert_close(found, torch.from_numpy(record["full_logits_rows"]), 1e-3)
+
+
 def _full(project: str, name: str) -> tuple[dict, dict]:
     if not SHARED.is_dir():
         pytest.skip("the records of full-size networks are in ../shared/golden/peers alone")
@@ -313,8 +319,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     files: ClassVar[dict[str, bytes]] = {}
     stated: ClassVar[str | None] = None
+    breaks_after: ClassVar[int | None] = None
+    asked: ClassVar[list[tuple[str, str | None]]] = []
 
     def do_GET(self):
+        self.asked.append((self.path.rsplit("/", 1)[1], self.headers.get("Range")))
         _, _, rest = self.path.strip("/").partition("/resolve/main/")
         body = self.files.get(rest)
         if "/raw/main/" in self.path:
@@ -323,10 +332,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
             body = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize 1\n".encode()
         if body is None:
             return self.send_error(404)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         self.end_headers()
-        self.wfile.write(body)
+        end = len(body) if self.breaks_after is None else start + self.breaks_after
+        self.wfile.write(body[start:end])
 
     def log_message(self, *args):
         pass
@@ -337,6 +349,8 @@ def local_hub(monkeypatch, tmp_path):
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Hub, "files", {})
     monkeypatch.setattr(Hub, "stated", None)
+    monkeypatch.setattr(Hub, "breaks_after", None)
+    monkeypatch.setattr(Hub, "asked", [])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -368,6 +382,33 @@ def test_a_published_model_is_fetched_converted_and_kept(local_hub):
     assert torch.equal(again.generate([1, 2], seed=4, steps=3).tokens, output.tokens)
 
 
+def test_a_download_that_broke_off_is_resumed(local_hub):
+    publish(local_hub)
+    local_hub.breaks_after = 1000
+    with pytest.raises(DownloadError, match="run the same command again to resume"):
+        MaskGIT.from_pretrained("maskbit-14")
+    local_hub.breaks_after = None
+    MaskGIT.from_pretrained("maskbit-14")
+    assert ("maskbit_tokenizer_14bit.bin", "bytes=1000-") in local_hub.asked
+
+
+def test_a_file_is_compared_with_the_hash_that_the_registry_names(local_hub):
+    local_hub.files["vq_ds16_c2i.pt"] = packed(weights(SHAPES["halton"]["tiny_vq"]))
+    local_hub.files["ImageNet_256_base.pth"] = packed(weights(SHAPES["halton"]["tiny_plain"]))
+    with pytest.raises(DownloadError, match="not the file that this package names"):
+        MaskGIT.from_pretrained("halton-256-base")
+
+
+def test_a_tokenizer_alone_is_fetched_by_name_and_makes_no_images(local_hub):
+    local_hub.files["maskgit-vqgan-imagenet-f16-256.bin"] = packed(weights(SHAPES["maskgit_vqgan"]["tiny"]))
+    tokenizer = hub.load_tokenizer("maskgit-vqgan")
+    assert tokenizer.config.codebook_size == 64
+    local_hub.files.clear()
+    assert hub.load_tokenizer("maskgit-vqgan").config == tokenizer.config
+    with pytest.raises(ConfigError, match="a tokenizer without a transformer"):
+        MaskGIT.from_pretrained("maskgit-vqgan")
+
+
 def test_a_file_that_is_not_what_the_hub_states_is_thrown_away(local_hub):
     publish(local_hub)
     local_hub.stated = "0" * 64
@@ -382,6 +423,8 @@ def test_another_projects_file_under_the_name_is_refused(local_hub):
     local_hub.files["maskbit_generator_14bit.bin"] = packed(weights(SHAPES["halton"]["tiny_plain"]))
     with pytest.raises(CheckpointError, match="no checkpoint of MaskBit"):
         MaskGIT.from_pretrained("maskbit-14")
+    cache = Path(os.environ["MASKGIT_CACHE"])
+    assert not [path for path in cache.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
 
 
 def test_a_hub_that_is_not_there_is_named(monkeypatch, tmp_path):
@@ -394,8 +437,9 @@ def test_a_hub_that_is_not_there_is_named(monkeypatch, tmp_path):
 def test_every_published_name_has_its_files_and_settings():
     assert {"halton-256", "halton-384", "maskbit-10", "maskbit-18"} <= set(PUBLISHED)
     for name, entry in PUBLISHED.items():
-        assert entry.tokenizer.url().startswith("https://huggingface.co/"), name
-        assert entry.sampler.guides(), name
+        assert all(file.url().startswith("https://huggingface.co/") for file in entry.files), name
+        assert entry.sampler.guides() == (entry.transformer is not None), name
+        assert "verified" in entry.about or all(file.sha256 for file in entry.files), name
 
 
 def test_the_command_converts_files(tmp_path):
@@ -409,6 +453,83 @@ def test_the_command_converts_files(tmp_path):
     assert model.config.sampler.policy == "halton"
     edited = model.generate([3], seed=1, steps=4)
     assert edited.tokens.max() < 128
+
+
+def test_the_command_converts_a_tokenizer_alone(tmp_path):
+    torch.save(weights(SHAPES["maskbit"]["tiny_vqgan_plus"]), tmp_path / "tokenizer.bin")
+    main(["convert", str(tmp_path / "tokenizer.bin"), str(tmp_path / "folder"), "--as", "maskbit"])
+    assert hub.load_tokenizer(tmp_path / "folder").config.codebook_size == 64
+
+
+BAD = {
+    "truncated": (lambda state: packed(state)[:-300], "cannot be read as a torch checkpoint"),
+    "another size": (
+        lambda state: packed({**state, "head.bias": torch.zeros(7)}),
+        r"head.bias has the shape \(7,\) instead of \(129,\)",
+    ),
+    "NaN": (
+        lambda state: packed({**state, "head.bias": torch.full((129,), math.nan)}),
+        "head.bias holds NaN",
+    ),
+    "malicious": (lambda state: packed({**state, "run": Malicious()}), "asks for more than weights"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_a_sentence_and_leaves_nothing(kind, tmp_path, capsys):
+    spoil, said = BAD[kind]
+    tokenizer, transformer = tmp_path / "tokenizer.pt", tmp_path / "transformer.pth"
+    torch.save(weights(SHAPES["halton"]["tiny_vq"]), tokenizer)
+    transformer.write_bytes(spoil(weights(SHAPES["halton"]["tiny_plain"])))
+    made = tmp_path / "model"
+    with pytest.raises(CheckpointError, match=said):
+        convert.load_published("halton", tokenizer, transformer, num_heads=4)
+    options = ["--transformer", str(transformer), "--as", "halton", "--heads", "4"]
+    assert main(["convert", str(tokenizer), str(made), *options]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert not made.exists()
+
+
+# Whose files are pickles: checkpoints to convert, and the weights and statistics of evaluation nets.
+READERS = {
+    "checkpoints/torch_files.py",
+    "evaluation/networks/weights.py",
+    "evaluation/scores/statistics.py",
+}
+
+
+def test_nothing_is_unpickled_but_by_the_readers_and_they_run_no_code():
+    """Walk the package's calls: what could run code out of a file, under whatever name it was imported."""
+    found = set()
+    root = Path(convert.__file__).parent
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in (
+                "pickle",
+                "torch",
+                "numpy",
+                "joblib",
+                "dill",
+            ):
+                imported = {alias.name for alias in node.names}
+                assert not imported & {"load", "loads", "Unpickler"}, f"{name}:{node.lineno}"
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert isinstance(node.value, ast.Constant), name
+                assert node.value.value is False, f"{name}:{node.value.lineno}"
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            place = f"{name}:{node.lineno}"
+            assert called not in ("eval", "exec", "marshal.loads", "joblib.load", "shelve.open"), place
+            assert not called.startswith(("pickle.load", "pickle.Unpickler", "dill.load")), place
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if called == "np.load":
+                assert given.get("allow_pickle", "False") == "False", place
+            if called == "torch.load":
+                assert given.get("weights_only") == "True", place
+                found.add(name)
+    assert found == READERS
 
 
 class Malicious:
@@ -460,3 +581,27 @@ def _read(state):
         path = Path(folder) / "model.pth"
         torch.save(state, path)
         return read_torch_file(path)
+
+
+@pytest.mark.parametrize(("recipe", "name"), [("halton", "base_16_proj1"), ("maskbit", "lfq_bert_14_2")])
+def test_recipes_train_the_architectures_that_were_published(recipe, name):
+    """Shapes are those of the authors' state dicts, read without making weights."""
+    root = Path(__file__).parents[1] / "recipes" / recipe
+    shapes = _full(recipe, f"transformer_{name}" if recipe == "halton" else name)[0]
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in shapes.items() if not key.endswith(BUFFERS)}
+        tokenizer = _full(recipe, "VQ-16" if recipe == "halton" else "tokenizer_lfq_14")[0]
+        of_tokenizer = {
+            key: torch.empty(shape) for key, shape in tokenizer.items() if not key.endswith(BUFFERS)
+        }
+    if recipe == "halton":
+        expected = halton.transformer_of_halton(state)[0], halton.tokenizer_of_llamagen(of_tokenizer)[0]
+    else:
+        expected = maskbit.transformer_of_maskbit(state)[0], maskbit.tokenizer_of_torch(of_tokenizer)[0]
+    transformer = TransformerTrainingConfig.from_dict(
+        tomllib.loads((root / "transformer.toml").read_text("utf-8"))
+    )
+    assert dataclasses.replace(transformer.model, dropout=expected[0].dropout) == expected[0]
+    assert transformer.sampler == PUBLISHED["halton-256-base" if recipe == "halton" else "maskbit-14"].sampler
+    tokenizer = TokenizerTrainingConfig.from_dict(tomllib.loads((root / "tokenizer.toml").read_text("utf-8")))
+    assert tokenizer.model == expected[1]

@@ -12,7 +12,8 @@ from maskgit.checkpoints.official import (
     save_official,
     to_state_dict,
 )
-from maskgit.checkpoints.published import read_published
+from maskgit.checkpoints.published import read_published, read_published_tokenizer
+from maskgit.networks.tokenizer import Tokenizer
 from maskgit.pipeline import MaskGIT
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "infer_transformer_config",
     "load_official",
     "load_published",
+    "load_published_tokenizer",
     "read_checkpoint",
     "save_official",
     "to_state_dict",
@@ -70,3 +72,8 @@ def load_published(
         ConfigError: the project is unknown, or the two do not belong together.
     """
     return MaskGIT(*read_published(project, tokenizer, transformer, num_heads=num_heads))
+
+
+def load_published_tokenizer(project: str, path: str | Path) -> Tokenizer:
+    """Return the tokenizer that another project published, in evaluation mode; see `load_published`."""
+    return read_published_tokenizer(project, path)

@@ -571,7 +571,9 @@ def test_the_cache_that_the_tests_read_is_what_they_say(folder):
     assert cache.take(np.arange(3), np.zeros(3, np.int64))[:, 0, 0].tolist() == [4, 5, 6]
 
 
-@pytest.mark.parametrize("name", ["smoke", "cifar10", "fashion_mnist", "imagenet256", "imagenet512"])
+@pytest.mark.parametrize(
+    "name", ["smoke", "cifar10", "fashion_mnist", "imagenet256", "imagenet512", "halton", "maskbit"]
+)
 def test_recipes_are_configs_that_say_what_they_cost_and_reach(name):
     path = Path(__file__).parents[2] / "recipes" / name / "transformer.toml"
     text = path.read_text("utf-8")

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 
 from maskgit.checkpoints import hugging_face, weights
 from maskgit.checkpoints.official import read_official
-from maskgit.checkpoints.published import PUBLISHED, HubFile, Published, read_published
+from maskgit.checkpoints.published import (
+    PUBLISHED,
+    HubFile,
+    Published,
+    read_published,
+    read_published_tokenizer,
+)
 from maskgit.config import ModelConfig
 from maskgit.errors import (
     CheckpointError,
@@ -106,6 +112,12 @@ def load_named(
         CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
         OutputError: it has to be downloaded, and the cache cannot be written.
     """
+    entry = REGISTRY.get(str(name_or_path))
+    if isinstance(entry, Published) and entry.transformer is None:
+        raise ConfigError(
+            f"{name_or_path} is a tokenizer without a transformer: it serves `tokenize` and training, "
+            "and makes no images by itself."
+        )
     folder = locate(
         name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
@@ -188,10 +200,13 @@ def _model_of_run(path: Path) -> Path:
 
 def _converted(name: str, entry: Official | Published, cache: Path | None, local_files_only: bool) -> Path:
     """Return the folder of a model that others released, downloading and converting it the first time."""
-    urls = [file if isinstance(file, str) else file.url() for file in (entry.tokenizer, entry.transformer)]
+    files = entry.files if isinstance(entry, Published) else (entry.tokenizer, entry.transformer)
+    urls = [file if isinstance(file, str) else file.url() for file in files]
+    alone = isinstance(entry, Published) and entry.transformer is None
+    index = "config.json" if alone else INDEX
     root = cache or cache_dir()
     folder, downloads = root / "models" / name, root / "downloads"
-    if (folder / INDEX).is_file():
+    if (folder / index).is_file():
         return folder
     if local_files_only and not all(download.cached(url, downloads).is_file() for url in urls):
         raise DownloadError(
@@ -201,14 +216,15 @@ def _converted(name: str, entry: Official | Published, cache: Path | None, local
         naming_the_cache() if cache is None else nullcontext(),
         locked(folder.with_name(f".{name}.convert.lock"), waits_for(f"the conversion of {name}")),
     ):
-        if (folder / INDEX).is_file():
+        if (folder / index).is_file():
             return folder
-        paths = _fetched(entry.tokenizer, downloads), _fetched(entry.transformer, downloads)
+        paths = [_fetched(file, downloads) for file in files]
         try:
-            if isinstance(entry, Published):
-                parts = read_published(entry.project, *paths, entry.sampler)
-            else:
-                parts = read_official(*paths)
+            if not isinstance(entry, Published):
+                return save_parts(read_official(*paths), folder)
+            if alone:
+                return save_tokenizer(read_published_tokenizer(entry.project, *paths), folder)
+            return save_parts(read_published(entry.project, *paths, entry.sampler), folder)
         except CheckpointError as error:
             # The download may have been a proxy's error page; its checksum must not block the next attempt.
             for path in paths:
@@ -216,7 +232,6 @@ def _converted(name: str, entry: Official | Published, cache: Path | None, local
             raise CheckpointError(
                 f"The downloaded files are not {name}, and were deleted: {error}"
             ) from error
-        return save_parts(parts, folder)
 
 
 def _fetched(file: str | HubFile, downloads: Path) -> Path:
@@ -229,11 +244,12 @@ def _fetched(file: str | HubFile, downloads: Path) -> Path:
         return download.fetch(file, folder=downloads)
     path = download.fetch(file.url(), folder=downloads)
     stated = LFS_CHECKSUM.search(download.read_text(file.url("raw"), 1024))
-    if stated and stated[1] != download.sha256(path):
-        download.forget(path)
-        raise DownloadError(
-            f"{file.url()} is not the file that the hub states (SHA-256 {stated[1]}), and was thrown away; try again."
-        )
+    for who, expected in (("the hub states", stated and stated[1]), ("this package names", file.sha256)):
+        if expected and expected != download.sha256(path):
+            download.forget(path)
+            raise DownloadError(
+                f"{file.url()} is not the file that {who} (SHA-256 {expected}), and was thrown away; try again."
+            )
     return path
 
 

@@ -26,16 +26,28 @@ PROJECTS = {
     "halton": (tokenizer_of_llamagen, transformer_of_halton),
     "maskbit": (tokenizer_of_torch, transformer_of_maskbit),
 }
+# As LCGLiChenge/MoTAR, which trains from the file, states it.
+KNOWN_SHA256 = {
+    "ImageNet_256_base.pth": "7fe25cb80b05743e8b42dacc61d88792a9ab5217d6bd756bef28821e0a5fc68f",
+}
 # What both projects trained with: one image in ten without its class.
 LABEL_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository on the Hugging Face Hub."""
+    """A file of a repository on the Hugging Face Hub.
+
+    Attributes:
+        repository, name: which.
+        sha256: what the file must have, where someone who had it says so; the hub's own statement is compared anyway.
+        revision: the commit or branch. Branches move: a commit is named as soon as one is known to us.
+    """
 
     repository: str
     name: str
+    sha256: str | None = None
+    revision: str = "main"
 
     def url(self, kind: str = "resolve") -> str:
         """Return where the file is, or with "raw" the Git LFS pointer that states its SHA-256.
@@ -43,39 +55,48 @@ class HubFile:
         $HF_ENDPOINT names another hub, as for the hub's own client.
         """
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        return f"{hub}/{self.repository}/{kind}/main/{self.name}"
+        return f"{hub}/{self.repository}/{kind}/{self.revision}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Published:
-    """A model that others published.
+    """A model, or a tokenizer alone, that others published.
 
     Attributes:
         project: whose code reads it: a name in `PROJECTS`.
-        tokenizer, transformer: its files.
+        tokenizer, transformer: its files; of a tokenizer alone the second is None.
         sampler: its authors' settings.
         licence: the terms that its authors state.
-        score: FID, the one of 50,000 samples on ImageNet that they publish for these settings.
+        score: FID, the one of 50,000 samples on ImageNet that they publish for these settings, or that of
+            reconstructions.
     """
 
     project: str
     tokenizer: HubFile
-    transformer: HubFile
+    transformer: HubFile | None
     sampler: SamplerConfig
     licence: str
     score: str
 
     @property
+    def files(self) -> tuple[HubFile, ...]:
+        """Its files, the tokenizer's first."""
+        return (self.tokenizer,) if self.transformer is None else (self.tokenizer, self.transformer)
+
+    @property
     def about(self) -> str:
         """What `maskgit info` says of it."""
-        return f"{self.transformer.repository} ({self.licence}; {self.score}; hash not verified by us)"
+        named = all(file.sha256 for file in self.files)
+        checked = "hash as others state it" if named else "hash and revision not verified by us"
+        return f"{self.files[-1].repository} ({self.licence}; {self.score}; {checked})"
 
 
 def _halton(size: int, name: str, weight: float, fid: str) -> Published:
+    file = f"ImageNet_{size}_{name}.pth"
     return Published(
         "halton",
         HubFile("FoundationVision/LlamaGen", "vq_ds16_c2i.pt"),
-        HubFile("llvictorll/Halton-Maskgit", f"ImageNet_{size}_{name}.pth"),
+        HubFile("llvictorll/Halton-Maskgit", file, KNOWN_SHA256.get(file)),
         SamplerConfig(steps=32, policy="halton", mask_schedule="arccos", guidance_scale=1 + weight),
         "MIT",
         f"FID {fid}",
@@ -113,7 +134,37 @@ PUBLISHED = {
     "maskbit-16": _maskbit(16, 6.5, 2.5, 7.5, "1.64"),
     "maskbit-18": _maskbit(18, 5.7, 2.5, 8.5, "1.67"),
 }
+
+
+def _tokenizer(project: str, repository: str, name: str, licence: str, fid: str) -> Published:
+    return Published(
+        project,
+        HubFile(repository, name),
+        None,
+        SamplerConfig(),
+        licence,
+        f"a tokenizer, reconstruction FID {fid}",
+    )
+
+
+PUBLISHED |= {
+    "llamagen-16": _tokenizer("halton", "FoundationVision/LlamaGen", "vq_ds16_c2i.pt", "MIT", "2.19"),
+    "llamagen-8": _tokenizer("halton", "FoundationVision/LlamaGen", "vq_ds8_c2i.pt", "MIT", "0.59"),
+    "vqgan-plus-12": _tokenizer(
+        "maskbit", "markweber/vqgan_plus_12bit", "vqgan_plus_12bit.bin", "for research purposes only", "1.39"
+    ),
+    "maskgit-vqgan": _tokenizer(
+        "maskbit", "fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin", "Apache-2.0", "1.96"
+    ),
+}
 PUBLISHED |= {"halton-256": PUBLISHED["halton-256-base"], "halton-384": PUBLISHED["halton-384-large"]}
+
+
+def read_published_tokenizer(project: str, path: str | Path) -> Tokenizer:
+    """Return the tokenizer of a published file; see `read_published`."""
+    check_choice("project", project, PROJECTS)
+    config, state = PROJECTS[project][0](read_torch_file(path))
+    return loaded(Tokenizer, config, state)
 
 
 def read_published(

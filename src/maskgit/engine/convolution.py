@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.networks.tokenizer import ResBlock, Upsample
+from maskgit.networks.tokenizer import Downsample, ResBlock, Upsample
 
 CHANNELS_LAST = torch.channels_last
 
@@ -21,8 +21,11 @@ class PackedConvolution(nn.Conv2d):
     """
 
     pack: Tensor | None
+    pads: bool  # As a `Downsample` of kernel 3 does, at the right and below.
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.pads:
+            input = F.pad(input, (0, 1, 0, 1))
         return torch.ops.mkldnn._convolution_pointwise(*self._arguments(input), "none", [], "")
 
     def plus(self, input: Tensor, added: Tensor) -> Tensor:
@@ -56,6 +59,7 @@ class PackedConvolution(nn.Conv2d):
             device="meta",
         )
         made.weight, made.bias, made.pack = convolution.weight, convolution.bias, None
+        made.pads = isinstance(convolution, Downsample) and not convolution.padding[0]
         return made.eval()
 
 
@@ -71,6 +75,7 @@ class PackedResBlock(ResBlock):
         nn.Module.__init__(self)
         for name, part in block.named_children():
             self.add_module(name, part)
+        self.taming = block.taming
         if block.shortcut is None:
             self.shortcut = None
         self.eval()
@@ -81,7 +86,7 @@ class PackedResBlock(ResBlock):
         if self.shortcut is None:
             return self.conv2.plus(y, x)
         y = self.conv2(y)
-        return self.shortcut.plus(y, y)
+        return self.shortcut.plus(x if self.taming else y, y)
 
 
 class MergedUpsample(nn.Module):

@@ -214,8 +214,8 @@ def convert(
         to_flax: Convert a model folder to official checkpoints, for the JAX code.
         activation: Activation of the tokenizer, which official checkpoints do not record.
         quantizer: Quantizer of the tokenizer, which official checkpoints do not record.
-        project: The project whose torch files these are: halton (with LlamaGen's tokenizer) or maskbit. They are read
-            without running code.
+        project: The project whose torch files these are: halton (with LlamaGen's tokenizer) or maskbit (VQGAN+ and Google's
+            tokenizer in torch form included). They are read without running code. Without --transformer, the tokenizer alone.
         heads: With --as, the transformer's attention heads, if it is of no published size.
         overwrite: Replace an existing model or existing checkpoints.
     """
@@ -235,10 +235,11 @@ def convert(
             print(path)
         return
     if project is not None:
-        if transformer is None or kinds:
-            raise ConfigError(
-                "--as takes the tokenizer's file and --transformer, and no --activation or --quantizer."
-            )
+        if kinds:
+            raise ConfigError("--as finds activation and quantizer itself; leave them out.")
+        if transformer is None:
+            print(hub.save_tokenizer(conversion.load_published_tokenizer(project, source), dest))
+            return
         made = conversion.load_published(project, source, transformer, num_heads=heads)
         print(hub.save_model(made, dest))
         return
