@@ -221,10 +221,10 @@ def _converted(name: str, entry: Official | Published, cache: Path | None, local
         paths = [_fetched(file, downloads) for file in files]
         try:
             if not isinstance(entry, Published):
-                return save_parts(read_official(*paths), folder)
+                return save_parts(read_official(paths[0], paths[1]), folder)
             if alone:
-                return save_tokenizer(read_published_tokenizer(entry.project, *paths), folder)
-            return save_parts(read_published(entry.project, *paths, entry.sampler), folder)
+                return save_tokenizer(read_published_tokenizer(entry.project, paths[0]), folder)
+            return save_parts(read_published(entry.project, paths[0], paths[1], entry.sampler), folder)
         except CheckpointError as error:
             # The download may have been a proxy's error page; its checksum must not block the next attempt.
             for path in paths:
