@@ -22,15 +22,15 @@ GOLDEN = Path(__file__).parent / "golden"
 DIM = 6
 
 
-def toy_net(device: str = "cpu") -> FeatureNet:
+def toy_net(device: str = "cpu", seed: int = 0) -> FeatureNet:
     """Return a net whose features are squashed mixtures of an image's blocks."""
-    mix = torch.randn(48, DIM, generator=torch.Generator().manual_seed(0)).to(device)
+    mix = torch.randn(48, DIM, generator=torch.Generator().manual_seed(seed)).to(device)
 
     def compute(images: torch.Tensor) -> Features:
         blocks = torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
         return Features(torch.tanh(blocks @ mix), spatial=blocks[:, :5])
 
-    return FeatureNet("Toy", DIM, 4, "average", "0" * 64, compute, mix.device)
+    return FeatureNet("Toy", DIM, 4, "average", f"{seed}" * 64, compute, mix.device)
 
 
 class ArrayPictures:

@@ -3,15 +3,19 @@
 import gzip
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from maskgit.apps.cli import commands as cli
 from maskgit.apps.cli.evaluation_flags import SampleFlags
 from maskgit.data.picture_sets import open_fitting, open_pictures
 from maskgit.errors import ConfigError, DataError
+from maskgit.evaluation.networks import vit
+from maskgit.evaluation.networks.features import FEATURE_NETS
 from maskgit.evaluation.scores.references import open_reference
 from maskgit.evaluation.scores.statistics import read_statistics
 
@@ -145,6 +149,20 @@ def test_compare_searches_for_copies_and_says_what_samples_cost(place, tmp_path,
     assert found["cost"]["forward_passes"] == 16
     assert run(*command, *SMALL) == 0
     assert "an image: forward_passes 16, flops 2e+09" in capsys.readouterr().out
+
+
+def test_compare_takes_several_networks(place, tmp_path, capsys, monkeypatch):
+    small = replace(vit.DINOV2, width=16, num_layers=1, num_heads=2)
+    monkeypatch.setitem(FEATURE_NETS["dinov2"].make.keywords, "config", small)
+    torch.save(vit.ViT(small).state_dict(), tmp_path / "dinov2.pth")
+    also = ("--also", f"dinov2={tmp_path / 'dinov2.pth'}")
+    assert run("compare", place / "real", place / "other", *SMALL, "--json", *also) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert [name for name in metrics if "dinov2" in name] == ["fd_dinov2", "kd_dinov2"]
+    assert run("compare", place / "real.npz", place / "other", *SMALL, *also) == 2
+    assert "holds statistics of one feature net alone" in capsys.readouterr().err
+    assert run("compare", place / "real", place / "other", *SMALL, *also, also[1]) == 2
+    assert "--also names dinov2 twice" in capsys.readouterr().err
 
 
 def test_torn_pictures_are_counted_listed_and_refused_above_a_share(tmp_path, capsys):

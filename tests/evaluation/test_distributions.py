@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from maskgit.errors import DataError
-from maskgit.evaluation.metrics import inception_score, kernel_distance
+from maskgit.evaluation.metrics import cmmd, inception_score, kernel_distance
 
 
 def loop_mmd(a, b):
@@ -113,3 +113,23 @@ def test_inception_score_refuses_what_it_cannot_split():
             inception_score(np.zeros((5, 3)), splits=splits)
     with pytest.raises(DataError, match="not finite"):
         inception_score(np.full((5, 3), np.nan), splits=1)
+
+
+def test_cmmd_matches_its_definition():
+    real, made = np.random.default_rng(0).normal(size=(2, 12, 5))
+    made = made[:9] + 3
+
+    def k(x, y):
+        return np.exp(-np.square(x[:, None] - y).sum(-1) / 200).mean()
+
+    def expected(rows):
+        return 1000 * (k(real, real) + k(rows, rows) - 2 * k(real, rows))
+
+    groups = [np.array([0, 3]), np.array([1, 2, 8]), np.array([4, 5, 6, 7])]
+    found = cmmd(real, torch.from_numpy(made), groups)
+    assert found.value == pytest.approx(expected(made), rel=1e-9)
+    assert found.without == pytest.approx([expected(np.delete(made, rows, 0)) for rows in groups], rel=1e-9)
+    assert cmmd(real, made) == (pytest.approx(found.value, rel=1e-9), [])
+    assert cmmd(real, real).value == pytest.approx(0, abs=1e-9)
+    with pytest.raises(DataError, match="5 and 4 dimensions"):
+        cmmd(real, made[:, :4])

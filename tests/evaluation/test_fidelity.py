@@ -7,10 +7,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from maskgit.errors import ImageError, RegionError
 from maskgit.evaluation.metrics import (
-    boundary_gradient_error,
     boundary_gradient_ratio,
-    change_outside,
-    masked_psnr,
     psnr,
     ssim,
 )
@@ -95,31 +92,7 @@ def masks():
     return masks
 
 
-def test_masked_psnr_is_that_of_the_pixels_inside(pairs, masks):
-    a, b = pairs
-    expected = [
-        peak_signal_noise_ratio(x[:, m].numpy(), y[:, m].numpy(), data_range=1)
-        for x, y, m in zip(a.double(), b.double(), masks, strict=True)
-    ]
-    assert np.allclose(masked_psnr(a, b, masks), expected, atol=1e-9)
-    whole = torch.ones(24, 37, dtype=torch.bool)
-    assert torch.allclose(masked_psnr(a, b, whole), psnr(a, b), atol=1e-9)
-    assert torch.isposinf(masked_psnr(a, torch.where(masks[:, None], a, b), masks)).all()
-
-
-def test_a_change_outside_the_mask_is_seen_and_inside_it_is_not(pairs, masks):
-    original = pairs[0]
-    edited = torch.where(masks[:, None], pairs[1], original)
-    assert torch.equal(change_outside(edited, original, masks), torch.zeros(3, dtype=torch.float64))
-    edited[1, 2, 20, 30] = original[1, 2, 20, 30] + 1 / 255
-    changes = change_outside(edited, original, masks)
-    assert changes[1] == pytest.approx(1 / 255, rel=1e-5)
-    assert changes[0] == changes[2] == 0
-    everywhere = torch.ones(24, 37, dtype=torch.bool)
-    assert not change_outside(pairs[1], original, everywhere).any()
-
-
-def steps(image, mask, original=None):
+def steps(image, mask):
     """Loop over the pairs of neighbours: those across the border, and those inside."""
     across, inside = [], []
     height, width = mask.shape
@@ -128,8 +101,6 @@ def steps(image, mask, original=None):
             for v, u in ((y, x + 1), (y + 1, x)):
                 if v < height and u < width:
                     step = np.abs(image[:, y, x] - image[:, v, u])
-                    if original is not None:
-                        step = np.abs(step - np.abs(original[:, y, x] - original[:, v, u]))
                     if mask[y, x] != mask[v, u]:
                         across.append(step.mean())
                     elif mask[y, x]:
@@ -137,30 +108,21 @@ def steps(image, mask, original=None):
     return np.mean(across), np.mean(inside)
 
 
-def test_boundary_gradients_are_their_definition(pairs, masks):
-    a, b = pairs
-    ratio, error = boundary_gradient_ratio(b, masks), boundary_gradient_error(b, a, masks)
-    for i in range(3):
-        x, y, m = a[i].double().numpy(), b[i].double().numpy(), masks[i].numpy()
-        across, inside = steps(y, m)
-        assert ratio[i] == pytest.approx(across / inside)
-        assert error[i] == pytest.approx(steps(y, m, x)[0])
+def test_the_boundary_gradient_ratio_is_its_definition(pairs, masks):
+    image = pairs[1]
+    for one, mask, ratio in zip(image, masks, boundary_gradient_ratio(image, masks), strict=True):
+        across, inside = steps(one.double().numpy(), mask.numpy())
+        assert ratio == pytest.approx(across / inside)
 
 
-def test_a_seam_raises_both_boundary_measures_and_none_is_about_one():
+def test_a_seam_raises_the_boundary_gradient_ratio_and_none_is_about_one():
     generator = torch.Generator().manual_seed(0)
     texture = 0.3 + 0.1 * torch.rand(1, 3, 64, 64, generator=generator)
     mask = torch.zeros(64, 64, dtype=torch.bool)
     mask[16:40, 20:50] = True
-    ratios, errors = [], []
-    for step in (0.0, 0.1, 0.2, 0.4):
-        edited = texture + step * mask
-        ratios.append(boundary_gradient_ratio(edited, mask).item())
-        errors.append(boundary_gradient_error(edited, texture, mask).item())
+    ratios = [boundary_gradient_ratio(texture + step * mask, mask).item() for step in (0.0, 0.1, 0.2, 0.4)]
     assert ratios[0] == pytest.approx(1, abs=0.1)
-    assert errors[0] == 0
     assert sorted(ratios) == ratios
-    assert sorted(errors) == errors
     assert ratios[-1] > 5
 
 
@@ -169,17 +131,12 @@ def test_a_seam_raises_both_boundary_measures_and_none_is_about_one():
     [
         (torch.zeros(24, 37), "must be bool"),
         (torch.ones(24, 36, dtype=torch.bool), "must be bool of shape"),
-        (torch.zeros(24, 37, dtype=torch.bool), "empty|no border"),
+        (torch.zeros(24, 37, dtype=torch.bool), "no border"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(pairs, mask, match):
-    a, b = pairs
     with pytest.raises(RegionError, match=match):
-        masked_psnr(a, b, mask)
-    with pytest.raises(RegionError, match=match):
-        boundary_gradient_ratio(a, mask)
-    with pytest.raises(RegionError, match=match):
-        boundary_gradient_error(a, b, mask)
+        boundary_gradient_ratio(pairs[0], mask)
 
 
 def test_a_mask_without_border_or_inside_is_refused(pairs):

@@ -169,6 +169,37 @@ def test_other_seeds_give_the_scores_of_evaluations_of_their_own(tiny, tmp_path)
     Page(page)
 
 
+def test_other_nets_score_the_same_images_as_in_an_evaluation_of_their_own(tiny, tmp_path):
+    config = EvaluationConfig(splits=2, curve_images=8, num_examples=1, seeds=2)
+    other = toy_net(seed=1)
+    settings = {"config": config, "curve": {"steps": (1,)}, "training": None, "num_images": 8}
+    reports = []
+    for name, nets in {
+        "beside": {"also": {"clip": other}},
+        "alone": {"net": other, "features": "clip"},
+    }.items():
+        evaluation(tiny, **nets, **settings).run(tmp_path / name)
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+    beside, alone = reports
+    names = ["fd_clip", "sfd_clip", "cmmd", "kd_clip"]
+    assert [name for name in beside["metrics"] if name not in alone["metrics"]][:3] == [
+        "fd_toy",
+        "sfd_toy",
+        "kd_toy",
+    ]
+    assert list(beside["metrics"])[-4:] == names
+    for part in ("metrics", "intervals", "baselines"):
+        assert [beside[part].get(name) for name in names] == [alone[part].get(name) for name in names]
+    assert set(beside["baselines"]["cmmd"]) == {"real", "reconstructions"}
+    assert all(beside["repeats"]["metrics"][name] == alone["repeats"]["metrics"][name] for name in names)
+    for ours, theirs in zip(beside["curves"], alone["curves"], strict=True):
+        assert all(ours["metrics"][name] == theirs["metrics"][name] for name in names)
+    assert beside["evaluator"]["also"]["clip"]["identity"] == other.identity
+    # Begun without it, the folder has no features by it.
+    with pytest.raises(ConfigError, match="also"):
+        evaluation(tiny, also={}, **settings).run(tmp_path / "beside")
+
+
 def test_every_curve_is_drawn(finished):
     text = (finished[0] / "report.html").read_text("utf-8")
     charts = re.findall(r"<svg.*?</svg>", text, re.S)

@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskgit.errors import DataError
-from maskgit.evaluation.metrics import Gaussian, Interval, frechet_distance, precision_recall
+from maskgit.evaluation.metrics import (
+    Gaussian,
+    Interval,
+    LinearProbe,
+    frechet_distance,
+    precision_recall,
+)
 from maskgit.evaluation.metrics.intervals import wilson_interval
+from maskgit.evaluation.scores.baselines import of_halves
 from maskgit.evaluation.scores.classwise import ClassJudge, Labelled, best_and_worst, labelled
 from maskgit.evaluation.scores.names import Baseline, Names, with_baselines
 from maskgit.evaluation.scores.scores import (
@@ -160,6 +167,7 @@ def test_a_score_has_the_same_of_other_images_beside_it():
         ("inception-pytorch-fid", True, {"fd": "fid_pytorch-fid", "kd": "kid_pytorch-fid"}),
         ("effnet-lite0", True, {"fd": "fd_effnet-lite0", "kd": "kd_effnet-lite0", "rfd": "rfd_effnet-lite0"}),
         ("dinov2", None, {"fd": "fd_dinov2"}),
+        ("clip", None, {"fd": "fd_clip", "cmmd": "cmmd"}),
     ],
 )
 def test_only_inceptions_scores_are_called_fid(features, published, kinds):
@@ -270,3 +278,38 @@ def test_reconstructions_are_scored_beside_their_originals():
         "codebook_usage": 0.5,
         "perplexity": pytest.approx(2),
     }
+
+
+def test_halves_of_the_reference_are_scored_against_each_other():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 20).astype(np.int32)
+    features = (rng.normal(size=(80, DIM)) + 2 * np.eye(4, DIM)[labels]).astype(np.float32)
+    real, rebuilt = reference(features, labels), reference(features + 1, labels)
+    names, asked = Names("toy", toy_net()), []
+
+    def scoring(arrays, against):
+        asked.append((arrays["pooled"], against))
+        return distances(arrays, against, names, splits=2)[0][:1]
+
+    found = of_halves(scoring, real, rebuilt, 24, names)
+    place = {row.tobytes(): i for i, row in enumerate(features)}
+    scored = [place[row.tobytes()] for row in asked[0][0]]
+    against = [place[row.tobytes()] for row in asked[0][1].features]
+    # As many as there are samples of one half, against the other, of which each class has its share.
+    assert (len(scored), len(against), len(set(scored + against))) == (24, 40, 64)
+    assert np.bincount(labels[against]).tolist() == [10] * 4
+    for name, images in (("real", features), ("reconstructions", features + 1)):
+        fd, agreement = found.baselines[name]
+        expected = frechet_distance(
+            images[scored].mean(0),
+            np.cov(images[scored].T),
+            features[against].mean(0),
+            np.cov(features[against].T),
+        )
+        assert fd.value == pytest.approx(expected, rel=1e-5)
+        # The probe has learned from every other image of each class, and judges those between.
+        probe = LinearProbe(features[::2], labels[::2], 4)
+        share = (probe.classes(images[1::2]) == labels[1::2]).mean()
+        assert (agreement.value, agreement.num_images) == (share, 40)
+    alone = of_halves(scoring, real, None, 24, names, judged=False)
+    assert (list(alone.baselines), alone.judge) == (["real"], None)

@@ -247,6 +247,27 @@ def test_what_others_statistics_must_have_been_made_with(tmp_path, name, dim, fi
     assert [advice in text for text in reference.cautions] == [True] * bool(advice)
 
 
+def test_cmmds_embeddings_are_told_from_other_features_of_clip_by_their_length(tmp_path):
+    features = np.random.default_rng(0).normal(size=(20, 768)).astype(np.float32)
+    np.save(tmp_path / "plain.npy", features)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    np.save(tmp_path / "cmmd.npy", features)
+    np.savez(tmp_path / "cmmd.npz", reps=features)
+    ours = ImageStatistics(Gaussian(np.zeros(768), np.eye(768)), identity="CLIP, bicubic resize, weights 0")
+    for name in ("cmmd.npy", "cmmd.npz"):
+        reference = open_reference(tmp_path / name)
+        check_comparable(reference.statistics, ours)
+        assert np.array_equal(reference.statistics.features, features)
+        assert "feature net clip" in reference.cautions[0]
+    with pytest.raises(DataError, match="no feature net fits"):
+        check_comparable(read_statistics(tmp_path / "plain.npy"), ours)
+    np.save(tmp_path / "objects.npy", np.array([None]), allow_pickle=True)
+    (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY")
+    for name in ("objects.npy", "torn.npy"):
+        with pytest.raises(DataError, match="cannot be read as an array"):
+            read_statistics(tmp_path / name)
+
+
 def test_labels_beside_images_are_read(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "labelled.npz", images, np.array([2, 0, 1, 2, 2, 0]))

@@ -1,6 +1,7 @@
 """Evaluations on a device: the CPU's scores, and how often a batch makes the host wait."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from fake_device import FROM, READ, TO, TO_FREE, counting
 from maskgit.apps.cli import commands as cli
 from maskgit.evaluation.metrics.manifolds import density_coverage, precision_recall
-from maskgit.evaluation.networks import dinov2, inception
+from maskgit.evaluation.networks import inception, vit
 from maskgit.evaluation.networks.features import load_feature_net
 from maskgit.evaluation.networks.lpips import LPIPS
 from maskgit.evaluation.runs.sampling import Reconstructions, SampleConfig, Samples, measured
@@ -79,7 +80,9 @@ def test_feature_nets_give_the_cpus_features():
     assert counts.events == {TO_FREE: 1}
 
 
-@pytest.mark.parametrize("prepare", [*inception.PREPARATIONS.values(), dinov2.prepare])
+@pytest.mark.parametrize(
+    "prepare", [*inception.PREPARATIONS.values(), partial(vit.prepare, config=vit.DINOV2)]
+)
 def test_images_are_prepared_as_on_the_cpu(prepare):
     images = torch.rand(2, 3, 30, 20, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(prepare(images.to("gpu")).cpu(), prepare(images))

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from maskgit.apps.cli.evaluation_flags import Net, Place, ReconstructionFlags, SampleFlags, WorkFlags
+from maskgit.apps.cli.evaluation_flags import (
+    Also,
+    Net,
+    Place,
+    ReconstructionFlags,
+    SampleFlags,
+    WorkFlags,
+    load_also,
+)
 from maskgit.apps.cli.flags import Model, Sampler
 from maskgit.apps.cli.scoring import COMMAND, Bars, complaints, print_report, score_table
 from maskgit.errors import ConfigError, DataError, OutputError
@@ -113,6 +121,7 @@ def _of_samples(
         config=config,
         training=training,
         curve=axes,
+        also=load_also(samples.also, net.features, device),
         lpips=lpips,
         lpips_name=lpips_name,
         command=COMMAND.get(),
@@ -217,6 +226,7 @@ def compare(
     size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the images')")] = None,
     training_data: Place = None,
     num_training: int = 50_000,
+    also: Also = (),
     splits: int = 10,
     max_bad_share: float = 0.01,
     batch_size: int = 64,
@@ -232,6 +242,8 @@ def compare(
         training_data: The images that the model was trained on: measures the authenticity of B, the share of its
             images that are no copies of them.
         num_training: So many of them, spread evenly over them.
+        also: Further networks, for distances by their features in the same pass: dinov2=FILE for FD-DINOv2, clip=FILE
+            for CMMD.
         splits: Parts the images are split into to estimate confidence intervals.
         max_bad_share: Share of images that may be unreadable, 0 to 1.
         batch_size: Images per batch.
@@ -251,6 +263,7 @@ def compare(
     if training_data is not None:
         training = open_fitting(training_data, second.resolution[0], max_bad_share=max_bad_share)
     network = net.load(own_device(device))
+    others = load_also(also, net.features, network.device)
     with Bars() as bars:
         found = compare_pictures(
             first,
@@ -261,6 +274,7 @@ def compare(
             num_training=num_training,
             splits=splits,
             batch_size=batch_size,
+            also=others,
             progress=bars,
         )
     cost = about_samples(b).get("cost")

@@ -23,7 +23,8 @@ class Net:
     """The network that compares images."""
 
     features: Annotated[str, arg(metavar="NET")] = "effnet-lite0"
-    """effnet-lite0, inception, inception-pytorch-fid or dinov2. Scores carry its name; only Inception's are FID."""
+    """effnet-lite0, inception, inception-pytorch-fid, dinov2 or clip. Scores carry its name; only Inception's are
+    FID."""
     weights: Annotated[str | None, arg(metavar="PATH|URL", help_behavior_hint="")] = None
     """Its weights, if no installed package provides them."""
     feature_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
@@ -34,6 +35,26 @@ class Net:
         from maskgit.evaluation.networks.features import load_feature_net
 
         return load_feature_net(self.features, device, size=self.feature_size, weights=self.weights)
+
+
+Also = Annotated[tuple[str, ...], arg(metavar="NET=PATH|URL", help_behavior_hint="")]
+
+
+def load_also(given: tuple[str, ...], features: str, device: "torch.device") -> "dict[str, FeatureNet]":
+    """Return the nets of --also by name.
+
+    Raises:
+        ConfigError: one is not NET=PATH|URL, or named twice.
+    """
+    from maskgit.evaluation.networks.features import load_feature_net
+
+    nets: dict[str, FeatureNet] = {}
+    for text in given:
+        name, _, weights = text.partition("=")
+        if name in nets or name == features:
+            raise ConfigError(f"--also names {name} twice, or --features does; name each network once.")
+        nets[name] = load_feature_net(name, device, weights=weights or None)
+    return nets
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,9 @@ class SampleFlags:
     show_training: bool = True
     """Show real images: the nearest training images, and those that are edited; turn off before publishing the
     report."""
+    also: Also = ()
+    """Further networks, for distances by their features in the same pass: dinov2=FILE for FD-DINOv2, clip=FILE for
+    CMMD."""
     curve: Annotated[tuple[str, ...], arg(metavar="KEY=A,B,…", help_behavior_hint="")] = ()
     """Also score every combination of these settings: steps=4,8,12 policy=confidence,halton."""
     curve_images: int = 1000
@@ -78,6 +102,7 @@ class SampleFlags:
         """Raise a `ConfigError` if anything is asked about samples."""
         asked = {
             "training-data": self.training_data,
+            "also": self.also,
             "curve": self.curve,
             "edits": self.edits,
             "seeds": self.seeds > 1,

@@ -39,7 +39,7 @@ def tune(
         reference: Statistics of real images, written by `maskgit stats` with the same feature network.
         name: Name of the preset; the file is OUT/NAME.json.
         out: Folder for the preset.
-        features: Feature network: effnet-lite0, inception, inception-pytorch-fid or dinov2.
+        features: Feature network: effnet-lite0, inception, inception-pytorch-fid, dinov2 or clip.
         distance: kd, the kernel distance, which is unbiased at any number of images, or fd, the Fréchet distance.
         weights: Its weights, if no installed package provides them.
         trials: Number of settings to try; the first are the model's own.

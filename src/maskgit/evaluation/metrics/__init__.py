@@ -6,17 +6,16 @@ NumPy arrays.
 
 from maskgit.evaluation.metrics.codes import codebook_usage, perplexity
 from maskgit.evaluation.metrics.distributions import (
+    CMMD,
     InceptionScore,
     KernelDistance,
+    cmmd,
     inception_score,
     kernel_distance,
 )
 from maskgit.evaluation.metrics.fidelity import (
     SSIM_WINDOW,
-    boundary_gradient_error,
     boundary_gradient_ratio,
-    change_outside,
-    masked_psnr,
     psnr,
     ssim,
 )
@@ -51,6 +50,7 @@ from maskgit.evaluation.metrics.probe import LinearProbe
 from maskgit.evaluation.metrics.vectors import Floats, as_doubles, as_vectors
 
 __all__ = [
+    "CMMD",
     "SSIM_WINDOW",
     "DensityCoverage",
     "FeatureStatistics",
@@ -68,9 +68,8 @@ __all__ = [
     "as_vectors",
     "authenticity",
     "bootstrap_interval",
-    "boundary_gradient_error",
     "boundary_gradient_ratio",
-    "change_outside",
+    "cmmd",
     "codebook_usage",
     "density_coverage",
     "frechet_distance",
@@ -78,7 +77,6 @@ __all__ = [
     "inception_score",
     "jackknife_interval",
     "kernel_distance",
-    "masked_psnr",
     "mean_interval",
     "perplexity",
     "precision_recall",

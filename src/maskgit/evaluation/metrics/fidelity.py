@@ -1,4 +1,4 @@
-"""How near an image is to another: PSNR, SSIM, and how well an edit keeps to its region and joins it.
+"""How near an image is to another: PSNR, SSIM, and how visible the seam of an edit is.
 
 Shapes: B batch, H × W pixels. Images are float tensors (B, 3, H, W) in [0, 1]; pixel masks are True where the
 image was edited. Sums are float64.
@@ -86,45 +86,6 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return (luminance * structure).mean((1, 2, 3))
 
 
-def masked_psnr(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio of each pair of images within a mask, in decibels.
-
-    Args:
-        a, b: float (B, 3, H, W) in [0, 1].
-        mask: bool (B, H, W) or (H, W), True where images are compared.
-
-    Returns:
-        float64 (B,); infinite where the images agree all over the mask.
-
-    Raises:
-        ImageError: the shapes or types do not fit.
-        RegionError: the mask is not bool, does not fit, or is empty for an image.
-    """
-    _check_pair(a, b)
-    error = (a.double() - b.double()).square().mean(1)
-    return -10 * masked_mean(error, batch_mask(mask, a)).log10()
-
-
-def change_outside(image: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Return the largest difference outside a mask, which an edit must leave as it was.
-
-    Args:
-        image: float (B, 3, H, W) in [0, 1], edited.
-        original: the same shape, before.
-        mask: bool (B, H, W) or (H, W), True where the image was to be edited.
-
-    Returns:
-        float64 (B,) in [0, 1], 0 where all pixels outside the mask (or there are none) are the same.
-
-    Raises:
-        ImageError: the shapes or types do not fit.
-        RegionError: the mask is not bool or does not fit.
-    """
-    _check_pair(image, original)
-    outside = ~batch_mask(mask, image)
-    return ((image.double() - original.double()).abs().amax(1) * outside).amax((1, 2))
-
-
 def boundary_gradient_ratio(image: Tensor, mask: Tensor) -> Tensor:
     """Return how much steeper an image is across a mask's border than inside it: how visible the seam is.
 
@@ -150,30 +111,6 @@ def boundary_gradient_ratio(image: Tensor, mask: Tensor) -> Tensor:
     _check_pair(image, image)
     mask = batch_mask(mask, image)
     return _pair_mean(image, mask, across=True) / _pair_mean(image, mask, across=False)
-
-
-def boundary_gradient_error(image: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Return how far the gradients across a mask's border are from those of the original.
-
-    It is the mean over channels and over pairs of neighbouring pixels, of which one lies in the mask and one
-    does not, of | |∂image| − |∂original| |, with ∂ the difference of the two pixels.
-
-    Args:
-        image: float (B, 3, H, W) in [0, 1], edited.
-        original: the same shape, before.
-        mask: bool (B, H, W) or (H, W), True where the image was edited, with a border inside the image.
-
-    Returns:
-        float64 (B,) in [0, 1].
-
-    Raises:
-        ImageError: the shapes or types do not fit.
-        RegionError: the mask is not bool, does not fit, or has no border.
-
-    Source: our own definition; see `boundary_gradient_ratio`.
-    """
-    _check_pair(image, original)
-    return _pair_mean(image, batch_mask(mask, image), across=True, original=original)
 
 
 def batch_mask(mask: Tensor, images: Tensor) -> Tensor:
@@ -210,14 +147,12 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values.double() * mask).sum((1, 2)) / area
 
 
-def _pair_mean(image: Tensor, mask: Tensor, *, across: bool, original: Tensor | None = None) -> Tensor:
+def _pair_mean(image: Tensor, mask: Tensor, *, across: bool) -> Tensor:
     """Average steps over the pairs of neighbours across the mask's border, or those inside: (B,)."""
     total = torch.zeros(len(image), dtype=torch.float64, device=image.device)
     count = torch.zeros_like(total)
     for dim in (-1, -2):
         step = image.double().diff(dim=dim).abs()
-        if original is not None:
-            step = (step - original.double().diff(dim=dim).abs()).abs()
         length = mask.shape[dim] - 1
         first, second = mask.narrow(dim, 0, length), mask.narrow(dim, 1, length)
         chosen = first ^ second if across else first & second

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from maskgit.errors import CheckpointError, ConfigError, ImageError, MaskGITError, install_extra, unknown_name
-from maskgit.evaluation.networks import dinov2, inception
+from maskgit.evaluation.networks import inception, vit
 from maskgit.evaluation.networks.weights import local_file, read_state_dict
 from maskgit.foundation.checks import check_range, check_whole
 from maskgit.foundation.devices import upload, whole_float32
@@ -233,15 +233,17 @@ def _inception(size: int, device: torch.device, weights: Path | None, *, resize:
     )
 
 
-def _dinov2(size: int, device: torch.device, weights: Path | None) -> FeatureNet:
+def _vit(
+    size: int, device: torch.device, weights: Path | None, *, name: str, config: vit.ViTConfig
+) -> FeatureNet:
     assert weights is not None
-    net, digest = dinov2.load_dinov2(weights)
+    net, digest = vit.load_vit(weights, config)
     net.to(device)
 
     def compute(images: Tensor) -> Features:
-        return Features(net(dinov2.prepare(images)))
+        return Features(net(vit.prepare(images, config)))
 
-    return FeatureNet("DINOv2", dinov2.DIM, size, "bicubic", digest, compute, device, published=None)
+    return FeatureNet(name, config.dim, size, "bicubic", digest, compute, device, published=None)
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,11 @@ FEATURE_NETS = {
         inception.SIZE, partial(_inception, resize="half-pixel"), url=inception.URL
     ),
     # FD-DINOv2, as edm2 computes it.
-    "dinov2": FeatureNetEntry(dinov2.SIZE, _dinov2, url=dinov2.URL),
+    "dinov2": FeatureNetEntry(
+        vit.DINOV2.size, partial(_vit, name="DINOv2", config=vit.DINOV2), url=vit.DINOV2.url
+    ),
+    # CMMD, as google-research computes it.
+    "clip": FeatureNetEntry(vit.CLIP.size, partial(_vit, name="CLIP", config=vit.CLIP), url=vit.CLIP.url),
 }
 # Nets that need no weights file, and so can be used where nobody can name one.
 BUNDLED_NETS = tuple(name for name, entry in FEATURE_NETS.items() if entry.url is None)

@@ -9,9 +9,9 @@ Shapes: N samples.
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,12 @@ from maskgit.evaluation.scores.classwise import (
 )
 from maskgit.evaluation.scores.edits import Edited, edit_scores
 from maskgit.evaluation.scores.names import Names, Score, with_baselines
-from maskgit.evaluation.scores.references import Reference, evaluator_identity, reference_statistics
+from maskgit.evaluation.scores.references import (
+    Reference,
+    evaluator_identity,
+    of_net,
+    reference_statistics,
+)
 from maskgit.evaluation.scores.scores import distances, manifolds
 from maskgit.evaluation.scores.statistics import ImageStatistics
 from maskgit.foundation.checks import Config, check_range
@@ -97,6 +102,20 @@ class EvaluationConfig(Config):
         check_range("seeds", self.seeds, 1, 100)
 
 
+class Seen(NamedTuple):
+    """A reference by the features of one net.
+
+    Attributes:
+        reference: statistics of its images.
+        names: of scores.
+        also: the net's name, where it is one of the others; see `of_net`.
+    """
+
+    reference: ImageStatistics
+    names: Names
+    also: str = ""
+
+
 @dataclass(frozen=True)
 class SampleEvaluation:
     """An evaluation of a model's images.
@@ -112,6 +131,7 @@ class SampleEvaluation:
         config: how thoroughly they are scored.
         training: the images that the model was trained on, searched for copies.
         curve: sampler settings of smaller runs: all combinations of these values.
+        also: by name in `FEATURE_NETS`, other nets by whose features distances are told too, to the reference's images.
         lpips: computes LPIPS of edits, if it is wanted, and `lpips_name` says which it is.
         command: what was typed to begin it, for the report.
     """
@@ -127,6 +147,7 @@ class SampleEvaluation:
     config: EvaluationConfig
     training: Pictures | None = None
     curve: Mapping[str, Sequence[Any]] | None = None
+    also: Mapping[str, FeatureNet] = field(default_factory=dict)
     lpips: LPIPS | None = None
     lpips_name: str | None = None
     command: str = ""
@@ -148,12 +169,12 @@ class SampleEvaluation:
             DataError: the reference does not belong to the net or the model.
         """
         side = self.model.config.image_size
-        self.reference.check(self.net, (side, side))
+        self.reference.check(self.net, (side, side), self.also)
         works: dict[str, Work] = {"samples": self._samples(self.images, {}, show=True)}
         for name, data in (("reference", self.reference.images), ("training", self.training)):
             if data is not None:
                 count = self.config.num_training if name == "training" else None
-                works[name] = RealImages(data, self.net, num_images=count)
+                works[name] = RealImages(data, self.net, num_images=count, also=self.also)
         if through := self.training or self.reference.images:
             works["reconstructions"] = RealImages(
                 through,
@@ -162,6 +183,7 @@ class SampleEvaluation:
                 batch_size=self.images.batch_size,
                 through=self.model.tokenizer,
                 weights=self.weights["tokenizer"],
+                also=self.also,
             )
         if self.training is not None and self.training.resolution != (side, side):
             raise DataError(
@@ -202,6 +224,7 @@ class SampleEvaluation:
             sampler=self.model.sampler_config(**(given | settings)),
             class_counts=counts,
             show=show,
+            also=self.also,
         )
 
     def _other_seeds(self) -> range:
@@ -247,18 +270,27 @@ class SampleEvaluation:
         notes += self.reference.cautions
         for data in (self.reference.images, self.training):
             notes += [] if data is None else [f"{data.name}: {line}" for line in data.left_out]
+        others = self._others(units)
         scores, cautions = self._scores(arrays, reference, names, self._strata(arrays))
         baselines, judge = self._context(units, reference, arrays, names)
         scores += self._agreement(arrays, judge, names)
+        beside = [with_baselines(scores, baselines)]
+        for other in others:
+            found, more = self._distances(arrays, other, self._strata(arrays))
+            beside.append(
+                with_baselines(found, self._context(units, other.reference, arrays, *other[1:]).baselines)
+            )
+            scores, cautions = scores + found, cautions + more
         copies, of_copies = self._copies(units, arrays, reference, names)
-        curves, small = self._curves(units, reference, judge, names)
+        seen = [Seen(reference, names), *others]
+        curves, small = self._curves(units, seen, judge)
         cost = cost_of_samples(done, self.model, work.sampler)
         edits, pictures, unread = self._edited(units, "edits", names)
         report = Report(
             title=self.name,
             kind="samples",
             num_images=len(arrays["pooled"]),
-            scores=with_baselines(scores, baselines) + of_copies,
+            scores=list(itertools.chain(*beside, of_copies)),
             cautions=cautions + notes + small,
             sheet=[],
             settings=done.plan,
@@ -273,7 +305,7 @@ class SampleEvaluation:
             curves=curves,
             curve_images=self.config.curve_images,
             edits=edits,
-            repeats=self._repeats(units, scores, edits, reference, judge, names),
+            repeats=self._repeats(units, scores, edits, seen, judge),
             edit_pictures=pictures if self.config.show_training else [],
             cost=cost,
             run=({"command": self.command} if self.command else {})
@@ -318,13 +350,29 @@ class SampleEvaluation:
             [reason] if reason else [],
         )
 
+    def _others(self, units: dict[str, Units]) -> list[Seen]:
+        """Return the reference by the features of the other nets."""
+        found = []
+        for name, net in self.also.items():
+            assert self.reference.images is not None, "works() has asked for images"
+            measured, _ = reference_statistics(units["reference"], self.reference.images, net, also=name)
+            found.append(Seen(measured, Names(name, net), name))
+        return found
+
     def _context(
-        self, units: dict[str, Units], reference: ImageStatistics, arrays: Arrays, names: Names
+        self,
+        units: dict[str, Units],
+        reference: ImageStatistics,
+        arrays: Arrays,
+        names: Names,
+        also: str = "",
     ) -> Context:
-        """Return what samples are seen beside."""
+        """Return what samples are seen beside; class agreement is told by the first net alone."""
         count = len(arrays["pooled"])
 
         def scoring(other: Arrays, against: ImageStatistics) -> list[Score]:
+            if also:
+                return distances(other, against, names, splits=self.config.splits)[0]
             return self._scores(other, against, names, None)[0]
 
         if self.training is not None:
@@ -333,11 +381,14 @@ class SampleEvaluation:
             check_share(data.name, units["training"].work.count, training.skipped, data.max_bad_share)
             if self.reference.digest != data.fingerprint:
                 numbers = self._matched(data.class_names, data.num_classes, data.name).numbers
-                return of_training(scoring, reference, training.arrays, rebuilt.arrays, numbers, count, names)
+                own, through = of_net(training.arrays, also), of_net(rebuilt.arrays, also)
+                return of_training(scoring, reference, own, through, numbers, count, names, judged=not also)
         halved = None
         if self.reference.images is not None and self.training is None:
-            halved, _ = reference_statistics(units["reconstructions"], self.reference.images, self.net)
-        return of_halves(scoring, reference, halved, count, names)
+            halved, _ = reference_statistics(
+                units["reconstructions"], self.reference.images, names.net, also=also
+            )
+        return of_halves(scoring, reference, halved, count, names, judged=not also)
 
     def _agreement(self, arrays: Arrays, judge: ClassJudge | None, names: Names) -> list[Score]:
         """Return the share of images that look like their class, where that can be said."""
@@ -393,7 +444,7 @@ class SampleEvaluation:
         names: Names,
         strata: NDArray[np.int32] | None,
     ) -> tuple[list[Score], list[str]]:
-        scores, cautions = distances(arrays, reference, names, splits=self.config.splits, strata=strata)
+        scores, cautions = self._distances(arrays, Seen(reference, names), strata)
         scores += manifolds(
             arrays["pooled"],
             reference,
@@ -403,15 +454,24 @@ class SampleEvaluation:
             k=self.config.neighbours,
             num_images=self.config.neighbour_images,
         )
-        if self.net.published is False:
+        return scores, cautions
+
+    def _distances(
+        self, arrays: Arrays, seen: Seen, strata: NDArray[np.int32] | None
+    ) -> tuple[list[Score], list[str]]:
+        """Return the distances to the reference by a net's features, and cautions."""
+        reference, names, also = seen
+        own = of_net(arrays, also)
+        scores, cautions = distances(own, reference, names, splits=self.config.splits, strata=strata)
+        if names.net.published is False:
             cautions.append(
-                f"The feature net's weights are not the published ones of {self.features}: its scores "
+                f"The feature net's weights are not the published ones of {names.features}: its scores "
                 "compare only with scores made with the same file."
             )
         return scores, cautions
 
     def _curves(
-        self, units: dict[str, Units], reference: ImageStatistics, judge: ClassJudge | None, names: Names
+        self, units: dict[str, Units], seen: list[Seen], judge: ClassJudge | None
     ) -> tuple[list[Point], list[str]]:
         """Return the runs with other settings, and cautions of all of them, each once."""
         points: list[Point] = []
@@ -420,11 +480,12 @@ class SampleEvaluation:
             done = units[curve_name(settings)]
             assert isinstance(done.work, Samples)
             arrays = gather(done).arrays
-            strata = self._strata(arrays)
-            scores, found = distances(arrays, reference, names, splits=self.config.splits, strata=strata)
-            scores += self._agreement(arrays, judge, names)
+            found = [self._distances(arrays, one, self._strata(arrays)) for one in seen]
+            scores = [score for part, _ in found for score in part]
+            scores += self._agreement(arrays, judge, seen[0].names)
             points.append(Point(settings, scores, cost_of_samples(done, self.model, done.work.sampler)))
-            cautions |= dict.fromkeys(f"Runs with other settings: {text}" for text in found)
+            texts = [text for _, part in found for text in part]
+            cautions |= dict.fromkeys(f"Runs with other settings: {text}" for text in texts)
         return points, list(cautions)
 
     def _edited(
@@ -469,9 +530,8 @@ class SampleEvaluation:
         units: dict[str, Units],
         scores: list[Score],
         edits: list[Edited],
-        reference: ImageStatistics,
+        seen: list[Seen],
         judge: ClassJudge | None,
-        names: Names,
     ) -> Repeats | None:
         """Return the scores of all seeds, those of the report first."""
         if self.config.seeds == 1:
@@ -479,9 +539,12 @@ class SampleEvaluation:
         repeats = [_values(scores, edits)]
         for seed in self._other_seeds():
             arrays = gather(units[f"samples-seed-{seed}"]).arrays
-            others = self._scores(arrays, reference, names, self._strata(arrays))[0]
-            others += self._agreement(arrays, judge, names)
-            repeats.append(_values(others, self._edited(units, f"edits-seed-{seed}", names)[0]))
+            (reference, names, _), *others = seen
+            found = self._scores(arrays, reference, names, self._strata(arrays))[0]
+            found += self._agreement(arrays, judge, names)
+            for other in others:
+                found += self._distances(arrays, other, self._strata(arrays))[0]
+            repeats.append(_values(found, self._edited(units, f"edits-seed-{seed}", names)[0]))
         seeds = [self.images.seed, *self._other_seeds()]
         return Repeats(seeds, {name: [one[name] for one in repeats] for name in repeats[0]})
 
@@ -499,6 +562,9 @@ class SampleEvaluation:
             "evaluator": evaluator_identity(names) | {"neighbours": self.config.neighbours},
             "reference": self.reference.identity(reference),
         }
+        if self.also:
+            others = {name: evaluator_identity(Names(name, net)) for name, net in self.also.items()}
+            found["evaluator"]["also"] = others
         if self.training is not None:
             data = self.training
             found["training"] = {"name": data.name, "sha256": data.fingerprint, "num_images": len(data)}

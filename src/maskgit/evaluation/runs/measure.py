@@ -1,6 +1,6 @@
 """Measuring sets of real images and comparing two of them, within one process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +12,9 @@ from maskgit.errors import DataError
 from maskgit.evaluation.metrics import authenticity
 from maskgit.evaluation.metrics.intervals import wilson_interval
 from maskgit.evaluation.networks.features import FeatureNet
-from maskgit.evaluation.runs.sampling import RealImages, joined
+from maskgit.evaluation.runs.sampling import NONE, RealImages, joined
 from maskgit.evaluation.scores.names import Names, Score, with_baselines
-from maskgit.evaluation.scores.references import Reference
+from maskgit.evaluation.scores.references import Reference, of_net
 from maskgit.evaluation.scores.scores import distances, manifolds
 from maskgit.evaluation.scores.statistics import Collector, ImageStatistics
 from maskgit.foundation.checks import check_count
@@ -32,10 +32,12 @@ class Measured(NamedTuple):
     Attributes:
         statistics: of all that could be read.
         skipped: a sentence for each image that could not be.
+        others: the statistics by the features of other nets, by name.
     """
 
     statistics: ImageStatistics
     skipped: list[str]
+    others: dict[str, ImageStatistics]
 
 
 class Compared(NamedTuple):
@@ -59,6 +61,7 @@ def measure(
     num_images: int | None = None,
     keep: int = 10_000,
     batch_size: int = 64,
+    also: Mapping[str, FeatureNet] = NONE,
     progress: Progress | None = None,
 ) -> Measured:
     """Return the statistics of a set of images.
@@ -69,6 +72,7 @@ def measure(
         num_images: how many of them, spread evenly over the set; None takes all.
         keep: images whose features are kept, spread evenly, 0 to 1,000,000.
         batch_size: images read together.
+        also: by name, other nets whose features are computed too.
         progress: called as images are done.
 
     Raises:
@@ -78,14 +82,19 @@ def measure(
     batch_size = check_count("batch_size", batch_size, 1, 65_536)
     if num_images is not None:
         num_images = check_count("num_images", num_images, 2, len(pictures))
-    work = RealImages(pictures, net, num_images=num_images, batch_size=batch_size)
+    work = RealImages(pictures, net, num_images=num_images, batch_size=batch_size, also=also)
     skipped: list[str] = []
-    collector = Collector(
-        net, keep=keep, total=work.count, resolution=pictures.resolution, class_names=pictures.class_names
-    )
+    collectors = {
+        name: Collector(
+            one, keep=keep, total=work.count, resolution=pictures.resolution, class_names=pictures.class_names
+        )
+        for name, one in {"": net, **also}.items()
+    }
     for arrays in _pieces(work, skipped, progress):
-        collector.add_features(arrays)
-    return Measured(collector.finish(), skipped)
+        for name, collector in collectors.items():
+            collector.add_features(of_net(arrays, name))
+    found = {name: collector.finish() for name, collector in collectors.items()}
+    return Measured(found.pop(""), skipped, found)
 
 
 def _pieces(work: RealImages, skipped: list[str], progress: Progress | None) -> Iterator[Arrays]:
@@ -109,6 +118,7 @@ def compare_pictures(
     num_training: int = 50_000,
     splits: int = 10,
     batch_size: int = 64,
+    also: Mapping[str, FeatureNet] = NONE,
     progress: Progress | None = None,
 ) -> Compared:
     """Return the scores of images against a reference.
@@ -121,21 +131,22 @@ def compare_pictures(
         num_training: so many of them, spread evenly over them.
         splits: parts that intervals are taken over.
         batch_size: images read together.
+        also: by name in `FEATURE_NETS`, other nets by whose features distances are told too.
         progress: called as images are done.
 
     Raises:
         DataError: the sets are of different sizes or nets, or too many images cannot be read.
     """
     splits = check_count("splits", splits, 2, 1000)
-    reference.check(net, pictures.resolution)
+    reference.check(net, pictures.resolution, also)
     names = Names(features, net)
     skipped: list[str] = []
-    measured = None
+    measured, theirs = None, dict[str, ImageStatistics]()
     if reference.images is not None:
-        real = measure(reference.images, net, batch_size=batch_size, progress=progress)
-        measured = real.statistics
+        real = measure(reference.images, net, batch_size=batch_size, also=also, progress=progress)
+        measured, theirs = real.statistics, real.others
         skipped += real.skipped
-    work = RealImages(pictures, net, batch_size=batch_size)
+    work = RealImages(pictures, net, batch_size=batch_size, also=also)
     own: list[str] = []
     arrays = joined([piece for piece in _pieces(work, own, progress) if piece])
     skipped += own
@@ -144,6 +155,9 @@ def compare_pictures(
     against = reference.joined(measured)
     scores, cautions = distances(arrays, against, names, splits=splits)
     scores += manifolds(np.asarray(arrays["pooled"]), against, names, device=net.device)
+    for name, other in theirs.items():
+        found, more = distances(of_net(arrays, name), other, Names(name, also[name]), splits=splits)
+        scores, cautions = scores + found, cautions + more
     if training is not None:
         known = RealImages(training, net, num_images=num_training, batch_size=batch_size)
         torn: list[str] = []

@@ -9,9 +9,10 @@ import io
 import json
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ NUM_SHOWN = 64
 MAX_ABOUT_BYTES = 2**22
 # What a feature net says of images, by the names of `Features`.
 OUTPUTS = ("pooled", "spatial", "logits")
+NONE: Mapping[str, FeatureNet] = MappingProxyType({})
 # Equal images have no noise between them: their PSNR counts as this.
 MAX_PSNR = 100.0
 
@@ -91,6 +93,7 @@ class Samples:
         sampler: SamplerConfig,
         class_counts: NDArray[np.int64] | None = None,
         show: bool = True,
+        also: Mapping[str, FeatureNet] = NONE,
     ) -> None:
         """Describe the work; nothing is made yet.
 
@@ -103,11 +106,12 @@ class Samples:
             class_counts: int64 (classes,), how many images of each class the data set has, for the label rule
                 "dataset".
             show: whether the pictures of the random sheet are kept.
+            also: by name, other nets whose features are computed too.
 
         Raises:
             ConfigError: the label rule needs class counts that are not given or do not fit the model.
         """
-        self.model, self.net, self.config, self.sampler = model, net, config, sampler
+        self.model, self.net, self.config, self.sampler, self.also = model, net, config, sampler, also
         self.count, self.unit_size = config.num_images, config.unit_size
         num_classes = model.config.transformer.num_classes
         self._shares: NDArray[np.float64] | None = None
@@ -127,7 +131,7 @@ class Samples:
             "sampler": sampler.to_dict(),
             "images": config.to_dict(),
             "class_counts": None if class_counts is None or self._shares is None else class_counts.tolist(),
-            "features": net.identity,
+            **identities(net, also),
             "shown": len(self.shown),
         }
 
@@ -165,7 +169,7 @@ class Samples:
             began = time.perf_counter()
             images = self.pictures(start, end, count)
             seconds += time.perf_counter() - began
-            kept.append(measured(self.net, as_floats(images)))
+            kept.append(measured(self.net, as_floats(images), self.also))
             shown += [images[i - start] for i in self.shown if start <= i < end]
             if self.config.keep_images != "none":
                 pictures.append(images)
@@ -220,6 +224,7 @@ class RealImages:
         unit_size: int = 1024,
         through: Tokenizer | None = None,
         weights: str = "",
+        also: Mapping[str, FeatureNet] = NONE,
     ) -> None:
         """Describe the work.
 
@@ -231,8 +236,9 @@ class RealImages:
             unit_size: images of a unit.
             through: measures the images' reconstructions by this tokenizer in their place, and `weights` is the
                 tokenizer's SHA-256.
+            also: by name, other nets whose features are computed too.
         """
-        self.data, self.net, self.through = pictures, net, through
+        self.data, self.net, self.through, self.also = pictures, net, through, also
         self.batch_size, self.unit_size = batch_size, unit_size
         total = len(pictures)
         self.count = total if num_images is None else min(total, num_images)
@@ -240,7 +246,7 @@ class RealImages:
             "work": "real images",
             "data": pictures.fingerprint,
             "images_of_data": total,
-            "features": net.identity,
+            **identities(net, also),
         }
         if through is not None:
             dtype = str(through.dtype).removeprefix("torch.")
@@ -262,7 +268,7 @@ class RealImages:
                 images = batch.floats
                 if self.through is not None:
                     images = as_floats(rebuild(self.through, images)[0])
-                kept.append(measured(self.net, images) | about)
+                kept.append(measured(self.net, images, self.also) | about)
         return Made(joined(kept), {"skipped": skipped}, {})
 
 
@@ -415,11 +421,24 @@ def about_samples(path: str | Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def measured(net: FeatureNet, images: Tensor) -> Arrays:
-    """Return all that a feature net says of images, as arrays named as in `Features`."""
-    outputs = net.outputs(images)
-    parts = {name: getattr(outputs, name) for name in OUTPUTS}
-    return {name: part.cpu().numpy() for name, part in parts.items() if part is not None}
+def measured(net: FeatureNet, images: Tensor, also: Mapping[str, FeatureNet] = NONE) -> Arrays:
+    """Return all that a feature net says of images, as arrays named as in `Features`.
+
+    What others say has their names behind, such as pooled_dinov2.
+    """
+    arrays: Arrays = {}
+    for name, one in {"": net, **also}.items():
+        outputs = one.outputs(images)
+        parts = {part: getattr(outputs, part) for part in OUTPUTS}
+        found = {part: values.cpu().numpy() for part, values in parts.items() if values is not None}
+        arrays |= {f"{part}_{name}" if name else part: values for part, values in found.items()}
+    return arrays
+
+
+def identities(net: FeatureNet, also: Mapping[str, FeatureNet]) -> dict[str, Any]:
+    """Return what a plan says of the feature nets."""
+    others = {name: one.identity for name, one in also.items()}
+    return {"features": net.identity} | ({"also": others} if others else {})
 
 
 def joined(pieces: Sequence[Arrays]) -> Arrays:

@@ -56,6 +56,8 @@ def of_training(
     numbers: NDArray[np.int32] | None,
     count: int,
     names: Names,
+    *,
+    judged: bool = True,
 ) -> Context:
     """Score as many training images as there are samples, and their reconstructions.
 
@@ -67,12 +69,13 @@ def of_training(
         numbers: int32 (classes,), which of the model's classes the data's are; None where they do not match.
         count: N.
         names: of scores.
+        judged: whether class agreement is told too.
     """
     total = len(training["pooled"])
     rows = drawn_rows(total, count)
     sets = {"real": training, "reconstructions": rebuilt}
     found = {name: scoring(chosen(arrays, rows), reference) for name, arrays in sets.items()}
-    if labelled(reference) is None:
+    if not judged or labelled(reference) is None:
         return Context(found, None)
     # The probe knows what it learned from: reconstructions are judged of images that it has not seen.
     others = np.setdiff1d(np.arange(total), rows)
@@ -90,7 +93,13 @@ def of_training(
 
 
 def of_halves(
-    scoring: Scoring, reference: ImageStatistics, rebuilt: ImageStatistics | None, count: int, names: Names
+    scoring: Scoring,
+    reference: ImageStatistics,
+    rebuilt: ImageStatistics | None,
+    count: int,
+    names: Names,
+    *,
+    judged: bool = True,
 ) -> Context:
     """Score half of the reference, and its reconstructions, against the other half.
 
@@ -100,6 +109,7 @@ def of_halves(
         rebuilt: reconstructions of the same images in the same order; None leaves them out.
         count: N.
         names: of scores.
+        judged: whether class agreement is told too.
     """
     features, found = reference.features, dict[str, list[Score]]()
     if rebuilt is not None and (features is None or _count(rebuilt) != len(features)):
@@ -115,8 +125,7 @@ def of_halves(
         found["real"] = scoring({"pooled": features[first]}, other)
         if rebuilt is not None and rebuilt.features is not None:
             found["reconstructions"] = scoring({"pooled": rebuilt.features[first]}, other)
-    known = labelled(reference)
-    if known is None:
+    if not judged or labelled(reference) is None:
         return Context(found, None)
     judge = ClassJudge(reference)
     found.setdefault("real", []).append(judge.score(judge.real, names))

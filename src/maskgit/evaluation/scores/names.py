@@ -116,6 +116,12 @@ KINDS = {
         "lower",
         "Kernel distance; unbiased, so it may be compared across numbers of images.",
     ),
+    "cmmd": Kind(
+        "CMMD",
+        "CMMD",
+        "lower",
+        "Maximum mean discrepancy of CLIP’s embeddings, times 1,000.",
+    ),
     "inception_score": Kind(
         "Inception Score",
         "Inception Score",
@@ -218,7 +224,7 @@ class Names:
 
     def name(self, kind: str) -> str:
         """Return a score's name in a report."""
-        if kind in PLAIN:
+        if kind in PLAIN or kind == "cmmd":
             return kind
         if self.is_inception:
             return _INCEPTION.get(kind, kind)
@@ -233,8 +239,8 @@ class Names:
             return known.inception
         if self.is_pytorch_fid:
             return f"{known.inception} (pytorch-fid)"
-        if self.features == "dinov2":
-            return f"{known.title}-DINOv2"
+        if self.features in ("dinov2", "clip"):
+            return f"{known.title}-{self.net.name}"
         return f"{self.net.name.removesuffix('-Lite0')}-{known.title}"
 
     def score(self, kind: str, value: float, interval: Interval | None = None, *, num_images: int) -> Score:

@@ -7,6 +7,10 @@ write neither into their files. What is known of a file is its tool's format, it
 import re
 from typing import NamedTuple
 
+import numpy as np
+
+from maskgit.evaluation.metrics.frechet import Gaussian
+
 
 class Origin(NamedTuple):
     """Which feature nets a file's statistics can belong to.
@@ -43,8 +47,14 @@ _DIMENSIONS = {
         "edm2's files belong to the feature net dinov2; those of dgm-eval, which resizes with Pillow, are near to "
         "it but not the same.",
     ),
-    768: Origin("CLIP's (ViT-L/14)", (), ()),
+    768: Origin("CLIP's (ViT-L/14 at 224 pixels, or not of length 1)", (), ()),
 }
+CMMD = Origin(
+    "CMMD's (CLIP ViT-L/14)",
+    ("clip",),
+    ("CLIP, ",),
+    "CMMD's embeddings, of CLIP at 336 pixels, belong to the feature net clip; others to none.",
+)
 _CLEAN_FID = {
     "legacy_tensorflow": Origin("clean-fid's (legacy_tensorflow)", _TF1, ("Inception, tf1 ",)),
     "legacy_pytorch": Origin("clean-fid's (legacy_pytorch)", _HALF_PIXEL, ("Inception, half-pixel ",)),
@@ -56,12 +66,12 @@ _TORCH_FIDELITY = {
 }
 
 
-def origin_of(name: str, dim: int, *, spatial: bool) -> Origin:
+def origin_of(name: str, pooled: Gaussian, *, spatial: bool) -> Origin:
     """Return what statistics must have been made with.
 
     Args:
         name: the file's.
-        dim: of the mean.
+        pooled: mean and covariance of its features.
         spatial: whether it holds statistics of spatial features, too, as ADM's files do alone.
     """
     if spatial:
@@ -69,7 +79,13 @@ def origin_of(name: str, dim: int, *, spatial: bool) -> Origin:
     for extractor, origin in _TORCH_FIDELITY.items():
         if name.endswith(".pt") and f"-{extractor}-" in name:
             return origin
+    mean, covariance, count = pooled
+    dim = len(mean)
     found = re.search(r"_(legacy_tensorflow|legacy_pytorch|clean)_", name)
     if found is not None and dim == 2048:
         return _CLEAN_FID[found.group(1)]
+    # Vectors of length 1, as CMMD's are, have a mean square of 1.
+    biased = 1.0 if count is None else 1 - 1 / count
+    if dim == 768 and abs(float(mean @ mean + biased * np.trace(covariance)) - 1) < 0.01:
+        return CMMD
     return _DIMENSIONS.get(dim, INCEPTION)

@@ -3,6 +3,7 @@
 Shapes: D feature dimensions.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from maskgit.data.npz import open_npz
 from maskgit.data.picture_sets import MAX_BAD_SHARE, NpzPictures, Pictures, open_pictures
 from maskgit.data.rows import check_share
+from maskgit.errors import DataError
 from maskgit.evaluation.metrics import Gaussian
 from maskgit.evaluation.networks.features import FeatureNet
 from maskgit.evaluation.scores.names import Names
@@ -24,7 +26,7 @@ from maskgit.evaluation.scores.statistics import (
 )
 from maskgit.foundation.download import sha256
 from maskgit.foundation.files import expand
-from maskgit.foundation.units import Units
+from maskgit.foundation.units import Arrays, Units
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,13 @@ class Reference:
     images: Pictures | None
     digest: str
 
-    def check(self, net: FeatureNet, resolution: tuple[int, int]) -> None:
-        """Raise a `DataError` if scores of a net and images of a size cannot be compared with it."""
+    def check(self, net: FeatureNet, resolution: tuple[int, int], also: Collection[str] = ()) -> None:
+        """Raise a `DataError` if scores of nets and images of a size cannot be compared with it."""
+        if also and self.images is None:
+            raise DataError(
+                f"{self.name} holds statistics of one feature net alone, and {', '.join(also)} cannot be compared with "
+                "it: give images as the reference, or leave out --also."
+            )
         blank = Gaussian(np.zeros(net.dim), np.zeros((net.dim, net.dim)))
         ours = ImageStatistics(blank, None, net.identity, resolution)
         if self.statistics is not None:
@@ -104,7 +111,7 @@ def open_reference(
         DataError: there is nothing, or nothing that can be read.
     """
     path = expand(place)
-    if path.suffix == ".pt":
+    if path.suffix in (".pt", ".npy"):
         return Reference(str(place), read_statistics(path), None, sha256(path))
     if path.suffix == ".npz":
         with open_npz(path) as archive:
@@ -119,7 +126,7 @@ def open_reference(
 
 
 def reference_statistics(
-    units: Units, data: Pictures, net: FeatureNet, *, keep: int = 10_000
+    units: Units, data: Pictures, net: FeatureNet, *, also: str = "", keep: int = 10_000
 ) -> tuple[ImageStatistics, list[str]]:
     """Return the statistics of images that `RealImages` has measured, and sentences about those left out.
 
@@ -127,6 +134,7 @@ def reference_statistics(
         units: finished.
         data: the images.
         net: what measured them.
+        also: its name, where it is one of those that measured them too; see `of_net`.
         keep: how many images' features are kept.
 
     Raises:
@@ -139,9 +147,24 @@ def reference_statistics(
     for number in range(len(units)):
         made = units.read(number)
         skipped.extend(made.notes.get("skipped", []))
-        collector.add_features(made.arrays)
+        collector.add_features(of_net(made.arrays, also))
     check_share(data.name, units.work.count, skipped, data.max_bad_share)
     return collector.finish(), skipped
+
+
+def of_net(arrays: Arrays, also: str) -> Arrays:
+    """Return what one feature net says of images, by the names of `Features`, with their labels and numbers.
+
+    Args:
+        arrays: as `measured` returns them.
+        also: the net's name, if it is not the one that all scores are of; what it says is named after it.
+    """
+    if not also:
+        return arrays
+    parts = {
+        name.removesuffix(f"_{also}"): part for name, part in arrays.items() if name.endswith(f"_{also}")
+    }
+    return parts | {name: arrays[name] for name in ("labels", "numbers") if name in arrays}
 
 
 def evaluator_identity(names: Names) -> dict[str, Any]:

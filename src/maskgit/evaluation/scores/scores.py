@@ -16,6 +16,7 @@ from maskgit.evaluation.metrics import (
     Manifolds,
     as_doubles,
     bootstrap_interval,
+    cmmd,
     codebook_usage,
     frechet_report,
     inception_score,
@@ -44,6 +45,11 @@ MIN_EXTRAPOLATED, EXTRAPOLATED_SIZES = 2000, 6
 
 Rows = NDArray[np.int64]
 Labels = NDArray[np.int32]
+
+
+def device_of_doubles(device: torch.device) -> torch.device:
+    """Return the device, or the CPU where it does not know float64, which distances are computed in."""
+    return device if widest_float(device) == torch.float64 else torch.device("cpu")
 
 
 def split_rows(count: int, splits: int, seed: int = 0, strata: Labels | None = None) -> list[Rows]:
@@ -179,6 +185,10 @@ def distances(
         value = frechet_report(reference.spatial, layout.gaussian()).distance
         scores.append(frechet("sfd", value, samples["spatial"], reference.spatial))
     if reference.features is not None and min(len(reference.features), count) >= 2:
+        if names.features == "clip":
+            found = cmmd(reference.features, pooled, parts, device=device_of_doubles(names.net.device))
+            interval = jackknife_interval(found.value, found.without, low=0)
+            scores.append(names.score("cmmd", found.value, interval, num_images=count))
         scores.append(_kernel_score(pooled, reference.features, parts, names))
     if names.is_inception and "logits" in samples:
         scores.append(_inception_score(samples["logits"], names))
@@ -238,8 +248,7 @@ def manifolds(
     # Samples of every class are spread over all indices; other images may lie class by class.
     rows = np.arange(min(num_images, len(pooled))) if strata is not None else _some(len(pooled), num_images)
     own = None if strata is None else strata[rows]
-    # Distances are float64, which not all devices know.
-    where = device if widest_float(device) == torch.float64 else torch.device("cpu")
+    where = device_of_doubles(device)
     found = Manifolds(real[_some(len(real), num_images)], pooled[rows], k=k, device=where)
     whole = found.scores()
     halves = [split_rows(len(rows), 2, seed, own) for seed in range(HALVES)]

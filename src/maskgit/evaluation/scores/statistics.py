@@ -6,6 +6,7 @@ These files are read:
   over the whole data set, beside a sample of its images in `arr_0`.
 - `mu` and `sigma` alone: pytorch-fid's, clean-fid's, EDM's and TTUR's.
 - features, float (N, D), in `pool_3`, `reps` (dgm-eval's) or `feats`.
+- the same in a file `….npy`, such as CMMD's embeddings.
 - torch-fidelity's cache, `….pt`: features, or `mu` and `sigma`; nothing else is unpickled.
 - our own `.npz`: `format`, `mean`, `covariance`, `count`, `identity` (of the feature net), `resolution`, and, where
   the net has them or they were asked for, `spatial_mean`, `spatial_covariance`, `features`, `labels` and
@@ -286,21 +287,28 @@ def read_statistics(path: str | Path) -> ImageStatistics:
     """Return the statistics in a file, our own or others'; see the top of this file.
 
     Args:
-        path: `.npz`, or `.pt` of torch-fidelity's cache; images, if it holds any, are not read.
+        path: `.npz`, `.npy` of features, or `.pt` of torch-fidelity's cache; images, if it holds any, are not read.
 
     Raises:
         DataError: there is no such file, it is damaged, holds no statistics, or impossible ones.
     """
     path = expand(path)
+    if path.suffix in (".pt", ".npy"):
+        if not path.is_file():
+            raise DataError(f"{path} is not a file: check the path.")
+        if path.stat().st_size > MAX_FEATURE_BYTES:
+            raise DataError(f"{path} has more than {MAX_FEATURE_BYTES} bytes: is it the right file?")
     if path.suffix == ".pt":
         return _torch_fidelity(path)
+    if path.suffix == ".npy":
+        return _of_features(_array(path), path, "features")
     with open_npz(path) as archive:
         if "mu" in archive.names:
             spatial = _gaussian(archive, "mu_s", "sigma_s", None) if "mu_s" in archive.names else None
             size = archive.header("arr_0").shape[1:3] if "arr_0" in archive.names else ()
             resolution = (size[0], size[1]) if len(size) == 2 else None
             pooled = _gaussian(archive, "mu", "sigma", None)
-            origin = origin_of(path.name, len(pooled.mean), spatial=spatial is not None)
+            origin = origin_of(path.name, pooled, spatial=spatial is not None)
             return ImageStatistics(pooled, spatial, None, resolution, origin=origin)
         if "format" in archive.names:
             return _own(archive)
@@ -315,12 +323,16 @@ def read_statistics(path: str | Path) -> ImageStatistics:
         raise DataError(f"{path} holds no statistics ({hint}).")
 
 
+def _array(path: Path) -> NDArray[Any]:
+    """Return the array of numbers in a file, of which nothing is in memory yet."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as an array of numbers: is it the right file?") from error
+
+
 def _torch_fidelity(path: Path) -> ImageStatistics:
     """Return what a file of torch-fidelity's cache holds: features, or a mean and a covariance."""
-    if not path.is_file():
-        raise DataError(f"{path} is not a file: check the path.")
-    if path.stat().st_size > MAX_FEATURE_BYTES:
-        raise DataError(f"{path} has more than {MAX_FEATURE_BYTES} bytes: is it the right file?")
     try:
         # Means and covariances are NumPy arrays there, whose parts alone are allowed beside tensors.
         with torch.serialization.safe_globals(_array_types()):
@@ -338,7 +350,7 @@ def _torch_fidelity(path: Path) -> ImageStatistics:
         raise DataError(f"{path} holds neither features nor 'mu' and 'sigma': is it the right file?")
     mu, sigma = (np.asarray(part) for part in parts)
     pooled = _checked(mu, sigma, None, path, "'mu' or 'sigma'")
-    return ImageStatistics(pooled, origin=origin_of(path.name, len(pooled.mean), spatial=False))
+    return ImageStatistics(pooled, origin=origin_of(path.name, pooled, spatial=False))
 
 
 def _array_types() -> list[Any]:
@@ -362,11 +374,9 @@ def _of_features(features: NDArray[Any], path: Path, name: str) -> ImageStatisti
         whole.update(features[start : start + _GATHERED])
     places = np.arange(len(features))
     kept = features[(places * KEPT_FEATURES) % len(features) < KEPT_FEATURES]
-    return ImageStatistics(
-        whole.gaussian(),
-        features=kept.astype(np.float32),
-        origin=origin_of(path.name, features.shape[1], spatial=False),
-    )
+    pooled = whole.gaussian()
+    origin = origin_of(path.name, pooled, spatial=False)
+    return ImageStatistics(pooled, features=kept.astype(np.float32), origin=origin)
 
 
 def _own(archive: Archive) -> ImageStatistics:
