@@ -26,7 +26,7 @@ from classifier import classify, train_classifier
 from maskgit import MaskGIT, images
 from maskgit.data.image_cache import ImageCache
 from maskgit.evaluation.metrics import FeatureStatistics, codebook_usage, frechet_distance, psnr, ssim
-from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.metrics.vectors import nearest_neighbours
 from maskgit.evaluation.networks.features import FeatureNet, load_feature_net
 
 MIN_ACCURACY = 0.85

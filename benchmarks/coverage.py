@@ -7,20 +7,25 @@
 Many sets of `--num-images` are drawn from the pool's features without replacement, brought down to `--dim` dimensions by
 a random projection, and scored against the reference; the mean over all sets is what an interval should hold. `--shift`
 moves the pool away from the reference, as a model's samples are. Classes are drawn in equal numbers. Reconstructions are
-the pool's features with noise, and codes are drawn from a law of a few frequent and many rare ones.
+the pool's features with noise, whose size stands for what is measured of pairs of images (PSNR, SSIM, LPIPS, the feature
+distance and the seam ratio of edits); codes are drawn from a law of a few frequent and many rare ones; the images nearest
+to a training image, one in fifty, stand for copies.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from maskgit.evaluation.metrics import FeatureStatistics, authenticity, wilson_interval
+from maskgit.evaluation.metrics import FeatureStatistics, Gaussian, authenticity, wilson_interval
+from maskgit.evaluation.metrics.vectors import nearest_neighbours
 from maskgit.evaluation.networks.features import FeatureNet, Features
 from maskgit.evaluation.scores.classwise import ClassJudge, Labelled
+from maskgit.evaluation.scores.edits import EditScore, edit_scores
 from maskgit.evaluation.scores.names import Names, Score
 from maskgit.evaluation.scores.scores import distances, manifolds, reconstruction_scores
 from maskgit.evaluation.scores.statistics import ImageStatistics, read_statistics
@@ -76,7 +81,11 @@ def measure(pool: Labelled, real: Labelled, options: argparse.Namespace) -> dict
     net = FeatureNet("Coverage", dim, 32, "none", "0" * 64, lambda x: Features(x), torch.device("cpu"))
     names, half = Names("inception", net), len(theirs) // 2
     reference = statistics_of(theirs[:half], real.labels[:half], net)
+    reference = replace(reference, spatial=Gaussian(theirs[:half, :9].mean(0), np.cov(theirs[:half, :9].T)))
+    clip, embeddings = Names("clip", net), statistics_of(unit(theirs[:half]), real.labels[:half], net)
     training, judge = theirs[half:], ClassJudge(reference, Labelled(theirs[half:], real.labels[half:]))
+    near = nearest_neighbours(ours, training).distances[:, 0]
+    copied = near < np.quantile(near, 0.02)
     by_class = [np.flatnonzero(pool.labels == label) for label in np.unique(pool.labels)]
     law = 1 / (1 + np.arange(CODES)) ** 2
     found: dict[str, list[tuple[float, Any]]] = {}
@@ -84,23 +93,52 @@ def measure(pool: Labelled, real: Labelled, options: argparse.Namespace) -> dict
         share = options.num_images // len(by_class)
         rows = np.concatenate([rng.choice(own, share, replace=False) for own in by_class])
         made, labels = ours[rows], pool.labels[rows]
-        arrays = {"pooled": made, "logits": 3 * made[:, :10]}
+        arrays = {"pooled": made, "spatial": made[:, :9], "logits": 3 * made[:, :10]}
         scores = distances(arrays, reference, names, strata=labels)[0]
         scores += manifolds(made, reference, names, device=net.device, strata=labels)
         scores.append(judge.score(judge.agrees(made, labels), names, labels))
+        scores += [
+            s
+            for s in distances({"pooled": unit(made)}, embeddings, clip, strata=labels)[0]
+            if s.name == "cmmd"
+        ]
         scores.append(authentic(training, made, names))
+        hits = int(copied[rows].sum())
+        scores.append(
+            names.score("copies", hits / len(rows), wilson_interval(hits, len(rows)), num_images=len(rows))
+        )
         noise = rng.normal(0, 0.5 * ours.std(0), made.shape)
+        sizes = np.square(noise).sum(1)
         pairs = {
             "original_pooled": made,
             "pooled": made + noise,
-            "psnr": np.square(noise).sum(1),
+            "psnr": -10 * np.log10(sizes),
+            "ssim": 1 / (1 + sizes / sizes.mean()),
+            "lpips": sizes,
             "codes": rng.multinomial(64 * len(rows) // UNITS, law / law.sum(), UNITS),
         }
         scores += reconstruction_scores(pairs, names)[0]
+        scores += edited(made, made + noise, sizes, names)
         for score in scores:
             if score.interval is not None:
-                found.setdefault(score.name, []).append((score.value, score.interval))
+                value = score.values["edits"] if isinstance(score, EditScore) else score.value
+                found.setdefault(score.name, []).append((value, score.interval))
     return {name: summary(values) for name, values in found.items()}
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    """Return features (N, D) at length 1, as CLIP's embeddings are."""
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def edited(real: np.ndarray, made: np.ndarray, sizes: np.ndarray, names: Names) -> list[EditScore]:
+    """Return the scores of edits that have intervals of their own, of features (N, D) and other values (N,)."""
+    whole = {"region_others": real}
+    for state, features in (("real", real), ("reconstructions", made), ("edits", made)):
+        whole |= {f"region_{state}": features, f"whole_{state}": features, f"seam_{state}": sizes}
+    arrays = {name: values[:, None] for name, values in whole.items()} | {"label": np.full(len(real), -1)}
+    scores = edit_scores(arrays, ["any"], names, None)[0].scores
+    return [score for score in scores if score.interval is not None]
 
 
 def authentic(training: np.ndarray, made: np.ndarray, names: Names) -> Score:

@@ -23,7 +23,7 @@ import torch
 from maskgit import MaskGIT
 from maskgit.data.picture_sets import as_floats
 from maskgit.evaluation.metrics import FeatureStatistics, frechet_report, kernel_distance, precision_recall
-from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.metrics.vectors import nearest_neighbours
 from maskgit.evaluation.networks.features import BUNDLED_NETS, load_feature_net
 from maskgit.evaluation.runs.sampling import SampleConfig, Samples, measured
 from maskgit.evaluation.scores.scores import split_distance

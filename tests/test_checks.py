@@ -24,7 +24,7 @@ from maskgit.errors import ConfigError, RegionError
 from maskgit.evaluation.metrics.distributions import inception_score, kernel_distance
 from maskgit.evaluation.metrics.intervals import bootstrap_interval
 from maskgit.evaluation.metrics.manifolds import authenticity, density_coverage, precision_recall
-from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.metrics.vectors import nearest_neighbours
 from maskgit.evaluation.runs.evaluate import EvaluationConfig
 from maskgit.evaluation.runs.sampling import SampleConfig
 from maskgit.foundation.checks import check_flag, plain

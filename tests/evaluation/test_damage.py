@@ -22,7 +22,7 @@ from maskgit.evaluation.metrics import (
     psnr,
     ssim,
 )
-from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.metrics.vectors import nearest_neighbours
 from maskgit.evaluation.networks.features import load_feature_net
 
 pytest.importorskip("efficientnet_lite_pytorch")

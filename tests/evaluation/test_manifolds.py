@@ -7,7 +7,7 @@ from scipy.spatial.distance import cdist
 
 from maskgit.errors import DataError
 from maskgit.evaluation.metrics import Manifolds, authenticity, density_coverage, precision_recall
-from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.metrics.vectors import nearest_neighbours
 
 
 def sets(seed=0, n=70, m=53, dim=6, shift=0.5):

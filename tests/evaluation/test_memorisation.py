@@ -7,7 +7,7 @@ import torch
 from maskgit.errors import DataError
 from maskgit.evaluation.metrics import authenticity
 from maskgit.evaluation.metrics.copies import SUSPICIOUS, candidates, pixel_agreement
-from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.metrics.vectors import nearest_neighbours
 from maskgit.evaluation.networks.features import FeatureNet, Features
 from maskgit.evaluation.runs.sampling import measured
 from maskgit.evaluation.scores.memorisation import Gallery, Held, search

@@ -1,14 +1,14 @@
 """The one name under which all metrics are found."""
 
 from maskgit.evaluation import metrics
-from maskgit.evaluation.metrics import codes, distributions, fidelity, frechet, intervals, manifolds
+from maskgit.evaluation.metrics import distributions, fidelity, frechet, intervals, manifolds
 
 # What other modules of the package share.
 HELPERS = {"batch_mask", "masked_mean"}
 
 
 def test_every_metric_has_the_one_name():
-    for module in (codes, distributions, fidelity, frechet, intervals, manifolds):
+    for module in (distributions, fidelity, frechet, intervals, manifolds):
         own = {
             name
             for name, value in vars(module).items()

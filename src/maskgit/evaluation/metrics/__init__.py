@@ -4,14 +4,15 @@ Long sums are float64. Images are float tensors (B, 3, H, W) in [0, 1]; features
 NumPy arrays.
 """
 
-from maskgit.evaluation.metrics.codes import codebook_usage, perplexity
 from maskgit.evaluation.metrics.distributions import (
     CMMD,
     InceptionScore,
     KernelDistance,
     cmmd,
+    codebook_usage,
     inception_score,
     kernel_distance,
+    perplexity,
 )
 from maskgit.evaluation.metrics.fidelity import (
     SSIM_WINDOW,

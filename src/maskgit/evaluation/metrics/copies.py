@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from maskgit.evaluation.metrics.neighbours import Neighbours
-from maskgit.evaluation.metrics.vectors import Floats
+from maskgit.evaluation.metrics.vectors import Floats, Neighbours
 
 # Gallery images that a query is compared with.
 CANDIDATES = 5

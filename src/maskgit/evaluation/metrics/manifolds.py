@@ -15,8 +15,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from maskgit.errors import DataError
-from maskgit.evaluation.metrics.neighbours import CHUNK, Distances, Neighbours, nearest_neighbours
-from maskgit.evaluation.metrics.vectors import as_finite, check_same_dim
+from maskgit.evaluation.metrics.vectors import (
+    CHUNK,
+    Distances,
+    Neighbours,
+    as_finite,
+    check_same_dim,
+    nearest_neighbours,
+)
 from maskgit.foundation.checks import check_whole
 
 

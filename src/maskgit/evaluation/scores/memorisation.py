@@ -22,7 +22,7 @@ from maskgit.evaluation.metrics.copies import (
     suspicion,
 )
 from maskgit.evaluation.metrics.intervals import wilson_interval
-from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.metrics.vectors import nearest_neighbours
 from maskgit.evaluation.scores.names import Baseline, Names, Score
 from maskgit.foundation.units import Arrays
 

@@ -6,7 +6,7 @@ import torch
 from scipy.spatial import cKDTree
 
 from maskgit.errors import DataError
-from maskgit.evaluation.metrics.neighbours import nearest_neighbours
+from maskgit.evaluation.metrics.vectors import nearest_neighbours
 
 
 @pytest.mark.parametrize("k", [1, 3, 40])
