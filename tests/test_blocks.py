@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit import MaskGIT, hub
+from maskgit.apps.cli import main
 from maskgit.apps.serving.handlers import detokenize
 from maskgit.apps.serving.schemas import Detokenize
 from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
@@ -20,7 +22,7 @@ from maskgit.engine.linear import ways
 from maskgit.errors import ConfigError, RegionError
 from maskgit.export import PARTS
 from maskgit.networks.tokenizer import Tokenizer
-from maskgit.networks.transformer import Transformer, _turned, _turns
+from maskgit.networks.transformer import _TURNS, Transformer, _turned, _turns
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.results import Draw
 from maskgit.sampler.policies import POLICIES
@@ -47,6 +49,7 @@ KINDS = {
         "conditioning": "adaln",
         "registers": 1,
     },
+    "rotary groups": {"num_codes": 16, "block": "modern", "positions": "rotary", "groups": 2},
     "width": {"num_codes": 16, "block": "modern", "query_key_norm": "width"},
     "groups": {"num_codes": 16, "block": "modern", "groups": 2},
     "adaln groups": {"num_codes": 16, "block": "modern", "groups": 4, "conditioning": "adaln"},
@@ -202,6 +205,16 @@ def test_rotary_positions_turn_by_row_and_column():
         assert found[0, 0, place, i + 4] == pytest.approx(number.imag, abs=1e-5)
 
 
+def test_modern_layers_compute_in_bfloat16_without_a_warning(recwarn):
+    model = model_of("rotary")
+    sequence = model.vocabulary.sequence(torch.tensor([0]))
+    expected = model.predict_logits(sequence)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = model.transformer(sequence, codes=16)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert not [warning for warning in recwarn if "fused" in str(warning.message)]
+
+
 def test_a_new_modern_model_predicts_nothing_yet():
     torch.manual_seed(1)
     network = Transformer(TransformerConfig(**SMALL, **KINDS["adaln"])).eval()
@@ -258,6 +271,7 @@ def test_official_configs_are_written_as_before():
         ({"groups": 3}, "to the power of groups"),
         ({"block": "modern", "positions": "rotary", "num_heads": 16, "hidden_size": 32}, "a multiple of 4"),
         ({"block": "newest"}, "Unknown block"),
+        ({"block": "modern", "grid_columns": 6}, 'grid_columns needs positions = "rotary"'),
     ],
 )
 def test_shapes_that_do_not_fit_are_sentences(choices, said):
@@ -302,6 +316,47 @@ def test_they_learn(kind):
     assert losses[-1] < 0.05
 
 
+@pytest.mark.parametrize("kind", ["rotary", "rotary adaln", "rotary groups"])
+def test_rotary_models_make_images_of_other_sizes(kind, tmp_path):
+    model = model_of(kind, guidance_scale=2.0)
+    assert model.resized(8, 8) is model
+    wide = model.resized(10, 6)
+    whole = wide.generate([0, 1, 2], seed=3)
+    assert whole.tokens.shape == (3, 3, 5)
+    assert whole.images.shape == (3, 3, 6, 10)
+    assert torch.equal(wide.generate([0, 1, 2], seed=3, batch_size=1).tokens, whole.tokens)
+    assert wide.resized(8, 8).config == model.config
+    assert torch.equal(wide.resized(8, 8).generate([1], seed=3).tokens, model.generate([1], seed=3).tokens)
+    assert wide.log_likelihood(whole.tokens, [0, 1, 2]).shape == (3,)
+    hub.save_model(model, tmp_path / "model")
+    command = ["generate", "--class", "1", "--model", str(tmp_path / "model"), "--seed", "3"]
+    assert main([*command, "--size", "10", "6", "--out", str(tmp_path / "out")]) == 0
+    (picture,) = (path for path in (tmp_path / "out").glob("*.png") if path.name != "sheet.png")
+    with Image.open(picture) as image:
+        assert image.size == (10, 6)
+
+
+def test_a_resized_grid_turns_by_its_own_rows_and_columns():
+    model = model_of("rotary").resized(10, 6)
+    cosines, _ = model.transformer.context(model.vocabulary.sequence(torch.tensor([1])))[1]
+    expected, _ = _turns(3, 5, 8, 1, 2, torch.device("cpu"))
+    assert torch.equal(cosines, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "said"),
+    [
+        ("adaln", (10, 6), "images of 8 × 8 pixels alone"),
+        ("rotary", (9, 6), "width must be a multiple of the 2 pixels of a token, but is 9"),
+        ("rotary", (10, 0), "height"),
+        ("rotary", (2 * 257, 8), "width"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_sentences(kind, size, said):
+    with pytest.raises(ConfigError, match=said):
+        model_of(kind).resized(*size)
+
+
 def test_all_codes_of_a_grouped_model_are_scored_and_decoded():
     model = model_of("groups")
     tokens = torch.arange(16).view(1, 4, 4)
@@ -338,11 +393,16 @@ def test_modern_layers_are_traced_whole(kind):
         assert torch.allclose(traced(sequence, codes=model.vocabulary.num_codes), expected, atol=1e-5)
     for part in (PARTS["transformer"](model), PARTS["decoder"](model), PARTS["encoder"](model)):
         example = part.example(2)
+        _TURNS.clear()
         program = torch.export.export(part, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         other = part.example(3)
         assert part.difference(other, program.module()(other)).error < 1e-4
-    # Tracing leaves nothing behind in what is kept.
+    # Tracing leaves nothing behind in what is kept, and neither does inference.
     assert torch.equal(model.predict_logits(sequence), expected)
+    _TURNS.clear()
+    with torch.inference_mode():
+        model.transformer(sequence)
+    model.transformer(sequence).sum().backward()
 
 
 @pytest.mark.parametrize("kind", ["rotary adaln", "groups"])

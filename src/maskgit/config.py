@@ -17,7 +17,7 @@ class ModelConfig(Config):
     Attributes:
         tokenizer: the tokenizer's shape.
         transformer: the transformer's shape; its codes and grid must fit the tokenizer and the image size.
-        image_size: pixels a side of the square images that the model was trained on.
+        image_size: pixels a side of the square images that the model was trained on; the height of others.
         class_names: a name for each class (several separated by commas are synonyms), or none.
         label_dropout: share of training sequences whose class was masked; above 0 the model can be guided
             and can generate without a class.

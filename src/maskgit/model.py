@@ -9,6 +9,7 @@ Shapes: B images, S = N + 1 the sequence with its class token, K codes, h × w t
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar, cast
 
@@ -21,10 +22,11 @@ from maskgit import images
 from maskgit.checkpoints.weights import plain_network, unwrapped
 from maskgit.config import ModelConfig
 from maskgit.errors import ConfigError
-from maskgit.foundation.checks import Config, plain
+from maskgit.foundation.checks import Config, check_count, plain
 from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype, is_dtype, whole_float32
 from maskgit.foundation.forks import check_process
 from maskgit.networks.classes import find_class
+from maskgit.networks.config import MAX_GRID
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
@@ -132,6 +134,43 @@ class Model:
         self.tokenizer.to(device=chosen, dtype=kind)
         self.transformer.to(device=chosen, dtype=kind)
         return self
+
+    def resized(self, width: int, height: int) -> Self:
+        """Return a model with the same weights that makes images of another size, such as 3:2.
+
+        Positions count rows and columns from the same corner, so a model does best near the number of tokens that it
+        was trained on.
+
+        Args:
+            width, height: pixels, multiples of the tokenizer's `patch_size`.
+
+        Raises:
+            ConfigError: the transformer's positions are learned, the size is no multiple, or the model is optimized.
+        """
+        if self.engine is not None:
+            raise ConfigError("An optimized model keeps its size: resize the one that it was made from.")
+        patch, was = self.tokenizer.patch_size, self.config.transformer
+        for name, value in (("width", width), ("height", height)):
+            if check_count(name, value, 1, MAX_GRID * patch) % patch:
+                raise ConfigError(
+                    f"{name} must be a multiple of the {patch} pixels of a token, but is {value}."
+                )
+        rows, columns = height // patch, width // patch
+        if (rows, columns) == was.grid:
+            return self
+        if was.positions != "rotary" or was.output_bias == "positions":
+            side = was.grid_size * patch
+            raise ConfigError(
+                f"This model makes images of {side} × {side} pixels alone: it has learned each position of its grid. "
+                'Other sizes need a transformer with positions = "rotary".'
+            )
+        config = replace(was, grid_size=rows, grid_columns=0 if rows == columns else columns)
+        # The same modules, but for the outermost, which alone asks how long a sequence is.
+        transformer = copy.copy(self.transformer)
+        transformer.config = config
+        return type(self)(
+            replace(self.config, transformer=config, image_size=height), self.tokenizer, transformer
+        )
 
     def free_memory(self) -> None:
         """Give back the memory that is kept for speed: captured decoding steps, and what torch holds for later."""

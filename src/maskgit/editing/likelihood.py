@@ -188,7 +188,9 @@ def generate_best(
             }
         if scorer is None:
             # With all of its batch, as `generate` decodes it: convolutions round differently at other sizes.
-            best[1] = torch.empty(len(starts), 3, *[model.config.image_size] * 2)
+            best[1] = torch.empty(
+                len(starts), 3, *(side * model.tokenizer.patch_size for side in model.vocabulary.shape)
+            )
             for start, batch in batches.items():
                 rows = starts == start
                 best[1][rows] = model.decode_tokens(batch)[best[3][rows] - start]
@@ -213,7 +215,7 @@ def _judge(model: Model, made: Output, labels: Tensor, scorer: Scorer | None, ba
 
 def _known(model: Model, tokens: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return sequences int64 (B, S), their classes still open, and their known tokens, bool (B, S)."""
-    grid = (model.vocabulary.grid_size,) * 2
+    grid = model.vocabulary.shape
     if tokens.ndim != 3 or tokens.shape[1:] != grid or tokens.dtype != torch.int64 or not len(tokens):
         raise RegionError(
             f"tokens must be int64 of shape (B, {grid[0]}, {grid[1]}), but are {tokens.dtype} of "

@@ -193,7 +193,7 @@ class TransformerConfig(NetworkConfig):
     Attributes:
         num_codes: codes of the tokenizer.
         num_classes: classes.
-        grid_size: tokens a side of the image.
+        grid_size: rows of tokens, and tokens in a row.
         hidden_size: width E of the residual stream.
         num_layers: blocks.
         num_heads: attention heads; each is ⌊hidden_size / num_heads⌋ wide.
@@ -216,6 +216,7 @@ class TransformerConfig(NetworkConfig):
         tie_embeddings: whether the head's matrix is the token embedding.
         output_bias: "codes", one a code, or "positions", one a position and code.
         predict_mask: whether the head scores the mask itself as one more code, which can be drawn and stays then.
+        grid_columns: tokens in a row, where they are not as many as rows; 0 is `grid_size` (rotary positions alone).
 
     Source: official configs/maskgit_class_cond_config.py; for what is not official, Halton-MaskGIT (arXiv 2503.17076)
     and MaskBit.
@@ -242,6 +243,7 @@ class TransformerConfig(NetworkConfig):
     tie_embeddings: bool = True
     output_bias: str = "codes"
     predict_mask: bool = False
+    grid_columns: int = 0
 
     def validate(self) -> None:
         check_range("num_codes", self.num_codes, 2, MAX_CODES)
@@ -261,6 +263,16 @@ class TransformerConfig(NetworkConfig):
         check_choice("output_bias", self.output_bias, ("codes", "positions"))
         check_range("registers", self.registers, 0, 1024)
         check_range("groups", self.groups, 1, 18)
+        check_range("grid_columns", self.grid_columns, 0, MAX_GRID)
+        if self.grid_columns and self.positions != "rotary":
+            raise ConfigError(
+                f'grid_columns needs positions = "rotary", but positions are "{self.positions}", an embedding for each '
+                "place of one square grid."
+            )
+        if self.grid_columns and self.output_bias == "positions":
+            raise ConfigError(
+                'grid_columns needs output_bias = "codes": a bias a position is of one grid alone.'
+            )
         if self.block != "modern":
             if self.hidden_size % self.num_heads:
                 raise ConfigError(
@@ -285,7 +297,13 @@ class TransformerConfig(NetworkConfig):
     @property
     def num_tokens(self) -> int:
         """Image tokens in a sequence, the class token not counted: a code each, or its groups one after the other."""
-        return self.grid_size**2 * self.groups
+        rows, columns = self.grid
+        return rows * columns * self.groups
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.grid_size, self.grid_columns or self.grid_size
 
     @property
     def unit_codes(self) -> int:

@@ -13,8 +13,6 @@ Shapes: B batch, M positions of the image, g groups, N = M·g image tokens, S = 
 of its places, E hidden_size, H heads, D a head's width, V vocabulary, K codes of a token.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,6 +56,13 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q_BHPD, k_BHSD, v_BHSD, dropout_p=dropout)
         y = x_BPE + F.dropout(self.out(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
         return y if self.pre_norm else self.norm(y)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in the type of its input, whose weight autocast would leave in float32, beyond torch's fused form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def _gelu(config: TransformerConfig) -> nn.GELU:
@@ -106,8 +111,8 @@ class ModernAttention(nn.Module):
         self.out = nn.Linear(width, config.hidden_size, bias=False)
         self.by_head = config.query_key_norm == "heads"
         if self.by_head:
-            self.query_norm = nn.RMSNorm(config.head_size, eps=RMS_NORM_EPS)
-            self.key_norm = nn.RMSNorm(config.head_size, eps=RMS_NORM_EPS)
+            self.query_norm = RMSNorm(config.head_size, eps=RMS_NORM_EPS)
+            self.key_norm = RMSNorm(config.head_size, eps=RMS_NORM_EPS)
 
     def forward(self, x_BSE: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
         q, k, v = self.qkv(x_BSE).chunk(3, dim=-1)
@@ -144,9 +149,9 @@ class ModernLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=RMS_NORM_EPS)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=RMS_NORM_EPS)
         self.attention = ModernAttention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=RMS_NORM_EPS)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=RMS_NORM_EPS)
         self.mlp = SwiGLU(config)
         self.modulation = (
             nn.Linear(config.hidden_size, 6 * config.hidden_size) if config.conditioning == "adaln" else None
@@ -174,14 +179,37 @@ def _turned(x_BHSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
     return torch.cat([a * cos_SC - b * sin_SC, b * cos_SC + a * sin_SC], dim=-1)
 
 
-@lru_cache(maxsize=16)
+# The turns of the grids that were met last.
+_TURNS: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+_MAX_TURNS = 16
+
+
 def _turns(
     rows: int, columns: int, head_size: int, before: int, after: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of rotary positions, float32 (before + rows · columns + after, head_size / 2).
 
-    Half of the angles grow with the row, half with the column; positions before and after the image stay unturned.
+    Half of the angles grow with the row, half with the column; positions before and after the image stay unturned. They
+    are kept on the device, but for those without values that torch makes when it traces.
     """
+    key = rows, columns, head_size, before, after, device
+    if torch.compiler.is_compiling():
+        return _new_turns(*key)
+    found = _TURNS.get(key)
+    if found is None:
+        # Else those first made for an image could not be used in training.
+        with torch.inference_mode(False):
+            found = _new_turns(*key)
+        if type(found[0]) is Tensor:
+            while len(_TURNS) >= _MAX_TURNS:
+                _TURNS.popitem()
+            _TURNS[key] = found
+    return found
+
+
+def _new_turns(
+    rows: int, columns: int, head_size: int, before: int, after: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     count = head_size // 4
     speeds = ROTARY_BASE ** (-torch.arange(count, dtype=torch.float32) / count)
     row = torch.arange(rows, dtype=torch.float32)[:, None, None] * speeds
@@ -200,7 +228,7 @@ class Head(nn.Module):
         size = config.hidden_size
         self.modulation: nn.Linear | None = None
         if config.block == "modern":
-            self.norm: nn.Module = nn.RMSNorm(size, eps=RMS_NORM_EPS)
+            self.norm: nn.Module = RMSNorm(size, eps=RMS_NORM_EPS)
             if config.conditioning == "adaln":
                 self.modulation = nn.Linear(size, 2 * size)
         else:
@@ -384,9 +412,8 @@ class Transformer(nn.Module):
         adaptive, turns = config.conditioning == "adaln", None
         condition = F.silu(self.class_embedding(self._classes(sequence))) if adaptive else None
         if config.positions == "rotary":
-            side = config.grid_size
             before = 0 if adaptive else 1
-            turns = _turns(side, side, config.head_size, before, config.registers, sequence.device)
+            turns = _turns(*config.grid, config.head_size, before, config.registers, sequence.device)
         return condition, turns
 
     def _classes(self, sequence: Tensor) -> Tensor:

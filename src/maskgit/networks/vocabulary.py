@@ -26,10 +26,11 @@ class Vocabulary:
     Attributes:
         num_codes: codes K that a token of the sequence chooses among.
         num_classes: classes C.
-        grid_size: tokens a side of the image.
+        grid_size: rows of tokens.
         groups: tokens of the sequence for each of the image.
         predict_mask: whether the mask itself can be drawn, as the code K. Such a token stays masked for the
             transformer, is never drawn anew, and counts as the last code in the end.
+        grid_columns: tokens in a row, 0 for `grid_size`.
     """
 
     num_codes: int
@@ -37,12 +38,18 @@ class Vocabulary:
     grid_size: int
     groups: int = 1
     predict_mask: bool = False
+    grid_columns: int = 0
 
     @classmethod
     def of(cls, config: TransformerConfig) -> "Vocabulary":
         """Return a transformer's vocabulary."""
         return cls(
-            config.unit_codes, config.num_classes, config.grid_size, config.groups, config.predict_mask
+            config.unit_codes,
+            config.num_classes,
+            config.grid_size,
+            config.groups,
+            config.predict_mask,
+            config.grid_columns,
         )
 
     @property
@@ -68,7 +75,12 @@ class Vocabulary:
     @property
     def num_tokens(self) -> int:
         """Image tokens in a sequence."""
-        return self.grid_size**2 * self.groups
+        return self.shape[0] * self.shape[1] * self.groups
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.grid_size, self.grid_columns or self.grid_size
 
     def sequence(
         self,
@@ -104,9 +116,9 @@ class Vocabulary:
         if tokens is None:
             rest = labels.new_full((batch, self.num_tokens), self.mask)
         else:
-            if tokens.shape != (batch, self.grid_size, self.grid_size):
+            if tokens.shape != (batch, *self.shape):
                 raise ConfigError(
-                    f"tokens must be of shape ({batch}, {self.grid_size}, {self.grid_size}), "
+                    f"tokens must be of shape ({batch}, {self.shape[0]}, {self.shape[1]}), "
                     f"but are {tuple(tokens.shape)}."
                 )
             rest = self.split(tokens)
@@ -123,7 +135,7 @@ class Vocabulary:
         """
         import torch
 
-        grid = sequence[..., 1:].unflatten(-1, (self.grid_size, self.grid_size, self.groups))
+        grid = sequence[..., 1:].unflatten(-1, (*self.shape, self.groups))
         if self.predict_mask and grid.dtype == torch.int64:
             grid = grid.clamp(max=self.num_codes - 1)
         if self.groups == 1:

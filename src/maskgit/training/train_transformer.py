@@ -358,7 +358,7 @@ def flops_per_image(config: TransformerConfig) -> float:
 
     Matrix products alone; the backward pass counts twice the forward one.
     """
-    places, width = config.grid_size**2, config.hidden_size
+    places, width = config.num_tokens // config.groups, config.hidden_size
     modern, adaptive = config.block == "modern", config.conditioning == "adaln"
     length = places + config.registers + (not adaptive)
     heads = config.num_heads * config.head_size

@@ -63,6 +63,7 @@ def generate(
     making: Making,
     candidates: Annotated[int, arg(metavar="INT", help_behavior_hint="(default: keep all)")] = 0,
     explain: bool = False,
+    size: Annotated[tuple[int, int] | None, arg(metavar="WIDTH HEIGHT", help_behavior_hint="")] = None,
 ) -> None:
     """Generate images of one or more classes: PNG files and a contact sheet.
 
@@ -71,21 +72,22 @@ def generate(
             name:NAME, such as name:none, and for a number number:3.
         candidates: Images generated per class, of which the likeliest --num-images are kept.
         explain: Also show how the first images were decoded: explain.png, and forming.gif as an animation.
+        size: Pixels of the images, if the model's positions are rotary; its own size otherwise.
     """
 
     making.check()
     if candidates and explain:
         raise ConfigError("--explain does not work with --candidates; leave one of them out.")
-    pipe = model.load()
+    pipe = model.load(size)
     config = pipe.sampler_config(**sampler.given())
     names = [name for name in classes for _ in range(making.num_images)]
     found = {name: label_of(pipe, name) for name in classes}
     labels = [found[name] for name in names]
     paths = picture_paths(making.out, making.overwrite, numbered(making, names), explain)
     if candidates:
-        _generate_best(pipe, classes, names, paths, model, sampler, making, candidates)
+        _generate_best(pipe, classes, names, paths, model, sampler, making, candidates, size)
         return
-    settings = model.recorded("generate") | config.to_dict()
+    settings = model.recorded("generate") | config.to_dict() | ({"size": list(size)} if size else {})
     sheet: list[Image.Image] = []
     with Progress() as progress, Writer(making.overwrite, making.marking.writing()) as writer:
         # Each batch is written as soon as it is made, so that an interrupt loses little.
@@ -121,6 +123,7 @@ def _generate_best(
     sampler: Sampler,
     making: Making,
     candidates: int,
+    size: tuple[int, int] | None,
 ) -> None:
     """Write the likeliest of many candidates."""
     from maskgit import images
@@ -139,6 +142,7 @@ def _generate_best(
         )
     assert made.indices is not None, "the best say which they are"
     settings = model.recorded("generate") | config.to_dict() | {"candidates": candidates, "seed": making.seed}
+    settings |= {"size": list(size)} if size else {}
     writing = making.marking.writing()
     for path, picture, name, index in zip(paths, made.to_pil(), names, made.indices.tolist(), strict=True):
         recorded = settings | {"class": name, "index": index}

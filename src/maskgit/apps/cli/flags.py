@@ -79,10 +79,12 @@ class Model:
     """Precision of the networks. In float32 an image's tokens do not depend on its batch."""
     speed: Speed = field(default_factory=Speed)
 
-    def load(self) -> "MaskGIT":
-        """Return the model on its device, ready to run."""
+    def load(self, size: tuple[int, int] | None = None) -> "MaskGIT":
+        """Return the model on its device, ready to run, for images of (width, height) pixels if given."""
         mode = self.mode()
         plain = self.plain()
+        if size is not None:
+            plain = plain.resized(*size)
         if self.speed.asked is None and mode == "fast":
             print(FAST_NOTE, file=sys.stderr)
         return plain.optimize(mode, dtype=self.dtype)
