@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from maskgit.checkpoints.adapters import load_adapter, push_adapter, save_adapter
 from maskgit.checkpoints.folder import (
     DEFAULT_MODEL,
     FORMAT_VERSION,
@@ -31,10 +32,13 @@ __all__ = [
     "WEIGHTS",
     "Official",
     "from_pretrained",
+    "load_adapter",
     "load_model",
     "load_tokenizer",
     "locate",
+    "push_adapter",
     "push_to_hub",
+    "save_adapter",
     "save_model",
     "save_tokenizer",
 ]
@@ -46,8 +50,8 @@ def from_pretrained(name_or_path: str | Path = DEFAULT_MODEL, **options: Any) ->
     Args:
         name_or_path: a folder written by `save_model`; a name in `REGISTRY` (an official one is downloaded
             and converted once, then kept in the cache); or a Hugging Face Hub id such as "user/model".
-        **options: device, dtype (or torch_dtype), revision, token, cache_dir and local_files_only, as for
-            `maskgit.checkpoints.folder.load_named`.
+        **options: device, dtype (or torch_dtype), revision, token, cache_dir, local_files_only, adapter and
+            adapter_scale, as for `maskgit.checkpoints.folder.load_named`.
 
     Raises:
         CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.

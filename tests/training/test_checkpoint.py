@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from maskgit.checkpoints.weights import weights_fingerprint
 from maskgit.errors import CheckpointError, MaskGITError, OutputError
 from maskgit.training.run import checkpoint
-from maskgit.training.run.checkpoint import MARKER, Checkpoints, ModelAndOptimizer, weights_fingerprint
+from maskgit.training.run.checkpoint import MARKER, Checkpoints, ModelAndOptimizer
 from runs import run_two
 
 

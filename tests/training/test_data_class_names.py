@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from maskgit import hub
+from maskgit.checkpoints.weights import weights_fingerprint
 from maskgit.data.image_cache import write_image_cache
 from maskgit.data.token_cache import write_token_cache
 from maskgit.training.distributed import Distributed
 from maskgit.training.evaluation import evaluate_loss
 from maskgit.training.inputs import open_tokens
-from maskgit.training.run.checkpoint import weights_fingerprint
 from maskgit.training.transformer_config import TransformerTrainingConfig
 
 NAMES = tuple(f"class {c}" for c in "jihgfedcba")

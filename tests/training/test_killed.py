@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from maskgit import hub
+from maskgit.checkpoints.weights import weights_fingerprint
 from maskgit.data.image_cache import ImageCache, write_image_cache
 from maskgit.data.token_cache import write_token_cache
 from maskgit.foundation.checks import Config
 from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.sampler.config import SamplerConfig
-from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
+from maskgit.training.run.checkpoint import Checkpoints
 from maskgit.training.run.stopping import EXIT_INTERRUPTED
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig

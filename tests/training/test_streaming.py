@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from maskgit import hub
+from maskgit.checkpoints.weights import weights_fingerprint
 from maskgit.data import huggingface
 from maskgit.data.image_cache import ImageCache
 from maskgit.data.pack import pack_images
@@ -29,7 +30,7 @@ from maskgit.networks.tokenizer import Tokenizer
 from maskgit.sampler.config import SamplerConfig
 from maskgit.training import inputs, train_tokenizer, train_transformer
 from maskgit.training.dry_run import dry_run_tokenizer, dry_run_transformer
-from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
+from maskgit.training.run.checkpoint import Checkpoints
 from maskgit.training.run.stopping import TrainingError
 from maskgit.training.stream_config import StreamConfig, TokenStreamConfig
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from maskgit import hub
+from maskgit.checkpoints.weights import weights_fingerprint
 from maskgit.data.image_cache import write_image_cache
 from maskgit.data.token_cache import TokenCache, write_token_cache
 from maskgit.errors import CheckpointError, ConfigError, DataError, OutputError
@@ -29,7 +30,7 @@ from maskgit.training.dry_run import dry_run_transformer, transformer_step_bytes
 from maskgit.training.evaluation import RatioLosses, warn_of_samples
 from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import completed
-from maskgit.training.run.checkpoint import Checkpoints, weights_fingerprint
+from maskgit.training.run.checkpoint import Checkpoints
 from maskgit.training.run.folder import annealed, held_run
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, TrainingError
 from maskgit.training.saving import save_model

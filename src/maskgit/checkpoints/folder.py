@@ -10,19 +10,17 @@ Nothing is unpickled; shapes are compared with the config before any tensor is r
 """
 
 import re
-import stat
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskgit.checkpoints import hugging_face, weights
+from maskgit.checkpoints.adapters import adapted, load_adapter
 from maskgit.checkpoints.official import read_official
 from maskgit.checkpoints.published import (
     PUBLISHED,
@@ -81,8 +79,6 @@ REGISTRY: dict[str, Official | Published | Path] = {
 }
 DEFAULT_MODEL = "cifar10"
 LFS_CHECKSUM = re.compile(r"oid sha256:([0-9a-f]{64})")
-# A name on the Hugging Face Hub, and perhaps a revision.
-HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?")
 
 
 def load_named(
@@ -95,6 +91,8 @@ def load_named(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    adapter: str | Path | None = None,
+    adapter_scale: float = 1.0,
 ) -> Parts:
     """Return the parts of a model, by name or path; see `maskgit.hub.from_pretrained`.
 
@@ -107,9 +105,11 @@ def load_named(
             that the weights are stored in, None means float32.
         torch_dtype: the older name of dtype in diffusers and transformers; it wins if both are given.
         revision, token, cache_dir, local_files_only: see `locate`.
+        adapter: what fine-tuning made of the model, to be merged into it: a folder, or a Hugging Face id.
+        adapter_scale: of what the adapter adds; 0 is the model without it.
 
     Raises:
-        CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
+        CheckpointError, ConfigError, DownloadError: there is no such model or adapter, or it is broken.
         OutputError: it has to be downloaded, and the cache cannot be written.
     """
     entry = REGISTRY.get(str(name_or_path))
@@ -122,7 +122,14 @@ def load_named(
         name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     dtype = dtype if torch_dtype is None else torch_dtype
-    return load_parts(folder, device=choose_device(device), dtype=torch.float32 if dtype is None else dtype)
+    dtype = torch.float32 if dtype is None else dtype
+    if adapter is None:
+        return load_parts(folder, device=choose_device(device), dtype=dtype)
+    # Merged in float32, and rounded after that.
+    found = load_adapter(adapter, token=token, local_files_only=local_files_only)
+    config, *networks = adapted(load_parts(folder), found, adapter_scale)
+    chosen, kind = choose_device(device), choose_dtype(dtype)
+    return Parts(config, *(network.to(device=chosen, dtype=kind) for network in networks))
 
 
 def locate(
@@ -155,7 +162,7 @@ def locate(
         is_dir, exists = path.is_dir(), path.exists()
     except OSError as error:
         raise CheckpointError(f"{name:.200} cannot be read: {error.strerror}.") from error
-    hub_id = HUB_ID.fullmatch(name)
+    hub_id = hugging_face.HUB_ID.fullmatch(name)
     if revision is not None and (entry or exists or not hub_id):
         raise ConfigError(
             f"revision applies to models on the Hugging Face Hub, but {name:.200} is not one: leave it out."
@@ -313,8 +320,8 @@ def _load_stage(
         module = kind(config)
     expected = weights.shapes(module.state_dict())
     counters = {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
-    with ExitStack() as opened, _blame_file(path):
-        files = [opened.enter_context(_open_weights(file)) for file in _weight_files(path)]
+    with ExitStack() as opened, weights.blaming_file(path):
+        files = [opened.enter_context(weights.opened(file)) for file in _weight_files(path)]
         homes = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         found = {name: tuple(file.get_slice(name).get_shape()) for name, file in homes.items()}
         problems = weights.differences(expected, found)
@@ -345,26 +352,6 @@ def _weight_files(path: Path) -> list[Path]:
     if not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):
         raise CheckpointError(f"{index} does not list the safetensors files of its weights as `weight_map`.")
     return [path.with_name(name) for name in sorted(set(names))]
-
-
-@contextmanager
-def _open_weights(path: Path) -> Iterator[Any]:
-    with _blame_file(path):
-        weights.check_is_no_pointer(path)
-        # Read on the CPU, because safetensors supports only some devices.
-        file = safe_open(path, framework="pt", device="cpu")
-    with file as opened:
-        yield opened
-
-
-@contextmanager
-def _blame_file(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path, *, dtype: Dtype | None = None) -> Path:
@@ -398,12 +385,7 @@ def _stored(
 def _write_stage(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", config)
-    try:
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(str(error)) from error
-    # safetensors creates it readable by its owner alone.
-    (folder / WEIGHTS).chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
+    weights.write(folder / WEIGHTS, state)
 
 
 def push_to_hub(

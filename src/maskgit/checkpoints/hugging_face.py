@@ -1,5 +1,6 @@
 """Models on the Hugging Face Hub, with its client's errors explained to users."""
 
+import re
 from pathlib import Path
 
 from maskgit.errors import DownloadError, MaskGITError, OutputError
@@ -7,6 +8,8 @@ from maskgit.foundation.files import expand, output_error
 from maskgit.foundation.proxies import missing_socks
 
 PATTERNS = ["*.json", "*.safetensors", "*.md", "samples/*.webp"]
+# A name on the Hugging Face Hub, and perhaps a revision.
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?")
 
 
 def download(

@@ -1,10 +1,14 @@
 """The tensors of a network for saving and loading: under their own names, complete and finite."""
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskgit.errors import CheckpointError, ConfigError
@@ -152,3 +156,56 @@ def check_is_no_pointer(path: Path) -> None:
             f"{path} is a Git LFS pointer, not the weights themselves. Run `git lfs pull` in its folder, or "
             "download the file again."
         )
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Return the sha256 of a network's weights with their names, types and shapes, as hexadecimal digits.
+
+    A token cache holds that of the tokenizer that made it, in float32.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Give a safetensors file for reading.
+
+    Raises:
+        CheckpointError: it is none, or cannot be read; also if that shows inside the block.
+    """
+    with blaming_file(path):
+        check_is_no_pointer(path)
+        # Read on the CPU, because safetensors supports only some devices.
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+
+
+@contextmanager
+def blaming_file(path: Path) -> Iterator[None]:
+    """Turn errors of reading inside the block into a `CheckpointError` that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def write(path: Path, state: dict[str, Tensor]) -> None:
+    """Write tensors on the CPU as a safetensors file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    # safetensors would make it readable by its owner alone; a file that is there keeps its mode.
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
+    path.chmod(mode)

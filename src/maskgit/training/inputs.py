@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskgit import hub
+from maskgit.checkpoints.weights import weights_fingerprint
 from maskgit.data.batches import ImageBatches, TokenBatches
 from maskgit.data.image_cache import ImageCache
 from maskgit.data.streaming import StreamedImages, StreamedTokens
@@ -16,7 +17,6 @@ from maskgit.errors import ConfigError
 from maskgit.evaluation.scores.classwise import matched_classes
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.pipeline import MaskGIT
-from maskgit.training.run.checkpoint import weights_fingerprint
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.transformer_config import TransformerTrainingConfig
 

@@ -72,6 +72,7 @@ def _of_samples(
     reconstructions: ReconstructionFlags,
     sampler: Sampler,
 ) -> "SampleEvaluation":
+    from maskgit.checkpoints.weights import weights_fingerprint
     from maskgit.data.picture_sets import open_fitting
     from maskgit.engine import build
     from maskgit.evaluation.runs.evaluate import EvaluationConfig, SampleEvaluation
@@ -79,7 +80,6 @@ def _of_samples(
     from maskgit.evaluation.runs.sampling import SampleConfig
     from maskgit.evaluation.scores.references import open_reference
     from maskgit.foundation.devices import own_device
-    from maskgit.training.run.checkpoint import weights_fingerprint
 
     images = SampleConfig(
         50_000 if work.num_images is None else work.num_images,
@@ -137,11 +137,11 @@ def _of_reconstructions(
     import torch
 
     from maskgit import hub
+    from maskgit.checkpoints.weights import weights_fingerprint
     from maskgit.evaluation.runs.evaluate import EvaluationConfig
     from maskgit.evaluation.runs.reconstruction import ReconstructionEvaluation
     from maskgit.evaluation.scores.references import open_reference
     from maskgit.foundation.devices import own_device
-    from maskgit.training.run.checkpoint import weights_fingerprint
 
     device = own_device(work.device)
     data = open_reference(reference, max_bad_share=work.max_bad_share).images

@@ -78,6 +78,10 @@ class Model:
     dtype: Dtype = None
     """Precision of the networks. In float32 an image's tokens do not depend on its batch."""
     speed: Speed = field(default_factory=Speed)
+    adapter: Annotated[str | None, arg(metavar="FOLDER|ID", help_behavior_hint="")] = None
+    """What `maskgit finetune` made of the model: the folder of an adapter or its run, or a Hugging Face id."""
+    adapter_scale: float = 1.0
+    """How much of the adapter is added; 0 is the model without it."""
 
     def load(self, size: tuple[int, int] | None = None) -> "MaskGIT":
         """Return the model on its device, ready to run, for images of (width, height) pixels if given."""
@@ -110,20 +114,28 @@ class Model:
         from maskgit.foundation.devices import own_device
 
         limit_threads()
-        return hub.from_pretrained(self.model, device=own_device(self.device))
+        return hub.from_pretrained(
+            self.model,
+            device=own_device(self.device),
+            adapter=self.adapter,
+            adapter_scale=self.adapter_scale,
+        )
 
     def recorded(self, command: str) -> dict[str, Any]:
         """Return what a picture's metadata says of the model and of what made it."""
         mode = self.mode()
         # What the fast mode computes in is the machine's choice.
         dtype = self.dtype or ("auto" if mode == "fast" else "float32")
-        return {
+        recorded = {
             "maskgit": __version__,
             "command": command,
             "model": self.model,
             "mode": mode,
             "dtype": dtype,
         }
+        if self.adapter is not None:
+            recorded |= {"adapter": self.adapter, "adapter_scale": self.adapter_scale}
+        return recorded
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,10 @@ def tokenize(
         seed: Random seed of the crops.
     """
     from maskgit import hub
+    from maskgit.checkpoints.weights import weights_fingerprint
     from maskgit.data.image_cache import ImageCache
     from maskgit.data.token_cache import write_token_cache
     from maskgit.foundation.devices import own_device, rank_and_world
-    from maskgit.training.run.checkpoint import weights_fingerprint
 
     network = hub.load_tokenizer(tokenizer)
     fingerprint = weights_fingerprint(network)

@@ -10,7 +10,6 @@ travel are written by `maskgit.hub`.
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -299,18 +298,6 @@ class Checkpoints:
                 # The marker goes first, so that a removal that is cut short leaves nothing that looks whole.
                 (path / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def weights_fingerprint(module: nn.Module) -> str:
-    """Return the sha256 of a network's weights with their names, types and shapes, as hexadecimal digits.
-
-    A token cache holds that of the tokenizer that made it, in float32.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read_marker(path: Path) -> Committed | None:
