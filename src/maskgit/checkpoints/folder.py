@@ -197,6 +197,10 @@ def _model_of_run(path: Path) -> Path:
     """Return the newest model in the folder of a training run; any other folder as it is."""
     if not (path / "run.json").is_file():
         return path
+    if (path / "adapter").is_dir():
+        raise CheckpointError(
+            f"{path} is a training run of an adapter: give it as the adapter (--adapter) of the model that it adapts."
+        )
     if not (path / "model").is_dir():
         raise CheckpointError(
             f"{path} is a training run without a model. Make one from its newest checkpoint with `maskgit train "

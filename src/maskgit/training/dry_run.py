@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from maskgit.foundation.devices import choose_device, shapes_only
 from maskgit.foundation.files import expand
+from maskgit.networks.lora import add_lora
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.training.distributed import checkpoint_blocks
@@ -139,20 +140,22 @@ def dry_run_transformer(config: TransformerTrainingConfig, world: int = 1) -> st
     inputs = open_tokens(config, world=world)
     num_images, model = inputs.train.num_images, config.model
     with shapes_only():
-        parameters = sum(p.numel() for p in Transformer(config.model).parameters())
+        transformer = _transformer_of(config)
+    parameters = sum(p.numel() for p in transformer.parameters())
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     part = config.batch_size // (world * config.accumulate)
     shards = world if config.fsdp else 1
-    # Weights, both averages of AdamW and the EMA, float32.
-    fixed = 4 * 4 * parameters / shards
+    # Weights, and of what is trained both averages of AdamW and the EMA, float32.
+    fixed = 4 * (parameters + 3 * trained) / shards
     activations = transformer_step_bytes(config, part, precision)
     images = config.steps * config.batch_size
     flops = transformer_flops(config.model)
     seconds = images * flops / peak_flops(device, precision) / world
     return "\n".join(
         (
-            f"parameters     {parameters:,}",
+            f"parameters     {parameters:,}" + (f", {trained:,} of them trained" if config.lora.rank else ""),
             f"data           {counted(num_images)}, {model.num_classes:,} classes, "
             f"{model.grid_size} × {model.grid_size} tokens of {model.num_codes:,} codes",
             f"batch          {config.batch_size} = {world} processes × {config.accumulate} parts × {part}",
@@ -164,11 +167,19 @@ def dry_run_transformer(config: TransformerTrainingConfig, world: int = 1) -> st
     )
 
 
+def _transformer_of(config: TransformerTrainingConfig) -> Transformer:
+    """Return a transformer of a run's shape, with the adapter that it trains, if any."""
+    transformer = Transformer(config.model)
+    if config.lora.rank:
+        add_lora(transformer, config.lora)
+    return transformer
+
+
 def transformer_step_bytes(config: TransformerTrainingConfig, part: int, precision: torch.dtype) -> int:
     """Return the bytes that a step takes for a part of a batch, beside weights and optimizer, gradients included."""
     model = config.model
     with shapes_only():
-        transformer = Transformer(model)
+        transformer = _transformer_of(config)
     transformer.to_empty(device="cpu")
     if config.gradient_checkpointing:
         checkpoint_blocks(transformer.layers)

@@ -1,14 +1,16 @@
-"""Starting a network from one that is trained; a transformer also onto another list of classes."""
+"""Starting a network from one that is trained; a transformer also onto another list of classes, or by an adapter."""
 
 import dataclasses
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import check_choice
 from maskgit.foundation.notes import note
 from maskgit.networks.config import TokenizerConfig, TransformerConfig
+from maskgit.networks.lora import LoraConfig, Trained, add_lora
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.pipeline import MaskGIT
@@ -96,6 +98,40 @@ def _check_shapes(
         raise ConfigError(
             f"init_from is a {network} of another shape: {', '.join(different)}. Give `model` its values."
         )
+
+
+def first_transformer(
+    config: TransformerConfig,
+    seed: int,
+    *,
+    source: MaskGIT | None = None,
+    class_names: tuple[str, ...] = (),
+    init_classes: str = "auto",
+    lora: LoraConfig | None = None,
+) -> Transformer:
+    """Return the transformer that a run begins with, on the CPU.
+
+    Args:
+        config: its shape.
+        seed: of weights that are drawn.
+        source: the model that it starts from; see `start_from` for what is said of classes.
+        class_names, init_classes: see `start_from`.
+        lora: of rank 1 or more, all but an adapter is frozen.
+
+    Raises:
+        ConfigError: something does not fit the source.
+    """
+    transformer = draw_transformer(config, seed)
+    if source is not None:
+        start_from(transformer, source, class_names, init_classes)
+    if lora is not None and lora.rank:
+        add_lora(transformer, lora, seed)
+    return transformer
+
+
+def trained_part(transformer: Transformer, lora: LoraConfig) -> nn.Module:
+    """Return what of a transformer is trained, averaged and kept in checkpoints: an adapter's parameters, or all."""
+    return Trained(transformer) if lora.rank else transformer
 
 
 def draw_transformer(config: TransformerConfig, seed: int) -> Transformer:

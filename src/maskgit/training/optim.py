@@ -120,7 +120,8 @@ def transformer_optimizers(
     (arXiv 2502.16982, §2.2).
     """
     check_choice("optimizer", name, OPTIMIZERS)
-    matrices = [p for p in transformer.layers.parameters() if p.ndim == 2] if name == "muon" else []
+    own = [p for p in transformer.layers.parameters() if p.ndim == 2 and p.requires_grad]
+    matrices = own if name == "muon" else []
     device = transformer.token_embedding.weight.device
     made: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(

@@ -11,17 +11,17 @@ from maskgit.errors import CheckpointError, ConfigError, OutputError
 from maskgit.foundation.files import expand
 from maskgit.hub import save_tokenizer
 from maskgit.networks.tokenizer import Tokenizer
-from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.training.distributed import Distributed
 from maskgit.training.evaluation import evaluate_loss, evaluate_tokenizer
+from maskgit.training.fine_tuning import trained_part
 from maskgit.training.inputs import open_images, open_tokens
 from maskgit.training.optim import EMA
 from maskgit.training.run.card import save_card
 from maskgit.training.run.checkpoint import Checkpoints, Committed
 from maskgit.training.run.folder import RUN
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.train_transformer import save_result
+from maskgit.training.train_transformer import save_result, starting_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
 
 RAW = "raw"
@@ -80,11 +80,16 @@ def save_model(
     kind = TransformerTrainingConfig if stage == "transformer" else TokenizerTrainingConfig
     # Where the folder is now, and what it takes to read rather than to train.
     config: Any = kind.from_dict({**values, "out": str(run_dir)})
-    network: nn.Module = Transformer(config.model) if stage == "transformer" else Tokenizer(config.model)
+    if stage == "transformer":
+        inputs = open_tokens(config)
+        network: nn.Module = starting_transformer(config, inputs)
+        trained = trained_part(network, config.lora)
+    else:
+        trained = network = Tokenizer(config.model)
     state: dict[str, Any] = {
-        "ema": EMA(network, config.ema_decay),
-        "extra_emas": {str(decay): EMA(network, decay) for decay in config.extra_ema_decays},
-        stage: {"model": network.state_dict()},
+        "ema": EMA(trained, config.ema_decay),
+        "extra_emas": {str(decay): EMA(trained, decay) for decay in config.extra_ema_decays},
+        stage: {"model": trained.state_dict()},
     }
     loaded = checkpoints.load(chosen.path, state, newer=("extra_emas",))
     candidates: dict[str, dict[str, Tensor]] = {str(config.ema_decay): loaded["ema"].average}
@@ -97,10 +102,9 @@ def save_model(
     alone = Distributed(0, 1, torch.device("cpu"))
     scores: dict[str, float] = {}
     if stage == "transformer":
-        inputs = open_tokens(config)
         if len(candidates) > 1 and inputs.test_cache is not None:
             for name, weights in candidates.items():
-                network.load_state_dict(weights)
+                trained.load_state_dict(weights)
                 scores[name] = evaluate_loss(
                     network,
                     inputs.test_cache,

@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from maskgit import hub
+from maskgit.checkpoints.adapters import Adapter, AdapterConfig, save_adapter
+from maskgit.checkpoints.weights import weights_fingerprint
 from maskgit.config import ModelConfig
 from maskgit.foundation.devices import copies_aside, upload
 from maskgit.networks.config import TransformerConfig
+from maskgit.networks.lora import adapter_state
 from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.pipeline import MaskGIT
@@ -37,7 +40,7 @@ from maskgit.training.evaluation import (
     sample,
     warn_of_samples,
 )
-from maskgit.training.fine_tuning import draw_transformer, start_from
+from maskgit.training.fine_tuning import first_transformer, trained_part
 from maskgit.training.inputs import TokenInputs, open_tokens
 from maskgit.training.numerics import attention, autocast, choose_precision, seed_step, warnings_of_speed
 from maskgit.training.objectives.losses import sequence_losses
@@ -94,7 +97,7 @@ def train_transformer(config: TransformerTrainingConfig, *, change: bool = False
             its newest checkpoint on it computes with the new ones.
 
     Returns:
-        The folder of the trained model: the tokenizer, and the transformer with the averaged weights.
+        The folder of the trained model, tokenizer and transformer with the averaged weights; or of the adapter.
 
     Raises:
         ConfigError: a setting does not fit the data or the run in `out`.
@@ -129,17 +132,15 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
     precision = choose_precision(config.precision, device)
     vocabulary = Vocabulary.of(config.model)
     tokenizer = inputs.tokenizer.to(device)
-    transformer = draw_transformer(config.model, config.seed)
-    if inputs.source is not None:
-        start_from(transformer, inputs.source, inputs.train.class_names, config.init_classes)
-    transformer.to(device)
+    transformer = starting_transformer(config, inputs).to(device)
     if config.compile:
         compile_blocks(transformer.layers)
     if config.gradient_checkpointing:
         checkpoint_blocks(transformer.layers)
     network = parallelize(transformer, distributed, fsdp=config.fsdp, blocks=transformer.layers)
-    ema = EMA(transformer, config.ema_decay)
-    extra_emas = {str(decay): EMA(transformer, decay) for decay in config.extra_ema_decays}
+    trained = trained_part(transformer, config.lora)
+    ema = EMA(trained, config.ema_decay)
+    extra_emas = {str(decay): EMA(trained, decay) for decay in config.extra_ema_decays}
 
     # Optimizer
     optimizers = transformer_optimizers(
@@ -162,20 +163,21 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
         keep_best=config.keep_best,
         asynchronous=config.async_checkpoints,
     )
-    state = {"transformer": ModelAndOptimizer(transformer, *optimizers), "ema": ema, "step": 0}
+    state = {"transformer": ModelAndOptimizer(trained, *optimizers), "ema": ema, "step": 0}
     state |= {"watch": watch} | ({"extra_emas": extra_emas} if extra_emas else {})
     latest = checkpoints.latest()
     start = int(checkpoints.load(latest, state, newer=("extra_emas", "watch"))["step"]) if latest else 0
 
     # Loop
     logger = Logger(run_dir, distributed, start_step=start, tracker=config.tracker)
+    result = run_dir / ("adapter" if config.lora.rank else "model")
 
     def save_model(step: int, score: float | None) -> None:
         weights = {name: whole(value) for name, value in ema.average.items()}
         if distributed.is_main:
             scores = {} if score is None else {"test_loss": -score}
             with telling(logger, step < config.steps):
-                save_card(save_result(config, inputs, weights, run_dir / "model"), run_dir, step, scores)
+                save_card(save_result(config, inputs, weights, result), run_dir, step, scores)
 
     checkpoints.report = logger.say
     for sentence in (*inputs.notes, *warnings_of_speed(config.precision, device, compiles=config.compile)):
@@ -238,14 +240,14 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
                 ratio_losses.update(losses, masks.ratio)
 
             # The update
-            norm = clip_gradients(transformer.parameters(), max_norm)
+            norm = clip_gradients(trained.parameters(), max_norm)
             logs = {"loss": distributed.mean(loss), "gradient_norm": norm}
             gate.check(step, logs)
             mean_loss.update(logs["loss"])
             for optimizer in optimizers:
                 optimizer.step()
             for held in (ema, *extra_emas.values()):
-                held.update(transformer, step)
+                held.update(trained, step)
             throughput.step()
 
             # What people watch, and checkpoints
@@ -281,7 +283,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
                 )
                 warn_if_stuck(logger, config, done, numbers_read["loss"])
             if evaluating and test_cache is not None:
-                with throughput.paused(), ema.applied(transformer):
+                with throughput.paused(), ema.applied(trained):
                     test_loss = evaluate_loss(
                         network,
                         test_cache,
@@ -296,7 +298,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
                 score = -test_loss
                 logger.scalars(done, {"test_loss": test_loss})
             if sampling:
-                with throughput.paused(), ema.applied(transformer):
+                with throughput.paused(), ema.applied(trained):
                     samples = sample(
                         network,
                         tokenizer,
@@ -338,7 +340,19 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
     distributed.close()
     if stopped:
         raise SystemExit(EXIT_INTERRUPTED)
-    return run_dir / "model"
+    return result
+
+
+def starting_transformer(config: TransformerTrainingConfig, inputs: TokenInputs) -> Transformer:
+    """Return the transformer that a run begins with, on the CPU."""
+    return first_transformer(
+        config.model,
+        config.seed,
+        source=inputs.source,
+        class_names=inputs.train.class_names,
+        init_classes=config.init_classes,
+        lora=config.lora,
+    )
 
 
 def warn_if_stuck(logger: Logger, config: TransformerTrainingConfig, step: int, loss: float) -> None:
@@ -379,7 +393,20 @@ def whole(value: Tensor) -> Tensor:
 def save_result(
     config: TransformerTrainingConfig, inputs: TokenInputs, weights: dict[str, Tensor], path: Path
 ) -> Path:
-    """Write a run's model folder, and return it."""
+    """Write a run's model folder, or its adapter's, and return it."""
+    if config.lora.rank:
+        assert inputs.source is not None
+        assert config.init_from is not None
+        about = AdapterConfig(
+            base=config.init_from,
+            base_fingerprint=weights_fingerprint(inputs.source.transformer),
+            lora=config.lora,
+            num_classes=config.model.num_classes,
+            class_names=inputs.train.class_names,
+            label_dropout=config.label_dropout,
+            sampler=config.sampler,
+        )
+        return save_adapter(Adapter(about, adapter_state(weights)), path)
     transformer = Transformer(config.model)
     transformer.load_state_dict(weights, strict=True)
     model_config = ModelConfig(

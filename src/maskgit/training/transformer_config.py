@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import Config, check_choice, check_range
 from maskgit.networks.config import TransformerConfig
+from maskgit.networks.lora import LoraConfig
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.schedules import check_mask_schedule
 from maskgit.training.fine_tuning import INIT_CLASSES
@@ -28,6 +29,7 @@ class TransformerTrainingConfig(Config):
         test_data: folder of a token cache to evaluate on; without one there is no evaluation.
         init_from: a model (a name or a folder) whose transformer training starts from.
         init_classes: whether its classes' rows are taken over: "keep", "new", or "auto", if the names are equal.
+        lora: with a rank of 1 or more, `init_from` stays as it is, and an adapter is trained beside it and saved.
         steps: updates.
         batch_size: images of a step over all processes.
         accumulate: parts that a process's share of a batch is cut into, one after the other, to save memory.
@@ -76,6 +78,7 @@ class TransformerTrainingConfig(Config):
     test_data: str | None = None
     init_from: str | None = None
     init_classes: str = "auto"
+    lora: LoraConfig = field(default_factory=LoraConfig)
     steps: int = 1_500_000
     batch_size: int = 256
     accumulate: int = 1
@@ -157,6 +160,8 @@ class TransformerTrainingConfig(Config):
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
         check_choice("init_classes", self.init_classes, INIT_CLASSES)
         self.stream.check(self.data, "a token cache", self.num_workers)
+        if self.lora.rank and self.init_from is None:
+            raise ConfigError("lora adapts a trained model: name it in init_from, or set lora.rank to 0.")
         if self.tokenizer is None and self.init_from is None:
             raise ConfigError("tokenizer is missing: give the folder of the tokenizer that made the tokens.")
         if self.keep_best and self.test_data is None:

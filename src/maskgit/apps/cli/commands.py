@@ -37,7 +37,7 @@ from maskgit.apps.cli.output import (
 from maskgit.apps.cli.scoring import COMMAND
 from maskgit.apps.cli.serving import page, serve
 from maskgit.apps.cli.streams import open_closed, outlets
-from maskgit.apps.cli.training import pack, tokenize, train
+from maskgit.apps.cli.training import finetune, pack, tokenize, train
 from maskgit.apps.cli.tuning import tune
 from maskgit.errors import ConfigError, MaskGITError, OutputError
 from maskgit.foundation import __version__
@@ -303,7 +303,7 @@ def info(model: Positional[str] = "", classes: bool = False) -> None:
             print(f"{number:5} {config.class_names[number] if config.class_names else ''}")
 
 
-for command in (pack, tokenize, train, evaluate, stats, compare, tune, export, serve):
+for command in (pack, tokenize, train, finetune, evaluate, stats, compare, tune, export, serve):
     app.command(command)
 app.command(name="app")(page)
 

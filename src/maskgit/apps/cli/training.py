@@ -272,6 +272,68 @@ def save_model(
     )
 
 
+def finetune(
+    photos: Positional[str],
+    source: Annotated[str, arg(name="from", metavar="MODEL")],
+    out: Annotated[Path, arg(metavar="RUN")],
+    method: Literal["lora", "full", "decoder"] = "lora",
+    steps: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: by the number of images)")
+    ] = None,
+    minutes: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None,
+    rank: int = 8,
+    batch_size: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: by the machine)")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, arg(metavar="FLOAT", help_behavior_hint="(default: by the method)")
+    ] = None,
+    label_dropout: float = 0.1,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Train a model further on images of your own; run again to resume.
+
+    Packs and tokenizes the images, says how much memory and time training takes, trains, and writes samples as RUN/sheet.png.
+
+    Args:
+        photos: A folder with one subfolder of images per class, or any other source that `maskgit pack` reads.
+        source: The model to begin from: name, folder or Hugging Face id.
+        out: Folder for the run and the result: RUN/adapter, or RUN/model.
+        method: lora trains a small adapter, used with --model MODEL --adapter RUN; full trains the whole transformer;
+            decoder trains the tokenizer's decoder alone, so that images keep their tokens.
+        steps: Updates.
+        minutes: Make no more steps than take about this long.
+        rank: Rank of the adapter; higher learns more and is larger.
+        batch_size: Images per step.
+        learning_rate: Its peak.
+        label_dropout: Share of images shown without their class, 0 to 1; above 0 the model learns to be guided.
+        device: cuda, mps or cpu; auto picks the first available.
+        seed: Random seed.
+    """
+    from maskgit.training.finetune import Finetuning
+    from maskgit.training.finetune import finetune as run
+
+    asked = Finetuning(
+        photos,
+        source,
+        str(out),
+        method,
+        steps,
+        minutes,
+        rank,
+        batch_size,
+        learning_rate,
+        label_dropout,
+        device,
+        seed,
+    )
+    result = run(asked, lambda line: print(line, flush=True))
+    print(f"{out / 'sheet.png'}\n{result}")
+    use = f"--model {source} --adapter {out}" if method == "lora" else f"--model {result}"
+    print(f"Use it with: maskgit generate {use} --class NAME")
+
+
 def _command(name: str, function: Callable[..., None]) -> Any:
     """Return a command below `train`, which is called once all flags are read."""
 

@@ -58,6 +58,7 @@ def card(stored: Mapping[str, Any], step: int, scores: Mapping[str, float]) -> s
     """
     config, events = stored["config"], [e for e in stored.get("events", []) if e["step"] < step]
     stage = "transformer" if "mask_schedule" in config else "tokenizer"
+    made = f"An adapter of {config['init_from']}" if config.get("lora", {}).get("rank") else f"A {stage}"
     settings = {
         key: value for key, value in config.items() if key not in LEFT_OUT and value not in (None, [], {})
     }
@@ -72,7 +73,7 @@ def card(stored: Mapping[str, Any], step: int, scores: Mapping[str, float]) -> s
     data = [f"- {name}: `{fingerprint[:16]}`" for name, fingerprint in stored["data"].items()]
     parts = [
         MARK,
-        f"# A {stage} trained with maskgit {__version__}",
+        f"# {made} trained with maskgit {__version__}",
         f"After {step:,} of {config['steps']:,} steps with batches of {config['batch_size']:,}.",
         *(("## Measured\n" + "\n".join(measured),) if measured else ()),
         *(("## Changed while it trained\n" + "\n".join(changed),) if changed else ()),

@@ -8,6 +8,8 @@
     samples/          image grids by step
     tensorboard/      the same for TensorBoard, if it is installed
     model/            the model, as of the newest checkpoint, with a card
+    adapter/          in its place, where an adapter is trained
+    data/             the images and tokens of `maskgit finetune`
 
 Exit codes: 0 the run is done; 2 an error that the user can mend; 75 (EX_TEMPFAIL) it was stopped by SIGTERM or
 SIGINT after writing a checkpoint, and the same command goes on.
@@ -31,7 +33,8 @@ from maskgit.training.optim import LR_SCHEDULES
 from maskgit.training.run.checkpoint import Checkpoints
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
-RUN, LOCK = "run.json", "run.lock"
+# `maskgit finetune` keeps what it made of the photos in the run's own folder.
+RUN, LOCK, DATA = "run.json", "run.lock", "data"
 # A processor hashes as much in a few seconds.
 MAX_VERIFIED_BYTES = 2 << 30
 
@@ -77,7 +80,7 @@ def check_run_folder(run_dir: Path) -> None:
     if not run_dir.is_dir() or (run_dir / RUN).is_file():
         return
     # A run that was killed at once leaves its lock alone.
-    found = sorted(path.name for path in run_dir.iterdir() if path.name != LOCK)
+    found = sorted(path.name for path in run_dir.iterdir() if path.name not in (LOCK, DATA))
     if found:
         listed = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
         raise OutputError(
