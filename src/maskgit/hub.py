@@ -13,7 +13,6 @@ from maskgit.checkpoints.folder import (
     REGISTRY,
     WEIGHTS,
     Official,
-    load_named,
     load_parts,
     load_tokenizer,
     locate,
@@ -51,13 +50,14 @@ def from_pretrained(name_or_path: str | Path = DEFAULT_MODEL, **options: Any) ->
         name_or_path: a folder written by `save_model`; a name in `REGISTRY` (an official one is downloaded
             and converted once, then kept in the cache); or a Hugging Face Hub id such as "user/model".
         **options: device, dtype (or torch_dtype), revision, token, cache_dir, local_files_only, adapter and
-            adapter_scale, as for `maskgit.checkpoints.folder.load_named`.
+            adapter_scale, as for `maskgit.checkpoints.folder.load_named`; and guide, the name or path of a weaker model
+            (`MaskGIT.guided_by`).
 
     Raises:
         CheckpointError, ConfigError, DownloadError: there is no such model, or it is broken.
         OutputError: it has to be downloaded, and the cache cannot be written.
     """
-    return MaskGIT(*load_named(name_or_path, **options))
+    return MaskGIT.from_pretrained(name_or_path, **options)
 
 
 def load_model(path: str | Path, *, device: Device = "cpu", dtype: Dtype | None = torch.float32) -> MaskGIT:

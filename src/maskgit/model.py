@@ -32,7 +32,7 @@ from maskgit.networks.transformer import Transformer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.results import Draw, Output
 from maskgit.sampler.config import SamplerConfig, StepTables
-from maskgit.sampler.guidance import PredictLogits
+from maskgit.sampler.guidance import PredictLogits, WithGuide
 from maskgit.sampler.loop import Forgetful, StepFunction, decode_step
 from maskgit.sampler.policies import POLICIES
 
@@ -62,6 +62,7 @@ class Model:
         engine: how the model runs, if it was made by `optimize`; else None.
         decode_step: what makes a decoding step, `sampler.decode_step` or a faster form of it.
         masked_predictor: what predicts the logits of masked tokens alone, if the engine has such.
+        guide: a weaker model whose prediction guides this one's, or None; see `guided_by`.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, transformer: Transformer) -> None:
@@ -80,6 +81,7 @@ class Model:
         self.engine: Config | None = None
         self.decode_step: StepFunction = decode_step
         self.masked_predictor: PredictLogits | None = None
+        self.guide: Model | None = None
         self.config = config
         self.local_transformer = self.transformer
         self.vocabulary = Vocabulary.of(config.transformer)
@@ -133,6 +135,8 @@ class Model:
         chosen, kind = None if device is None else choose_device(device), choose_dtype(dtype)
         self.tokenizer.to(device=chosen, dtype=kind)
         self.transformer.to(device=chosen, dtype=kind)
+        if self.guide is not None:
+            self.guide.to(device=chosen, dtype=kind)
         return self
 
     def resized(self, width: int, height: int) -> Self:
@@ -168,9 +172,50 @@ class Model:
         # The same modules, but for the outermost, which alone asks how long a sequence is.
         transformer = copy.copy(self.transformer)
         transformer.config = config
-        return type(self)(
-            replace(self.config, transformer=config, image_size=height), self.tokenizer, transformer
-        )
+        described = replace(self.config, transformer=config, image_size=height)
+        made = type(self)(described, self.tokenizer, transformer)
+        made.guide = None if self.guide is None else self.guide.resized(width, height)
+        return made
+
+    def guided_by(self, guide: "Model | None") -> Self:
+        """Return the model, sharing its weights, with guidance away from the prediction of a weaker one.
+
+        A guidance scale s then gives the logits w + s · (m − w), m this model's and w the guide's, both with the class.
+        It needs no label dropout. An earlier checkpoint, or a smaller model of the same tokens, is a guide.
+
+        Args:
+            guide: a model of the same tokenizer, classes and grid, as it was loaded; None takes a guide away.
+
+        Raises:
+            ConfigError: the models' tokens or classes differ, or one of them is optimized already.
+
+        Source: Karras et al., autoguidance (arXiv 2406.02507).
+        """
+        if self.engine is not None or (guide is not None and guide.engine is not None):
+            raise ConfigError("Join a model and its guide first, and optimize the result.")
+        if guide is not None:
+            self._check_guide(guide)
+        made = copy.copy(self)
+        made.guide = guide
+        return made
+
+    def _check_guide(self, guide: "Model") -> None:
+        ours, theirs = self.config.transformer, guide.config.transformer
+        for name in ("num_codes", "groups", "grid", "num_classes", "num_logits"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise ConfigError(
+                    f"The guide has {name} {getattr(theirs, name)}, but the model has {getattr(ours, name)}: it must "
+                    "predict the same tokens of the same classes."
+                )
+        if None not in (self.class_names, guide.class_names) and self.class_names != guide.class_names:
+            raise ConfigError(
+                "The guide's classes have other names than the model's: it must be of the same classes."
+            )
+        quantizers = (self.tokenizer.quantizer.state_dict(), guide.tokenizer.quantizer.state_dict())
+        if self.config.tokenizer != guide.config.tokenizer or not all(
+            torch.equal(value.cpu(), quantizers[1][name].cpu()) for name, value in quantizers[0].items()
+        ):
+            raise ConfigError("The guide's codes are of another tokenizer, so they mean other things.")
 
     def free_memory(self) -> None:
         """Give back the memory that is kept for speed: captured decoding steps, and what torch holds for later."""
@@ -230,10 +275,12 @@ class Model:
         if policy != own["policy"] and isinstance(policy, str) and policy in POLICIES:
             own |= {"policy_options": {}} | dict(POLICIES[policy].defaults)
         config = SamplerConfig.from_dict(own | given)
-        if config.guides() and not self.config.label_dropout and not config.force_guidance:
+        guidable = self.config.label_dropout or config.force_guidance or self.guide is not None
+        if config.guides() and not guidable:
             raise ConfigError(
                 "This model was trained without label dropout, so it never saw a masked class and has no "
-                "prediction to guide by; use guidance_scale 1, or force_guidance to try all the same."
+                "prediction to guide by; use guidance_scale 1, a weaker model as its guide, or force_guidance to try all "
+                "the same."
             )
         return config
 
@@ -272,7 +319,8 @@ class Model:
         Args:
             known: whether the logits of known tokens are read, too; if not, they may be 0.
         """
-        return self.predict_logits if known or self.masked_predictor is None else self.masked_predictor
+        own = self.predict_logits if known or self.masked_predictor is None else self.masked_predictor
+        return own if self.guide is None else WithGuide(own, self.guide.predictor(known=known))
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Return the images of tokens: int64 (B, h, w) → float32 (B, 3, H, W) in [0, 1], on the CPU.
@@ -321,4 +369,8 @@ def plain_model(model: AnyModel) -> AnyModel:
         plain_network(Tokenizer, model.config.tokenizer, model.tokenizer),
         plain_network(Transformer, model.config.transformer, model.transformer),
     )
-    return model if networks == (model.tokenizer, model.transformer) else type(model)(model.config, *networks)
+    if networks == (model.tokenizer, model.transformer):
+        return model
+    made = type(model)(model.config, *networks)
+    made.guide = model.guide
+    return made

@@ -25,6 +25,8 @@ from maskgit.results import DEFAULT_BATCH_SIZE, Callback, Draw, Output, join_out
 if TYPE_CHECKING:
     from maskgit.engine import Engine
 
+GUIDE_OPTIONS = ("device", "dtype", "torch_dtype", "token", "cache_dir", "local_files_only")
+
 
 class MaskGIT(Model):
     """A model as users hold it: what it makes and edits, where it comes from, and how it runs; see `Model`."""
@@ -38,11 +40,18 @@ class MaskGIT(Model):
         return made
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path | None = None, **options: Any) -> Self:
+    def from_pretrained(
+        cls, name_or_path: str | Path | None = None, *, guide: str | Path | None = None, **options: Any
+    ) -> Self:
         """Return a model by name or path; see `maskgit.hub.from_pretrained` (None is the bundled model)."""
-        return cls(
+        made = cls(
             *folder.load_named(folder.DEFAULT_MODEL if name_or_path is None else name_or_path, **options)
         )
+        if guide is None:
+            return made
+        # The revision and the adapter are the model's own.
+        shared = {key: value for key, value in options.items() if key in GUIDE_OPTIONS}
+        return made.guided_by(cls(*folder.load_named(guide, **shared)))
 
     def save_pretrained(self, path: str | Path, *, dtype: Dtype | None = None) -> Path:
         """Write the model as a folder; see `maskgit.hub.save_model`."""

@@ -35,6 +35,7 @@ class Options(BaseModel):
         model: a model's name, its folder, or a Hugging Face id.
         device: cuda, mps or cpu; auto takes the first that a replica is given.
         adapter: merged into the model: a folder that is on every node, or a Hugging Face id.
+        guide: a weaker model of the same tokens; see `MaskGIT.guided_by`.
         mode, dtype: how fast, and how exactly; auto is fast on a GPU and exact elsewhere. See docs/serving.md.
         queue_size: images that a replica accepts and has not answered yet.
         max_batch: images that it makes together.
@@ -56,6 +57,7 @@ class Options(BaseModel):
 
     model: str = "cifar10"
     adapter: str | None = None
+    guide: str | None = None
     device: str = "auto"
     mode: Literal["auto", "exact", "fast", "int8"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -106,7 +108,9 @@ class Replica:
 
     def __init__(self, options: Options) -> None:
         speed = Speed() if options.mode == "auto" else Speed(**{options.mode: True})
-        model = Model(options.model, options.device, options.dtype, speed, options.adapter)
+        model = Model(
+            options.model, options.device, options.dtype, speed, options.adapter, guide=options.guide
+        )
         self._network = options.network()
         self._keys = read_keys(options.api_key_file) if options.api_key_file else ()
         self._service = Service(

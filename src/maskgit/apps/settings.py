@@ -48,9 +48,17 @@ SETTINGS = {
         "Noise on the confidence that decides which tokens to keep. Higher is more varied.", 0, 1e6
     ),
     "choice_schedule": Setting("Curve that scales the choice temperature; same forms."),
-    "guidance_scale": Setting("Classifier-free guidance scale; 1 is no guidance.", 0, 1000),
+    "guidance_scale": Setting(
+        "Guidance scale: away from the prediction without the class, or of the guide; 1 is no guidance.",
+        0,
+        1000,
+    ),
     "guidance_schedule": Setting(
         "Curve from no guidance (0) to the full guidance scale (1); same forms as the temperature's."
+    ),
+    "top_k": Setting("Sample each token from this many likeliest codes alone; 0 is all.", 0, 2**18),
+    "top_p": Setting(
+        "Sample each token from the fewest likeliest codes with this probability together; 1 is all.", 0, 1
     ),
     "force_guidance": Setting("Apply guidance even to a model that was trained without label dropout."),
     "tables": Setting(

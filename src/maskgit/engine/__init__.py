@@ -240,6 +240,8 @@ def build(model: AnyModel, engine: Engine) -> AnyModel:
         )
     if engine.graphs:
         made.decode_step = GraphedSteps(compile_noise=engine.compile)
+    if model.guide is not None:
+        made.guide = build(model.guide, engine)
     made.engine = engine
     return made
 

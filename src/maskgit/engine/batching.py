@@ -111,13 +111,15 @@ class _Plan:
         key: jobs of one key can be rows of one batch.
         policy: which tokens stay.
         guides: whether any step is guided; every step of a batch then is, at a scale of 1 where it is not.
+        truncates: whether tokens are sampled from some codes alone.
         first: the step that decoding begins at.
-        numbers: float32 (steps made, 9), each step's `Numbers`, packed.
+        numbers: float32 (steps made, 11), each step's `Numbers`, packed.
     """
 
-    key: tuple[str, str, bool]
+    key: tuple[str, str, bool, bool]
     policy: Policy
     guides: bool
+    truncates: bool
     first: int
     numbers: Tensor
 
@@ -230,7 +232,7 @@ class Batcher:
             What it brought, for some jobs nothing.
         """
         chosen, news = self._choose()
-        groups: dict[tuple[str, str, bool], list[_Row]] = {}
+        groups: dict[tuple[str, str, bool, bool], list[_Row]] = {}
         for row in chosen:
             groups.setdefault(row.plan.key, []).append(row)
         for rows in groups.values():
@@ -345,7 +347,7 @@ class Batcher:
         padded = rows + rows[:1] * (size - len(rows))
         numbers = upload(torch.stack([row.plan.numbers[row.made] for row in padded]), self.model.device)
         made = self.model.decode_step(
-            self.model.predict_logits,
+            self.model.predictor(),
             torch.stack([row.read() for row in padded]),
             torch.stack([row.free for row in padded]),
             tuple(torch.stack(parts) for parts in zip(*(row.memory for row in padded), strict=True)),
@@ -354,6 +356,7 @@ class Batcher:
             mask_token=self.model.vocabulary.mask,
             noise=self._noise(padded),
             guides=plan.guides,
+            truncates=plan.truncates,
         )
         if plan.policy.adapts:
             ended = (~made.again.any(-1)).tolist()
@@ -447,4 +450,5 @@ def _make_plan(job: Job, num_free: int) -> _Plan:
     guides = any(plan.guides(number) for number in range(first, plan.steps))
     numbers = torch.cat([plan.numbers(number, first, free).pack() for number in range(first, plan.steps)])
     options = json.dumps(config.policy_options, sort_keys=True)
-    return _Plan((config.policy, options, guides), policy, guides, first, numbers)
+    key = (config.policy, options, guides, plan.truncates)
+    return _Plan(key, policy, guides, plan.truncates, first, numbers)

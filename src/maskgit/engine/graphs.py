@@ -88,13 +88,14 @@ class GraphedSteps:
         mask_token: int,
         noise: Noise,
         guides: bool,
+        truncates: bool = False,
         last: bool = False,
         groups: int = 1,
         drafts: bool = True,
     ) -> Made:
         """See `sampler.decode_step`; noise of another kind than `ImageNoise` is not captured."""
         options: dict[str, Any] = {"policy": policy, "mask_token": mask_token, "guides": guides, "last": last}
-        options |= {"groups": groups, "drafts": drafts}
+        options |= {"groups": groups, "drafts": drafts, "truncates": truncates}
         if not isinstance(noise, ImageNoise):
             return decode_step(predict_logits, sequence, free, memory, numbers, noise=noise, **options)
         if memory is None:

@@ -10,6 +10,11 @@ from maskgit.foundation.checks import Config, check_range
 from maskgit.sampler.policies import make_policy
 from maskgit.sampler.schedules import check_mask_schedule, curve
 
+# As the networks' configs have it.
+MAX_CODES = 2**18
+# Settings that came later, with their defaults: what was written before, and is compared with it, does not have them.
+LATER = {"top_k": 0, "top_p": 1.0}
+
 
 @dataclass(frozen=True)
 class StepTables(Config):
@@ -65,8 +70,11 @@ class SamplerConfig(Config):
         temperature_schedule: its curve, falling.
         mask_schedule: name of the curve that gives the share of tokens still masked (see `schedules`).
         guidance_scale: classifier-free guidance s in u + s·(c − u), c the logits with the class and u without;
-            1 is none.
+            1 is none. A model with a guide (`Model.guided_by`) takes the guide's logits for u.
         guidance_schedule: its curve w, rising: the scale of a step is 1 + (s − 1)·w.
+        top_k: tokens are sampled from the so many likeliest codes alone; 0 is all.
+        top_p: tokens are sampled from the fewest likeliest codes that have this probability together (nucleus
+            sampling, arXiv 1904.09751); 1 is all. Both count after the temperature; confidence is measured without them.
         force_guidance: guide a model that was never trained without its class, too.
         tables: values for each step in place of the curves.
 
@@ -83,6 +91,8 @@ class SamplerConfig(Config):
     mask_schedule: str = "cosine"
     guidance_scale: float = 1.0
     guidance_schedule: str = "constant"
+    top_k: int = 0
+    top_p: float = 1.0
     force_guidance: bool = False
     tables: StepTables = field(default_factory=StepTables)
 
@@ -91,11 +101,19 @@ class SamplerConfig(Config):
         check_range("choice_temperature", self.choice_temperature, 0, 1e6)
         check_range("temperature", self.temperature, 0, 1e6)
         check_range("guidance_scale", self.guidance_scale, 0, 1000)
+        check_range("top_k", self.top_k, 0, MAX_CODES)
+        check_range("top_p", self.top_p, 0, 1)
         check_mask_schedule(self.mask_schedule)
         for spec in (self.choice_schedule, self.temperature_schedule, self.guidance_schedule):
             curve(spec, start=0, end=1)
         make_policy(self.policy, self.policy_options)
         self.tables.check_length(self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain JSON values, without settings that came later and were not made."""
+        return {
+            name: value for name, value in super().to_dict().items() if (name, value) not in LATER.items()
+        }
 
     def guides(self) -> bool:
         """Return whether any step needs a prediction without the class."""

@@ -15,7 +15,7 @@ from maskgit.errors import ConfigError
 from maskgit.foundation.checks import check_whole
 from maskgit.foundation.devices import Landing
 from maskgit.sampler.config import SamplerConfig
-from maskgit.sampler.guidance import PredictLogits, guided
+from maskgit.sampler.guidance import PredictLogits, guided, truncated
 from maskgit.sampler.noise import ImageNoise, Noise
 from maskgit.sampler.plans import Numbers, plan_steps
 from maskgit.sampler.policies import Memory, Policy, Start, Step, make_policy
@@ -75,6 +75,7 @@ class StepFunction(Protocol):
         mask_token: int,
         noise: Noise,
         guides: bool,
+        truncates: bool = False,
         last: bool = False,
         groups: int = 1,
         drafts: bool = True,
@@ -270,6 +271,7 @@ def _decode_steps(
             mask_token=mask_token,
             noise=noise,
             guides=plan.guides(number),
+            truncates=plan.truncates,
             last=last,
             groups=groups,
             drafts=drafts,
@@ -297,6 +299,7 @@ def decode_step(
     mask_token: int,
     noise: Noise,
     guides: bool,
+    truncates: bool = False,
     last: bool = False,
     groups: int = 1,
     drafts: bool = True,
@@ -315,6 +318,7 @@ def decode_step(
         mask_token: the number that stands for "masked".
         noise: the randomness.
         guides: whether any row's guidance scale is another than 1; if not, the scales are not read.
+        truncates: whether any row samples from some codes alone; if not, top_k and top_p are not read.
         last: whether every row is at its last step, so that nothing needs to be chosen.
         groups: tokens of each position of the image; read where memory is None.
         drafts: whether the tokens that are masked again are read, as callbacks do; without them they may stay masked in
@@ -366,7 +370,8 @@ def decode_step(
             predict = guided(wanted, mask_token, numbers.guidance_scale) if guides else wanted
     logits = predict(sequence)
     heat = policy.token_temperature(numbers.temperature, numbers.choice_temperature)
-    tokens = _sampled(logits, sequence, drawn, heat, noise, numbers.drawn)
+    drawn_from = truncated(logits, heat, numbers.top_k, numbers.top_p) if truncates else logits
+    tokens = _sampled(drawn_from, sequence, drawn, heat, noise, numbers.drawn)
     if not early:
         choose(logits, tokens)
     assert memory is not None, "begun"

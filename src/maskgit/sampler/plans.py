@@ -4,6 +4,7 @@ Shapes: B batch, N image tokens, T steps, N₀ tokens masked at the start.
 Source: paper §3.2; official libml/parallel_decode.py.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -27,6 +28,7 @@ class Numbers(NamedTuple):
         num_masked: int64, how many tokens the schedule wants masked after the step.
         ratio_before, ratio_after: float32, γ, the share of free tokens that it wants masked before and after.
         temperature, choice_temperature, guidance_scale: float32.
+        top_k, top_p: float32, as `guidance.truncated` takes them.
     """
 
     number: Tensor
@@ -38,14 +40,16 @@ class Numbers(NamedTuple):
     temperature: Tensor
     choice_temperature: Tensor
     guidance_scale: Tensor
+    top_k: Tensor
+    top_p: Tensor
 
     def pack(self) -> Tensor:
-        """Return all of them in one tensor, float32 (B, 9), which holds each exactly: the counts are below 2²⁴."""
+        """Return all of them in one tensor, float32 (B, 11), which holds each exactly: the counts are below 2²⁴."""
         return torch.cat([part.float() for part in self], dim=1)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> "Numbers":
-        """Return what was packed: float32 (B, 9) → nine tensors (B, 1)."""
+        """Return what was packed: float32 (B, 11) → eleven tensors (B, 1)."""
         parts = packed.split(1, dim=1)
         return cls(*(part.long() for part in parts[:4]), *parts[4:])
 
@@ -57,6 +61,7 @@ class Plan(NamedTuple):
         ratios_TN: float32 (T, N + 1), the share still masked after each step, by N₀.
         counts_TN: int64 (T, N + 1), their number.
         temperatures, choice_temperatures, guidance_scales: T numbers each.
+        top_k, top_p: of all steps; 0 and 1 are all codes.
     """
 
     ratios_TN: Tensor
@@ -64,11 +69,18 @@ class Plan(NamedTuple):
     temperatures: Sequence[float]
     choice_temperatures: Sequence[float]
     guidance_scales: Sequence[float]
+    top_k: int
+    top_p: float
 
     @property
     def steps(self) -> int:
         """T."""
         return len(self.temperatures)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are sampled from some codes alone."""
+        return self.top_k > 0 or self.top_p < 1
 
     def guides(self, number: int) -> bool:
         """Return whether a step needs the prediction without the class."""
@@ -101,6 +113,8 @@ class Plan(NamedTuple):
             temperature=every(self.temperatures[number]),
             choice_temperature=every(self.choice_temperatures[number]),
             guidance_scale=every(self.guidance_scales[number]),
+            top_k=every(self.top_k or math.inf),
+            top_p=every(self.top_p),
         )
 
 
@@ -162,4 +176,6 @@ def plan_steps(
             for value in values(tables.choice_temperature, config.choice_schedule, falls=True)
         ],
         guidance,
+        config.top_k,
+        config.top_p,
     )

@@ -82,6 +82,8 @@ class Model:
     """What `maskgit finetune` made of the model: the folder of an adapter or its run, or a Hugging Face id."""
     adapter_scale: float = 1.0
     """How much of the adapter is added; 0 is the model without it."""
+    guide: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
+    """A weaker model of the same tokens, such as an earlier checkpoint's, to guide away from by --guidance-scale."""
 
     def load(self, size: tuple[int, int] | None = None) -> "MaskGIT":
         """Return the model on its device, ready to run, for images of (width, height) pixels if given."""
@@ -119,6 +121,7 @@ class Model:
             device=own_device(self.device),
             adapter=self.adapter,
             adapter_scale=self.adapter_scale,
+            guide=self.guide,
         )
 
     def recorded(self, command: str) -> dict[str, Any]:
@@ -135,6 +138,8 @@ class Model:
         }
         if self.adapter is not None:
             recorded |= {"adapter": self.adapter, "adapter_scale": self.adapter_scale}
+        if self.guide is not None:
+            recorded["guide"] = self.guide
         return recorded
 
 
@@ -192,6 +197,8 @@ class Sampler:
     choice_schedule: Annotated[str | None, _own("choice_schedule", "CURVE")] = None
     guidance_scale: Annotated[float | None, _own("guidance_scale", "FLOAT")] = None
     guidance_schedule: Annotated[str | None, _own("guidance_schedule", "CURVE")] = None
+    top_k: Annotated[int | None, _own("top_k", "INT")] = None
+    top_p: Annotated[float | None, _own("top_p", "FLOAT")] = None
     force_guidance: Annotated[bool, about("force_guidance")] = False
     tables: Annotated[
         Path | None, arg(metavar="FILE", help_behavior_hint="", help=f"JSON file. {SETTINGS['tables'].help}")

@@ -60,6 +60,8 @@ class Making(TypedDict, total=False):
     choice_schedule: str
     guidance_scale: float
     guidance_schedule: str
+    top_k: int
+    top_p: float
     force_guidance: bool
     tables: dict[str, list[float] | None]
 

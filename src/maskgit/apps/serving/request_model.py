@@ -30,6 +30,7 @@ class SharedModel(MaskGIT):
         """
         tokenizer: Any = _SharedTokenizer(worker, ticket)
         super().__init__(worker.model.config, tokenizer, worker.model.transformer)
+        self.guide = worker.model.guide
         self._worker = worker
         self._ticket = ticket
 
@@ -109,6 +110,7 @@ class _SharedTokenizer:
     """What is used of a tokenizer outside the pipeline, run by the worker."""
 
     def __init__(self, worker: Worker, ticket: Ticket) -> None:
+        self.guide = worker.model.guide
         self._worker = worker
         self._ticket = ticket
         self._own = worker.model.tokenizer

@@ -131,6 +131,8 @@ class Sampled(Shown):
     choice_schedule: Word | None = _setting("choice_schedule")
     guidance_scale: float | None = _setting("guidance_scale")
     guidance_schedule: Word | None = _setting("guidance_schedule")
+    top_k: int | None = _setting("top_k")
+    top_p: float | None = _setting("top_p")
     force_guidance: bool | None = _setting("force_guidance")
     tables: dict[Word, Table | None] | None = _setting("tables", max_length=MAX_OPTIONS)
 
