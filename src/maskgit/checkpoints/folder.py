@@ -127,9 +127,9 @@ def load_named(
         return load_parts(folder, device=choose_device(device), dtype=dtype)
     # Merged in float32, and rounded after that.
     found = load_adapter(adapter, token=token, local_files_only=local_files_only)
-    config, *networks = adapted(load_parts(folder), found, adapter_scale)
-    chosen, kind = choose_device(device), choose_dtype(dtype)
-    return Parts(config, *(network.to(device=chosen, dtype=kind) for network in networks))
+    config, tokenizer, transformer = adapted(load_parts(folder), found, adapter_scale)
+    where: dict[str, Any] = {"device": choose_device(device), "dtype": choose_dtype(dtype)}
+    return Parts(config, tokenizer.to(**where), transformer.to(**where))
 
 
 def locate(

@@ -9,11 +9,14 @@
 The runs are those of `train_transformer` and `train_tokenizer`; here their settings are chosen.
 """
 
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,11 +145,13 @@ def _packed(
         say(f"The photos in {folder} were packed before; remove that folder to read {asked.photos} again.")
     else:
         # With a margin for crops at the corners.
-        options = {"size": size * 9 // 8, "progress": True}
-        try:
-            pack_split(asked.photos, folder, share=TEST_SHARE, seed=asked.seed, **options)
-        except ConfigError:
-            # Too few to split.
+        options: dict[str, Any] = {"size": size * 9 // 8, "progress": True}
+        parts: tuple[ImageCache, ...] = ()
+        # Too few to split, all are trained on.
+        with suppress(ConfigError):
+            parts = pack_split(asked.photos, folder, share=TEST_SHARE, seed=asked.seed, **options)[:2]
+        if sum(map(len, parts)) < MIN_SPLIT:
+            shutil.rmtree(folder, ignore_errors=True)
             pack_images(asked.photos, train, **options)
     cache = ImageCache.open(train)
     for note in (*cache.notes, *cache.left_out):

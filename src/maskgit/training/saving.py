@@ -82,8 +82,9 @@ def save_model(
     config: Any = kind.from_dict({**values, "out": str(run_dir)})
     if stage == "transformer":
         inputs = open_tokens(config)
-        network: nn.Module = starting_transformer(config, inputs)
-        trained = trained_part(network, config.lora)
+        transformer = starting_transformer(config, inputs)
+        network: nn.Module = transformer
+        trained = trained_part(transformer, config.lora)
     else:
         trained = network = Tokenizer(config.model)
     state: dict[str, Any] = {

@@ -129,7 +129,7 @@ class Model:
         mode = self.mode()
         # What the fast mode computes in is the machine's choice.
         dtype = self.dtype or ("auto" if mode == "fast" else "float32")
-        recorded = {
+        recorded: dict[str, Any] = {
             "maskgit": __version__,
             "command": command,
             "model": self.model,
