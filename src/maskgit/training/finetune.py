@@ -38,12 +38,12 @@ from maskgit.networks.lora import LoraConfig
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.pipeline import MaskGIT
 from maskgit.training.dry_run import dry_run_tokenizer, dry_run_transformer
+from maskgit.training.evaluation import class_columns
 from maskgit.training.fine_tuning import first_transformer
 from maskgit.training.numerics import autocast, choose_precision
 from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.run.folder import DATA, check_run_folder
 from maskgit.training.run.progress import duration
-from maskgit.training.sheets import class_columns
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.train_tokenizer import train_tokenizer
 from maskgit.training.train_transformer import train_transformer
