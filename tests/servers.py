@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -19,6 +18,7 @@ import httpx
 import pytest
 import uvicorn
 
+from forking import Python
 from maskgit import MaskGIT
 from maskgit.apps.cli.flags import Marking
 from maskgit.apps.serving.app import create_app
@@ -65,9 +65,8 @@ def in_thread(
 @contextlib.contextmanager
 def in_process(*flags: str, port: int = 0, page: bool = False) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Give a `maskgit serve` and its URL; it is killed at the end if it still runs."""
-    command = [sys.executable, "-m", "maskgit", "serve", "--port", str(port), *flags]
-    command += [] if page else ["--no-page"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "maskgit", "serve", "--port", port, *flags, *([] if page else ["--no-page"])]
+    server = Python(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         line = server.stdout.readline()

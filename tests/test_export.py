@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -267,3 +268,18 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(tiny, tmp_path, monkeypat
     assert run("export", "no-such-model", "--out", tmp_path / "out") == 2
     assert "pip install -c constraints.txt '.[export]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_leaves_the_programs_warning_filters_alone(tiny, tmp_path, monkeypatch):
+    """They belong to all threads; the command silences its own process."""
+    whole = torch.onnx.export
+
+    def export(*args, **options):
+        warnings.filterwarnings("ignore", message="of another thread")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with warnings.catch_warnings():
+        export_model(tiny, tmp_path / "net", parts=("decoder",))
+        patterns = [entry[1].pattern for entry in warnings.filters if entry[1] is not None]
+    assert "of another thread" in patterns

@@ -2,11 +2,10 @@
 
 import errno
 import os
-import subprocess
-import sys
 
 import pytest
 
+import forking
 from maskgit.errors import OutputError
 from maskgit.foundation.files import expand_argument, output_error, replacing, write_bytes
 
@@ -120,9 +119,7 @@ for path in sorted(out.rglob("*")):
 
 
 def test_permissions_are_those_of_any_new_file_without_touching_the_umask(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", MODES, str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
+    done = forking.run("-c", MODES, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) > 8

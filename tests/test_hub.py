@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import forking
 from maskgit import MaskGIT, hub
 from maskgit.apps.cli.commands import main
 from maskgit.checkpoints import folder as saving
@@ -284,8 +285,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child i
 
 def test_processes_may_save_into_one_new_folder(tiny, folder, tmp_path):
     target = tmp_path / "new" / "model"
-    command = [sys.executable, "-c", SAVE, str(folder), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = forking.run("-c", SAVE, folder, target)
     assert done.returncode == 0, done.stderr
     assert_equal(tiny, hub.load_model(target))
     assert list(target.parent.iterdir()) == [target]
@@ -362,8 +362,11 @@ print(hub.locate("imagenet256", cache_dir=cache))
 
 def test_an_official_model_is_converted_by_one_process(golden, tmp_path):
     def start():
-        return subprocess.Popen(
-            [sys.executable, "-c", CONVERT, str(golden), str(tmp_path)],
+        return forking.Python(
+            "-c",
+            CONVERT,
+            golden,
+            tmp_path,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -457,9 +460,7 @@ for options in json.loads(sys.argv[1]):
 def ask(questions, **environment):
     given = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"} | environment
     kept = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, json.dumps(questions)], env=kept | given, capture_output=True, text=True
-    )
+    done = forking.run("-c", ASK, json.dumps(questions), env=kept | given)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

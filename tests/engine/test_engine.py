@@ -1,5 +1,6 @@
 """Every fast way against the plain networks."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -250,17 +251,6 @@ def test_other_settings_need_no_other_capture(bundled):
     assert len(steps._programs) == count
 
 
-def test_captured_noise_may_be_compiled():
-    from maskgit.engine.graphs import CompiledNoise
-    from maskgit.sampler.noise import ImageNoise, seed_words
-
-    words, indices, step = seed_words([5, 2**64 - 1]), torch.tensor([0, 7]), torch.tensor([[0], [3]])
-    plain = ImageNoise.of_words(words, indices, 17, 8).tokens(step)
-    torch.testing.assert_close(
-        CompiledNoise.of_words(words, indices, 17, 8).tokens(step), plain, atol=1e-5, rtol=1e-5
-    )
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("sides", [(1, 1), (4, 7)])
 def test_a_merged_upsampling_is_the_upsampling(sides):
@@ -322,22 +312,15 @@ def test_int8_is_integer_arithmetic(bias):
     torch.testing.assert_close(quantized(rows).double(), exact, atol=1e-4, rtol=1e-5)
 
 
-def test_int8_is_not_left_to_plain_loops():
+def test_int8_is_not_left_to_plain_loops(capfd):
     if not adds_in_32_bits():
         pytest.skip("this CPU has no VNNI")
-    code = (
-        "import torch\n"
-        "from maskgit.engine.linear import Int8Linear\n"
-        "Int8Linear(torch.nn.Linear(64, 64).requires_grad_(False))(torch.randn(3, 64))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"ONEDNN_VERBOSE": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    products = [line for line in done.stdout.splitlines() if ",exec,cpu,matmul," in line]
+    layer = Int8Linear(nn.Linear(64, 64).requires_grad_(False))
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        layer(torch.randn(3, 64))
+    # oneDNN prints by way of C, which keeps lines back.
+    ctypes.CDLL(None).fflush(None)
+    products = [line for line in capfd.readouterr().out.splitlines() if ",exec,cpu,matmul," in line]
     assert products
     assert not [line for line in products if ",ref" in line]
 
@@ -383,15 +366,15 @@ def test_the_host_is_asked_politely(tmp_path, monkeypatch):
     assert host.limit_threads() == before
 
 
+# All others go the ways of a CPU that hides nothing.
 LESS = [
-    {},
     {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
     {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ATEN_CPU_CAPABILITY": "default"},
 ]
 
 
-@pytest.mark.parametrize("limits", LESS, ids=lambda limits: limits.get("ONEDNN_MAX_CPU_ISA", "all"))
+@pytest.mark.parametrize("limits", LESS, ids=lambda limits: limits["ONEDNN_MAX_CPU_ISA"])
 def test_a_cpu_with_fewer_instructions_goes_every_way_that_is_left(limits):
     code = (
         "import torch\n"

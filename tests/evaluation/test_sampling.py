@@ -4,15 +4,14 @@ import io
 import json
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import small_evaluation
+from forking import Python
 from maskgit.errors import ConfigError, DataError
 from maskgit.evaluation.runs.sampling import (
     RealImages,
@@ -27,8 +26,6 @@ from maskgit.evaluation.scores.statistics import ImageStatistics
 from maskgit.foundation.units import Units
 from maskgit.images import to_uint8
 from small_evaluation import evaluation, real_images, toy_net
-
-PROGRAM = Path(small_evaluation.__file__)
 
 
 def samples(tiny, config, **changes):
@@ -50,12 +47,8 @@ def undisturbed(tiny, tmp_path_factory):
 
 
 def started(out, *arguments):
-    return subprocess.Popen(
-        [sys.executable, PROGRAM, out, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return Python("-m", small_evaluation.__name__, out, *arguments, **streams)
 
 
 def test_killed_and_started_again_gives_the_same_report(undisturbed, tmp_path):

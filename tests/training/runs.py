@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from forking import Python
 from maskgit.training.run.checkpoint import Checkpoints
 
 
 def start(script: str, *arguments: str, **environment: object) -> subprocess.Popen[str]:
     """Start a Python script; its standard error can be read."""
     settings = {key: str(value) for key, value in environment.items()}
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
+    return Python(
+        "-c",
+        script,
+        *arguments,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | settings,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from forking import Python
 from maskgit.data.image_cache import ImageCache, write_image_cache
 from maskgit.errors import ConfigError, DataError, OutputError
 from maskgit.foundation.checks import Config
@@ -414,9 +415,7 @@ with held_run(sys.argv[1], Distributed(0, 1, torch.device("cpu"))):
 
 
 def holding(folder):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = Python("-c", HOLD, folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "holds\n"
     return process
 

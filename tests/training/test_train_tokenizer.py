@@ -79,6 +79,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TokenizerTrainingConfig:
     )
 
 
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory) -> Path:
+    """The model of a run of `config` that nothing stopped."""
+    return train_tokenizer(replace(config, out=str(tmp_path_factory.mktemp("straight") / "run")))
+
+
 def weights(path: Path) -> dict[str, Tensor]:
     return hub.load_tokenizer(path).state_dict()
 
@@ -104,8 +110,7 @@ def test_it_learns(config, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_is_exact(config, tmp_path, monkeypatch, workers):
-    straight = train_tokenizer(replace(config, out=str(tmp_path / "straight")))
+def test_resuming_is_exact(config, straight, tmp_path, monkeypatch, workers):
     cut = replace(config, out=str(tmp_path / "cut"), num_workers=workers)
     # Stopped before the discriminator's first step, where an optimizer has nothing to save yet, and after it.
     for stop_after in (1, 3):
@@ -135,10 +140,9 @@ def test_resuming_is_exact(config, tmp_path, monkeypatch, workers):
         {"r1_cost": 0.0},
     ],
 )
-def test_settings_change_the_result(config, tmp_path, changes):
-    plain = train_tokenizer(replace(config, out=str(tmp_path / "plain")))
+def test_settings_change_the_result(config, straight, tmp_path, changes):
     changed = train_tokenizer(replace(config, out=str(tmp_path / "changed"), **changes))
-    assert not equal(weights(plain), weights(changed))
+    assert not equal(weights(straight), weights(changed))
 
 
 def test_blocks_computed_anew_give_the_same_run(config, tmp_path):
@@ -473,14 +477,15 @@ def test_parts_and_frozen_weights_that_do_not_fit_are_refused(config, tmp_path, 
         train_tokenizer(replace(config, out=str(tmp_path / "run"), **changes))
 
 
-def test_the_encoder_and_the_decoder_are_compiled_and_it_is_said_first(config, tmp_path, monkeypatch, capsys):
+def test_the_encoder_and_the_decoder_are_compiled_and_it_is_said_first(
+    config, straight, tmp_path, monkeypatch, capsys
+):
     called = []
     monkeypatch.setattr(torch, "compile", lambda forward, **_: called.append(forward.__self__) or forward)
     path = train_tokenizer(replace(config, out=str(tmp_path / "run"), compile=True))
     assert [type(network).__name__ for network in called] == ["Encoder", "Decoder"]
     assert "Compiling the layers" in capsys.readouterr().err
-    plain = train_tokenizer(replace(config, out=str(tmp_path / "plain")))
-    assert equal(weights(path), weights(plain))
+    assert equal(weights(path), weights(straight))
 
 
 def test_training_starts_from_another_tokenizer_and_its_shape(config, tmp_path):

@@ -148,7 +148,8 @@ class Gallery:
         for row in checked.tolist():
             near = np.stack([pictures[number] for number in self.numbers[found.rows[row]].tolist()])
             forms = [near] if self.rebuild is None else [near, self.rebuild(near)]
-            agreement = max(pixel_agreement(picture(row), form).max() for form in forms)
+            looked_at = picture(row)
+            agreement = max(pixel_agreement(looked_at, form).max() for form in forms)
             result[row] = suspicion(found.ratios[row], agreement)
         return result
 

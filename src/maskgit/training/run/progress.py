@@ -1,6 +1,7 @@
 """What people watch while a model trains: one line, a file of scalars, image grids, TensorBoard."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -58,8 +59,9 @@ def host_numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     return {name: there[name] if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
+@functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s that a large matrix product reaches here, in a few tens of milliseconds."""
+    """Return the FLOP/s that a large matrix product reaches here, measured once in some tens of milliseconds."""
     side = 1024 if device.type == "cpu" else 4096
     a = torch.ones(side, side, device=device, dtype=dtype)
     best = math.inf
