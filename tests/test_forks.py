@@ -7,10 +7,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
-
-from forking import Python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -121,8 +120,10 @@ forked(lambda: made(fast))
 def run(program: str) -> None:
     # Threads that spin while they wait would have the busy machine's other processes wait for them.
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    options = {"stderr": subprocess.PIPE, "text": True, "env": environment, "start_new_session": True}
-    process = Python("-c", PRELUDE + program, **options)
+    command = [sys.executable, "-c", PRELUDE + program]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     try:
         _, told = process.communicate(timeout=120)
     finally:
