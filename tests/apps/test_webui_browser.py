@@ -408,7 +408,7 @@ def test_a_reload_comes_back_to_the_edit(visit, photo):
     page.wait_for_timeout(1000)
     page.reload()
     said(page, "meadow.png, 96 × 64")
-    page.wait_for_function("document.querySelector('[aria-label=Width], input').value !== null")
+    expect(page.get_by_label("Width", exact=True)).to_have_value(drawn[2])
     expect(page.locator(".box")).to_be_visible()
     assert box(page) == drawn
 

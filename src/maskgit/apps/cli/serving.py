@@ -47,7 +47,9 @@ def page(
     """
     check_count("port", port, 0, 65_535)
     print(f"loading the model {model.model}…", flush=True)
-    _serve(model, marking, Limits(), network, host, port, None, True, "{}  (Ctrl-C to stop)")
+    # Whoever runs the page alone may edit photos of any camera.
+    limits = Limits(max_pixels=100_000_000, max_body=2**27)
+    _serve(model, marking, limits, network, host, port, None, True, "{}  (Ctrl-C to stop)")
 
 
 def _serve(

@@ -18,14 +18,16 @@ const say = (element, error) => {
 };
 
 // Light for the first step to dark for the last; and pale for a guess to strong for certainty.
-const shade = share => `hsl(${262 - 40 * share} 55% ${88 - 52 * share}%)`;
+const cold = share => `hsl(${262 - 40 * share} 50% ${90 - 62 * share}%)`;
 const warm = share => `hsl(${44 - 26 * share} 78% ${92 - 46 * share}%)`;
 
-function map(title, about, trace, colour, text, told) {
+function map(title, about, trace, share, shade, text, told) {
   const rows = trace.fixed_at.length, columns = trace.fixed_at[0].length;
   const cells = trace.fixed_at.flatMap((row, y) => row.map((_, x) => {
     const cell = h("span", { tabIndex: x || y ? -1 : 0 }, columns <= 12 ? text(y, x) : "");
-    cell.style.background = colour(y, x);
+    cell.style.background = shade(share(y, x));
+    // Text stays legible on every shade.
+    cell.classList.toggle("dark", shade === cold && share(y, x) > 0.45);
     const tell = () => { told.textContent = describe(trace, y, x); };
     cell.addEventListener("pointerenter", tell);
     cell.addEventListener("focus", tell);
@@ -89,9 +91,9 @@ export async function inside(call, name, file) {
   status.replaceWith(h("div", { className: "inside" },
     h("figure", {}, canvas, h("div", { className: "line" }, h("button", { type: "button", onclick: play }, "Play"), range, label)),
     map("Drawn when", "Early parts are light, late ones dark.", trace,
-      (y, x) => shade(Math.max(0, trace.fixed_at[y][x]) / Math.max(1, trace.steps - 1)), (y, x) => String(trace.fixed_at[y][x] + 1), told),
+      (y, x) => Math.max(0, trace.fixed_at[y][x]) / Math.max(1, trace.steps - 1), cold, (y, x) => String(trace.fixed_at[y][x] + 1), told),
     map("How sure", "Percent, when the part was fixed.", trace,
-      (y, x) => warm(Math.max(0, 1 + Math.log10(Math.max(1e-3, trace.confidence[y][x])) / 3)), (y, x) => String(Math.round(100 * trace.confidence[y][x])), told)),
+      (y, x) => Math.max(0, 1 + Math.log10(Math.max(1e-3, trace.confidence[y][x])) / 3), warm, (y, x) => String(Math.round(100 * trace.confidence[y][x])), told)),
   told, h("div", { className: "line end" },
     h("button", { type: "button", onclick: () => save(new Blob([bytes(trace.explanation)]), `${stem}-explained.png`) }, "Save explanation"),
     h("button", { type: "button", onclick: () => save(new Blob([bytes(trace.animation)]), `${stem}-forming.gif`) }, "Save animation")));

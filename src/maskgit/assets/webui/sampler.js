@@ -2,11 +2,11 @@
 import { h, slider, randomSeed } from "./ui.js";
 
 const ORDERS = {
-  confidence: "Surest parts first", random: "In random order", halton: "Spread evenly", mdlm: "By chance",
-  remdm: "By chance, with corrections", "entropy-bounded": "As many as are sure", stable: "What stays the same",
-  moment: "A part at a time", "self-critic": "Doubtful parts again",
+  confidence: "Surest parts first", redraw: "Surest first, drawn again", random: "In random order", halton: "Spread evenly", mdlm: "By chance",
+  remdm: "By chance, with corrections", entropy_bounded: "As many as are sure", stable: "What stays the same",
+  moment: "A part at a time", self_critic: "Doubtful parts again",
 };
-const order = name => ORDERS[name] ?? ORDERS[name.replace(/_/g, "-")] ?? name;
+const order = name => ORDERS[name] ?? name.replace(/_/g, " ");
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
 export class Sampler {
