@@ -303,7 +303,7 @@ def test_they_learn(kind):
     tokens = (labels * 5)[:, None, None].expand(-1, 4, 4)  # One code for each class.
     losses = []
     for step in range(40):
-        masks = draw_masks(0, torch.arange(60) + 60 * step, 4, groups=vocabulary.groups)
+        masks = draw_masks(0, torch.arange(60) + 60 * step, (4, 4), groups=vocabulary.groups)
         logits = network(vocabulary.sequence(labels, tokens, masks.mask), codes=vocabulary.num_codes)
         loss = sequence_losses(
             logits[:, 1:], vocabulary.split(tokens).flatten(1), masks.mask.flatten(1)

@@ -168,11 +168,51 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, straight, tmp_path, monkeypat
     assert_same_run(straight, config)
 
 
+ROTARY = replace(MODEL, block="modern", positions="rotary", conditioning="adaln", grid_size=2, num_heads=1)
+WINDOWS = {"model": ROTARY, "windows": ((2, 2), (1, 4), (4, 1))}
+
+
+def test_a_run_on_windows_learns_every_shape_and_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
+    config = replace(config, **WINDOWS, test_data=config.data, label_smoothing=0.0, steps=60, ema_decay=0.5)
+    straight = replace(config, out=str(tmp_path / "straight"))
+    train_transformer(straight)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(SystemExit):
+            train_transformer(config)
+    train_transformer(config)
+    assert_same_run(straight, config)
+    assert scalars(config.out, "test_loss")[-1] < 0.5 < scalars(config.out, "loss")[0]
+    model = hub.load_model(Path(config.out) / "model")
+    for size, shape in (((8, 2), (1, 4)), ((2, 8), (4, 1)), ((4, 4), (2, 2))):
+        made = model.resized(*size).generate([0, 1, 2], seed=1, temperature=0.0)
+        # The data's tokens are the label plus 4.
+        assert torch.equal(made.tokens, torch.arange(4, 7)[:, None, None].expand(-1, *shape))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"windows": ((4, 4),)}, 'needs model.positions = "rotary"'),
+        ({**WINDOWS, "windows": ((2, 3),)}, "2 × 3 has 6 tokens, but the model's grid has 4"),
+        ({**WINDOWS, "windows": ((4,),)}, r"\[rows, columns\], each at least 1, but is \[4\]"),
+        (
+            {**WINDOWS, "windows": ((1, 100),), "model": replace(ROTARY, grid_size=10)},
+            "need up to 100 tokens",
+        ),
+        ({"model": replace(ROTARY, grid_columns=4)}, "must be 0 in training"),
+    ],
+)
+def test_windows_that_do_not_fit_are_sentences(config, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        train_transformer(replace(config, **changes))
+
+
 def test_layers_computed_anew_give_the_same_run_with_dropout(config, straight):
     anew = replace(config, gradient_checkpointing=True)
     train_transformer(anew)
     assert_same_run(straight, anew)
-    assert transformer_step_bytes(anew, 8, torch.float32) < transformer_step_bytes(config, 8, torch.float32)
+    assert transformer_step_bytes(anew, 8, torch.float32) < transformer_step_bytes(straight, 8, torch.float32)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

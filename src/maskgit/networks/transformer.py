@@ -320,7 +320,12 @@ class Transformer(nn.Module):
             _initialize_modern(self)
 
     def forward(
-        self, sequence: Tensor, *, positions: Tensor | None = None, codes: int | None = None
+        self,
+        sequence: Tensor,
+        *,
+        positions: Tensor | None = None,
+        codes: int | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """Return the logits of every token of the vocabulary at every position, or at some.
 
@@ -329,6 +334,7 @@ class Transformer(nn.Module):
             positions: int64 (B, P), the places of the sequence wanted; None is all. The head's work shrinks with them.
             codes: the first rows of the vocabulary wanted, such as `vocabulary.num_codes`; None is all that the
                 head scores.
+            grid: rows and columns of the sequence's tokens, with rotary positions; None is the config's.
 
         Returns:
             float (B, N + 1, V), or (B, P, codes) as asked. What stands at the class's place means nothing where the
@@ -339,16 +345,17 @@ class Transformer(nn.Module):
 
         Source: official `Transformer` and `MlmLayer`.
         """
-        return self.score(*self.features(sequence), positions=positions, codes=codes)
+        return self.score(*self.features(sequence, grid), positions=positions, codes=codes)
 
-    def features(self, sequence: Tensor) -> tuple[Tensor, Tensor | None]:
+    def features(self, sequence: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor | None]:
         """Return what the head reads: of each place of the sequence but groups' (B, 1 + M, E), and the class.
 
         Args:
             sequence: int64 (B, N + 1).
+            grid: as `forward` takes it.
         """
         config = self.config
-        x, context = self.embed(sequence), self.context(sequence)
+        x, context = self.embed(sequence, grid), self.context(sequence, grid)
         for layer in self.layers:
             x = layer(x, *context)
         if config.block == "pre_norm":
@@ -379,16 +386,17 @@ class Transformer(nn.Module):
         logits = F.pad(logits.flatten(1, 2), (0, 0, 1, 0))
         return logits if positions is None else logits.gather(1, positions[..., None].expand(-1, -1, codes))
 
-    def embed(self, sequence: Tensor) -> Tensor:
+    def embed(self, sequence: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return what goes into the first layer: int64 (B, N + 1) → float (B, positions, E).
 
         Raises:
             ConfigError: the sequence is not of the model's length.
         """
         config = self.config
-        if sequence.ndim != 2 or sequence.shape[1] != config.num_tokens + 1:
+        rows, columns = grid or config.grid
+        if sequence.ndim != 2 or sequence.shape[1] != rows * columns * config.groups + 1:
             raise ConfigError(
-                f"A sequence must be of shape (B, {config.num_tokens + 1}), but is {tuple(sequence.shape)}."
+                f"A sequence must be of shape (B, {rows * columns * config.groups + 1}), but is {tuple(sequence.shape)}."
             )
         if config.owns_classes:
             x = self._embed_tokens(sequence[:, 1:])
@@ -404,7 +412,9 @@ class Transformer(nn.Module):
             x = self.embedding_norm(x)
         return F.dropout(x, config.dropout, self.training)
 
-    def context(self, sequence: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None] | tuple[()]:
+    def context(
+        self, sequence: Tensor, grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None] | tuple[()]:
         """Return what layers are told besides their input: nothing, or a modern model's class and rotations."""
         config = self.config
         if config.block != "modern":
@@ -413,7 +423,9 @@ class Transformer(nn.Module):
         condition = F.silu(self.class_embedding(self._classes(sequence))) if adaptive else None
         if config.positions == "rotary":
             before = 0 if adaptive else 1
-            turns = _turns(*config.grid, config.head_size, before, config.registers, sequence.device)
+            turns = _turns(
+                *(grid or config.grid), config.head_size, before, config.registers, sequence.device
+            )
         return condition, turns
 
     def _classes(self, sequence: Tensor) -> Tensor:

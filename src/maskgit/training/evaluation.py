@@ -35,7 +35,7 @@ from maskgit.sampler.noise import ImageNoise
 from maskgit.training.distributed import Distributed
 from maskgit.training.numerics import autocast
 from maskgit.training.objectives.losses import sequence_losses
-from maskgit.training.objectives.masking import draw_masks
+from maskgit.training.objectives.masking import centre_windows, draw_masks
 from maskgit.training.run.progress import Logger, Sheet
 from maskgit.training.tokenizer_parts import count_codes
 
@@ -235,7 +235,7 @@ def evaluate_loss(
 
     Args:
         transformer: the network, as it was wrapped for several processes.
-        cache: the images' tokens, of which the first view is taken.
+        cache: the images' tokens, of which the first view is taken, and the middle where the network's grid is smaller.
         vocabulary: the network's.
         classes: int64 (classes,), which of the model's classes each of the cache's is.
         seed: of the masks.
@@ -255,8 +255,9 @@ def evaluate_loss(
                 torch.from_numpy(weights),
             )
             tokens, labels, numbers, counted = (upload(tensor, distributed.device) for tensor in batch)
+            tokens = centre_windows(tokens, vocabulary.shape)
             masks = draw_masks(
-                seed, numbers, vocabulary.grid_size, groups=vocabulary.groups, mask_schedule=mask_schedule
+                seed, numbers, vocabulary.shape, groups=vocabulary.groups, mask_schedule=mask_schedule
             )
             with autocast(distributed.device, precision):
                 logits = transformer(

@@ -218,7 +218,16 @@ def _check_codes(theirs: Tokenizer, tokenizer: Tokenizer) -> None:
 def _open_token_cache(config: TransformerTrainingConfig, path: str, tokenizer_fingerprint: str) -> TokenCache:
     cache = TokenCache.open(path)
     cache.check_tokenizer(tokenizer_fingerprint)
-    found = {"num_codes": cache.num_codes, "num_classes": cache.num_classes, "grid_size": cache.grid_size}
+    found = {"num_codes": cache.num_codes, "num_classes": cache.num_classes}
+    if config.windows:
+        longest = max(config.model.grid_size, *(max(shape) for shape in config.windows))
+        if longest > cache.grid_size:
+            raise ConfigError(
+                f"windows and model.grid_size need up to {longest} tokens a side, but the tokens in {cache.path} have "
+                f"{cache.grid_size}: tokenize larger images, or choose smaller windows."
+            )
+    else:
+        found["grid_size"] = cache.grid_size
     for name, value in found.items():
         if getattr(config.model, name) != value:
             raise ConfigError(

@@ -11,6 +11,7 @@ released.
 import copy
 import math
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ from maskgit.training.fine_tuning import first_transformer, trained_part
 from maskgit.training.inputs import TokenInputs, open_tokens
 from maskgit.training.numerics import attention, autocast, choose_precision, seed_step, warnings_of_speed
 from maskgit.training.objectives.losses import sequence_losses
-from maskgit.training.objectives.masking import draw_masks, hide_labels
+from maskgit.training.objectives.masking import draw_masks, draw_shape, draw_windows, hide_labels
 from maskgit.training.optim import (
     EMA,
     clip_gradients,
@@ -130,7 +131,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
 
     # Network
     precision = choose_precision(config.precision, device)
-    vocabulary = Vocabulary.of(config.model)
+    vocabulary = whole_vocabulary = Vocabulary.of(config.model)
     tokenizer = inputs.tokenizer.to(device)
     transformer = starting_transformer(config, inputs).to(device)
     if config.compile:
@@ -209,16 +210,21 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
             seed_step(config.seed, step, distributed.rank)
 
             # The loss
+            if config.windows:
+                rows, columns = draw_shape(config.seed, step, config.windows)
+                vocabulary = replace(whole_vocabulary, grid_size=rows, grid_columns=columns)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss = torch.zeros((), device=device)
             uploaded = (upload(tensor, device).chunk(config.accumulate) for tensor in batch)
             parts = list(zip(*uploaded, strict=True))
             for i, (tokens, labels, numbers) in enumerate(parts):
+                if config.windows:
+                    tokens = draw_windows(config.seed, numbers, tokens, vocabulary.shape)
                 masks = draw_masks(
                     config.seed,
                     numbers,
-                    vocabulary.grid_size,
+                    vocabulary.shape,
                     groups=vocabulary.groups,
                     mask_schedule=config.mask_schedule,
                     label_dropout=config.label_dropout,
@@ -226,7 +232,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
                 sequence = vocabulary.sequence(hide_labels(labels, masks.drop_label), tokens, masks.mask)
                 with gradient_sync(network, i == len(parts) - 1):
                     with autocast(device, precision), attention(device, compiled=config.compile):
-                        logits = network(sequence, codes=vocabulary.num_codes)
+                        logits = network(sequence, codes=vocabulary.num_codes, grid=vocabulary.shape)
                     counted = torch.ones_like(masks.mask) if config.compute_loss_for_all else masks.mask
                     losses = sequence_losses(
                         logits[:, 1:],
@@ -287,7 +293,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
                     test_loss = evaluate_loss(
                         network,
                         test_cache,
-                        vocabulary,
+                        whole_vocabulary,
                         classes=inputs.test_classes,
                         seed=config.seed,
                         batch_size=config.batch_size,
@@ -302,7 +308,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
                     samples = sample(
                         network,
                         tokenizer,
-                        vocabulary,
+                        whole_vocabulary,
                         class_names=inputs.train.class_names,
                         num_images=config.num_samples,
                         seed=config.seed,

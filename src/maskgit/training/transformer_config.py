@@ -26,6 +26,9 @@ class TransformerTrainingConfig(Config):
         tokenizer: folder of the tokenizer that made the tokens, or a model that has it; None takes that of
             `init_from`.
         model: the transformer's shape; its codes, classes and grid must be those of the data.
+        windows: rows and columns of tokens, such as [[12, 12], [9, 16], [16, 9]]: each step trains on windows of one of
+            these shapes, cut from the larger grid of `data`, so that a model with rotary positions learns images of
+            several proportions at one cost. They must have about as many tokens as the model's own grid.
         test_data: folder of a token cache to evaluate on; without one there is no evaluation.
         init_from: a model (a name or a folder) whose transformer training starts from.
         init_classes: whether its classes' rows are taken over: "keep", "new", or "auto", if the names are equal.
@@ -75,6 +78,7 @@ class TransformerTrainingConfig(Config):
     stream: TokenStreamConfig = field(default_factory=TokenStreamConfig)
     tokenizer: str | None = None
     model: TransformerConfig = field(default_factory=TransformerConfig)
+    windows: tuple[tuple[int, ...], ...] = ()
     test_data: str | None = None
     init_from: str | None = None
     init_classes: str = "auto"
@@ -159,6 +163,7 @@ class TransformerTrainingConfig(Config):
         check_choice("tracker", self.tracker, TRACKERS)
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
         check_choice("init_classes", self.init_classes, INIT_CLASSES)
+        self._validate_windows()
         self.stream.check(self.data, "a token cache", self.num_workers)
         if self.lora.rank and self.init_from is None:
             raise ConfigError("lora adapts a trained model: name it in init_from, or set lora.rank to 0.")
@@ -166,3 +171,26 @@ class TransformerTrainingConfig(Config):
             raise ConfigError("tokenizer is missing: give the folder of the tokenizer that made the tokens.")
         if self.keep_best and self.test_data is None:
             raise ConfigError("keep_best needs test_data, whose loss decides which checkpoints are best.")
+
+    def _validate_windows(self) -> None:
+        if self.model.grid_columns:
+            raise ConfigError(
+                f"model.grid_columns must be 0 in training, but is {self.model.grid_columns}: give the shapes in windows."
+            )
+        if self.windows and self.model.positions != "rotary":
+            raise ConfigError(
+                f'windows needs model.positions = "rotary", but positions are "{self.model.positions}", an embedding for '
+                "each place of one square grid."
+            )
+        if self.windows and self.data is None:
+            raise ConfigError("windows needs data, a token cache; streamed images have one size.")
+        own = self.model.grid_size**2
+        for shape in self.windows:
+            if len(shape) != 2 or min(shape) < 1:
+                raise ConfigError(f"A window is [rows, columns], each at least 1, but is {list(shape)}.")
+            count = shape[0] * shape[1]
+            if not 0.9 * own <= count <= 1.1 * own:
+                raise ConfigError(
+                    f"A window of {shape[0]} × {shape[1]} has {count} tokens, but the model's grid has {own}: windows may "
+                    "have a tenth more or fewer. Choose other windows, or another model.grid_size."
+                )
