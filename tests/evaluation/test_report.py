@@ -195,6 +195,7 @@ def test_other_nets_score_the_same_images_as_in_an_evaluation_of_their_own(tiny,
     for ours, theirs in zip(beside["curves"], alone["curves"], strict=True):
         assert all(ours["metrics"][name] == theirs["metrics"][name] for name in names)
     assert beside["evaluator"]["also"]["clip"]["identity"] == other.identity
+    assert "features of <b>Toy</b>, <b>Toy</b>" in (tmp_path / "beside" / "report.html").read_text()
     # Begun without it, the folder has no features by it.
     with pytest.raises(ConfigError, match="also"):
         evaluation(tiny, also={}, **settings).run(tmp_path / "beside")

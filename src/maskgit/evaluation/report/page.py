@@ -60,9 +60,11 @@ def _head(report: Report) -> str:
         "Samples of a model" if report.kind == "samples" else "Reconstructions of real images by a tokenizer"
     )
     reference, evaluator = report.identities["reference"], report.identities["evaluator"]
+    nets = [evaluator, *evaluator.get("also", {}).values()]
+    networks = ", ".join(f"<b>{escape(net['identity'].split(',')[0])}</b>" for net in nets)
     facts = [
         f"<b>{report.num_images:,}</b> images",
-        f"features of <b>{escape(evaluator['identity'].split(',')[0])}</b>",
+        f"features of {networks}",
         f"{'against' if report.kind == 'samples' else 'of'} <b>{escape(str(reference['name']))}</b>",
     ]
     sampler = report.settings.get("sampler")
@@ -300,7 +302,7 @@ def _copies(found: Memorisation | None, num_images: int) -> str:
         )
     blocks = [
         ("Random samples, outlined, and their nearest training images", found.random),
-        (f"The {len(found.nearest)} of all {num_images:,} samples that lie nearest to one", found.nearest),
+        (f"The {len(found.nearest)} of all {num_images:,} samples that look most like copies", found.nearest),
     ]
     shown = "".join(
         f'<h3>{title}</h3><div class="copies">{"".join(map(_copy, rows))}</div>' for title, rows in blocks

@@ -322,7 +322,7 @@ class SampleEvaluation:
         report = replace(report, sheet=sheet, examples=self._examples(report, work, arrays["labels"]))
         report = replace(report, rebuilt=self._rebuilt())
         if self.images.keep_images == "npz":
-            about = {"model": self.name, "settings": done.plan, "cost": cost.to_dict()}
+            about = {"model": self.name, "settings": done.plan, "cost": cost._asdict()}
             join_samples(done, done.folder.parent.parent / SAMPLES, about)
         return report
 

@@ -22,6 +22,9 @@ class Baseline(NamedTuple):
     num_images: int
 
 
+# Beginnings of the names of scores whose intervals hold the value less often than 93 % or more often than 97 %.
+NARROW = ("inception_score", "perplexity")
+WIDE = ("fd_", "fid", "kd_", "kid", "class_agreement", "coverage", "codebook_usage")
 # Real images that the model did not make, and such images through its tokenizer.
 BASELINES = {"real": "real images", "reconstructions": "reconstructions"}
 
@@ -56,7 +59,9 @@ class Score:
     @property
     def level(self) -> str:
         """How often the interval holds the value of new samples, as benchmarks/coverage.py measures it."""
-        return "90 %" if self.name.startswith(("inception_score", "perplexity")) else "95 %"
+        if self.name.startswith(NARROW):
+            return "90 %"
+        return "≥ 95 %" if self.name.startswith(WIDE) else "95 %"
 
 
 def with_baselines(scores: Sequence[Score], baselines: Mapping[str, Sequence[Score]]) -> list[Score]:
