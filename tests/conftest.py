@@ -20,22 +20,31 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 # The files that take longest, longest first.
 LONG = (
-    "test_engine.py",
-    "test_export_compiled.py",
-    "test_notebook.py",
+    "test_on_device.py",
     "test_train_transformer.py",
+    "test_engine.py",
     "test_webui_browser.py",
     "test_ray_serve.py",
     "test_killed.py",
+    "test_notebook.py",
+    "test_train_tokenizer.py",
+    "test_server_process.py",
+    "test_export_compiled.py",
     "test_environments.py",
     "test_release.py",
     "test_export.py",
-    "test_hub.py",
     "test_behind_proxies.py",
-    "test_server_process.py",
-    "test_train_tokenizer.py",
+    "test_hub.py",
+    "test_streaming.py",
     "test_benchmarks.py",
+    "test_benchmark_gpu.py",
     "test_streams.py",
+    "test_peers.py",
+    "test_training_commands.py",
+    "test_evaluation_commands.py",
+    "test_serving.py",
+    "test_openapi.py",
+    "test_sampling.py",
 )
 
 
