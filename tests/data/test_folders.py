@@ -143,7 +143,7 @@ def test_a_split_without_classes_is_read_where_it_is_named(tmp_path):
             ("bus/0.png", "car/1.png", "train/2.png"),
             r"no splits at all: its folders \(bus, car, train\) are classes",
         ),
-        (("0.png", "1.png"), "no splits at all: it holds only pictures"),
+        (("0.png", "1.png"), "no splits at all: it holds only images"),
     ],
 )
 def test_a_split_that_is_not_there_is_an_error_everywhere(tmp_path, capsys, paths, said):
@@ -201,7 +201,7 @@ def test_all_that_is_left_out_is_counted_and_listed_but_what_is_hidden(tmp_path,
     expected = {0: "cat", 1: "dog"}
     assert packed(root, tmp_path / "out") == evaluated(root) == streamed(root, 2) == expected
     assert open_pictures(root).left_out == (
-        "Left out, not a supported picture format: 3 (dog/old.zip, dog/raw.CR2, notes.txt).",
+        "Left out, not a supported image format: 3 (dog/old.zip, dog/raw.CR2, notes.txt).",
         "Left out, an empty folder: 1 (fox).",
     )
     assert cli.main(["pack", str(root), str(tmp_path / "again"), "--size", str(SIDE)]) == 0
@@ -228,7 +228,7 @@ def test_a_folder_of_pictures_alone_says_what_to_do(tmp_path, capsys):
     assert evaluated(root) == {0: "", 1: ""}
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.cr2").write_bytes(b"?")
-    with pytest.raises(DataError, match=r"is empty: .* not a supported picture format: 1 \(a.cr2\)"):
+    with pytest.raises(DataError, match=r"is empty: .* not a supported image format: 1 \(a.cr2\)"):
         pack_images(tmp_path / "raw", tmp_path / "x", size=SIDE)
 
 
@@ -281,7 +281,7 @@ def test_metadata_beside_pictures_says_their_classes(tmp_path):
     assert packed(root, tmp_path / "c", max_bad_share=0.5) == {0: "x", 1: "y"}
     assert "2.png: no metadata file gives its label" in ImageCache.open(tmp_path / "c").skipped[0]
     (root / "metadata.jsonl").write_text("[1]\n")
-    with pytest.raises(DataError, match="not a table of pictures"):
+    with pytest.raises(DataError, match="not a table of images"):
         pack_images(root, tmp_path / "d", size=SIDE)
 
 

@@ -96,7 +96,7 @@ def test_folder_of_classes(tmp_path):
     }
     assert np.array_equal(cache.images[numbers(cache).index(11)], picture(11))
     assert (cache.num_skipped, cache.notes) == (0, ())
-    assert cache.left_out == ("Left out, not a supported picture format: 1 (cat/notes.txt).",)
+    assert cache.left_out == ("Left out, not a supported image format: 1 (cat/notes.txt).",)
     again = pack_images(source, tmp_path / "again", size=SIDE, num_workers=1)
     assert again.fingerprint == cache.fingerprint
 

@@ -1,4 +1,4 @@
-"""Folders of pictures: which files are pictures, which folders are splits and classes, and what is left out.
+"""Folders of images: which files are images, which folders are splits and classes, and what is left out.
 
 Subfolders are classes, unless the top-level folders are splits. File names carry no meaning. Hidden files are ignored;
 everything else that is not read is counted and listed.
@@ -32,7 +32,7 @@ class Scan(NamedTuple):
     """The contents of a folder and its subfolders, as sorted relative paths with /.
 
     Attributes:
-        pictures: files with the suffix of a picture.
+        pictures: files with an image suffix.
         others: all other files.
         lost: what cannot be followed or opened, by reason.
     """
@@ -99,14 +99,14 @@ def _is(asked: Any) -> bool:
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """The pictures of a folder, or of one of its splits.
+    """The images of a folder, or of one of its splits.
 
     Attributes:
         name: its name, for messages.
         root: the folder.
-        files: its pictures, as sorted paths with / relative to `root`.
+        files: its images, as sorted paths with / relative to `root`.
         labels: their classes; −1 for those in no class folder.
-        class_names: the classes of all splits; empty if no picture is in a subfolder.
+        class_names: the classes of all splits; empty if no image is in a subfolder.
         left_out: a sentence for each reason why a file was not read, or a folder is not a class.
     """
 
@@ -121,7 +121,7 @@ class PictureFolder:
 def read_folder(
     folder: Path, found: Scan, split: str | None = None, *, labelled: bool = True
 ) -> PictureFolder:
-    """Tell splits, classes and pictures apart.
+    """Tell splits, classes and images apart.
 
     Args:
         folder: the folder.
@@ -198,7 +198,7 @@ def _choose_split(
             return None
         tops = sort_names({path.split("/")[0] for path in pictures if "/" in path})
         listed = ", ".join(tops[:5]) + (", …" if len(tops) > 5 else "")
-        why = f"its folders ({listed}) are classes" if tops else "it holds only pictures"
+        why = f"its folders ({listed}) are classes" if tops else "it holds only images"
         raise DataError(f"{folder} has no split {split!r}, and no splits at all: {why}. Leave the split out.")
     return pick_split(str(folder), split, splits)
 
@@ -262,7 +262,7 @@ def _last(path: str) -> str:
 def _left_out(found: Scan, elsewhere: tuple[str, ...]) -> Iterator[str]:
     """Yield a sentence for each reason why files are not read, except for files elsewhere."""
     others = [path for path in found.others if os.path.basename(path) not in METADATA]
-    for reason, paths in (("not a supported picture format", others), *found.lost.items()):
+    for reason, paths in (("not a supported image format", others), *found.lost.items()):
         yield from describe(reason, [path for path in paths if not path.startswith(elsewhere or ("\0",))])
 
 
@@ -297,7 +297,7 @@ def read_metadata(folder: Path, found: Scan) -> dict[str, dict[str, Any]]:
                     table[(home / name).as_posix()] = {key: _number(value) for key, value in row.items()}
         except (OSError, ValueError, csv.Error, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{folder / path} is not a table of pictures with a column file_name: {error}. Mend or remove it."
+                f"{folder / path} is not a table of images with a column file_name: {error}. Repair or remove it."
             ) from error
     return table
 

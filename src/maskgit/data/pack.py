@@ -2,7 +2,7 @@
 
 A source is a folder (with a subfolder for each class, or Parquet files, WebDataset tars or IDX files), one such file, a
 pattern of files, or the name of a data set on the Hub. It is read as a stream: memory stays bounded, nothing but the
-cache is written, and an unreadable picture is skipped.
+cache is written, and an unreadable image is skipped.
 """
 
 import itertools

@@ -109,11 +109,11 @@ def open_pictures(
 
     Args:
         place: a folder that `maskgit pack` made, an `.npz` file of images, or what `maskgit pack` reads, where
-            pictures need have no classes.
+            classes are optional.
         split: which part of a source that has several.
-        size: cut the middle square of each picture and resize it to so many pixels a side, of a pack at most to its
-            own; None takes pictures as they are, which must then be of one size.
-        max_bad_share: largest share of pictures that may be unreadable, in [0, 1].
+        size: crop the central square of each image and resize it to this many pixels a side, for a pack at most its
+            own; None takes images as they are, which must then all have one size.
+        max_bad_share: largest share of images that may be unreadable, in [0, 1].
 
     Raises:
         DataError: there is nothing, or nothing that can be read.

@@ -63,7 +63,7 @@ CROPS = 67
 
 
 def token_type(num_codes: int) -> np.dtype:
-    """Return the type that tokens of so many codes are stored in: uint16 up to 65,536 of them, uint32 above."""
+    """Return the type that tokens are stored in: uint16 for up to 65,536 codes, uint32 above."""
     return np.dtype("<u2" if num_codes <= 2**16 else "<u4")
 
 
@@ -240,7 +240,7 @@ def write_token_cache(
         num_views: how many crops if `views` does not fix the number ("random"), else None.
         size: pixels per side of the crops, at most the cache's; None means the cache's.
         seed: of random crops, in [0, 2⁶⁴).
-        batch_size: images encoded at once.
+        batch_size: images encoded in one call.
         shard_size: images per file; an interrupted call loses the work of at most one file.
         device: where the tokenizer is.
         rank: which process this is; each writes every `world`-th shard.

@@ -1,1 +1,1 @@
-"""Everything that changes a picture: functions of a model."""
+"""Everything that changes an image: functions of a model."""

@@ -118,12 +118,12 @@ def inpaint(
 
     Args:
         image: as for `edit`.
-        mask: where the photo is to be made new: a path to a black and white picture, a PIL image, or an array
+        mask: what to replace: a path to a black and white image, a PIL image, or an array
             or tensor (H, W), of the photo's size; "alpha" for the photo's own transparent parts. See
             `maskgit.editing.masks.read_mask`.
         label: what the photo is of: a class name or number, None for no class, which takes a model trained
             with label dropout; "guess" is the class that the model finds likeliest given what is known.
-        invert: whether all that the mask does not mark is to be made new, as where black is.
+        invert: replace what the mask does not mark, for masks that paint it black.
         share: what share of a token's pixels must be painted for it to be masked, up to 1; 0 is any. A pixel
             belongs to the token that its middle lies in.
         dilate: tokens by which the mask then grows in every direction.

@@ -26,22 +26,22 @@ def read_mask(mask: Any, photo: Photo, *, invert: bool = False) -> np.ndarray:
     """Read a painted mask.
 
     Args:
-        mask: a path to a picture, a PIL image, an array or a tensor of the photo's size: bool; uint8, whose
+        mask: a path, a PIL image, an array or a tensor of the photo's size: bool; uint8, whose
             values are 0 and 1 or from 0 to 255; or float in [0, 1]. It is of shape (H, W), or has 1, 3 (RGB) or
-            4 (RGB and alpha) channels, last or first, and may be a batch of one. Half or more of white masks a
-            pixel; the brightest colour counts, and transparent parts count as black. The word "alpha" is the
+            4 (RGB and alpha) channels, last or first, and may be a batch of one. A pixel is masked
+            where its brightest channel is at least half; transparent parts count as black. The word "alpha" is the
             photo's own transparency: all pixels that are not opaque.
         photo: what it belongs to.
-        invert: whether what is not masked is meant, as where black is to be made new. A note asks for it where
-            hardly anything would be kept, or nothing replaced.
+        invert: replace what is not masked, for masks that paint it black. A note suggests it where almost
+            nothing would be kept, or nothing replaced.
 
     Returns:
         bool (H, W).
 
     Raises:
-        ImageError: the picture cannot be read.
-        RegionError: the size, type or range is another one, or the photo has no transparency, or is opaque in
-            spite of it.
+        ImageError: the mask cannot be read.
+        RegionError: the mask has the wrong size, type or range; or it is "alpha" and the photo has no
+            transparent pixels.
     """
     painted = _read(mask, photo)
     if painted.shape != photo.size[::-1]:
@@ -56,7 +56,7 @@ def read_mask(mask: Any, photo: Photo, *, invert: bool = False) -> np.ndarray:
 
 
 def read_painted(mask: Any) -> np.ndarray:
-    """Return where a picture is painted, of whatever size, bool (H, W); see `read_mask`.
+    """Return where a mask of any size is painted, bool (H, W); see `read_mask`.
 
     Raises:
         ImageError: it cannot be read.

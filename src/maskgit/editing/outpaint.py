@@ -68,7 +68,7 @@ def outpaint(
     decoded; then the image itself is laid over the result, and its colours are carried a little way out.
 
     Args:
-        image: a path, a picture, an array or a tensor (see `maskgit.images`), at least a patch a side.
+        image: a path, a PIL image, an array or a tensor (see `maskgit.images`), at least a patch a side.
         left, right, top, bottom: pixels to add at each side, ≥ 0.
         canvas: in their place, (width, height) of the result in pixels.
         position: (x, y) of the image's top left corner in the canvas; None puts it in the middle.
@@ -85,7 +85,7 @@ def outpaint(
         `Output`: images (B, 3, H, W) of exactly the size asked for; photos, where the image has transparency,
         which stays, or a profile or metadata of its own; before (1, 3, H, W), the image in its place and `EMPTY`
         around it; tokens (B, R, C) and token_mask (R, C) of the canvas, which is at least the
-        model's grid and holds whole patches, and so may reach beyond.
+        model's grid and holds whole patches, so it may be larger than the image.
 
     Raises:
         ConfigError, ImageError, RegionError: an argument is not allowed, or the result would be too large.
@@ -165,7 +165,7 @@ def panorama(
 
     Returns:
         `Output`: images (B, 3, height, width); tokens (B, R, C) of the canvas, which is at least the model's
-        grid and holds whole patches, and so may reach beyond.
+        grid and holds whole patches, so it may be larger than the image.
 
     Raises:
         ConfigError, RegionError: an argument is not allowed, or the result would be too large.

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 MAX_PIXELS = images.MAX_PIXELS
 # The pixels of all photos that one call returns: 1.6 GB at most.
 MAX_OUTPUT_PIXELS = 4 * MAX_PIXELS
-# The window is so many times as long as what is to be made new: the first where it fits into the photo, the
-# second where the photo is long enough for it in one direction at least.
+# A window's side, as a multiple of the part to be replaced: the first where it fits into the photo, the second where
+# it fits in at least one direction.
 CONTEXT, LEAST_CONTEXT = 2, 1.25
-# Blending takes some 30 bytes a pixel where there is transparency; so many are blended at once.
+# Pixels blended in one piece: transparency takes some 30 bytes for each.
 _STRIP_PIXELS = 1 << 20
 
 
@@ -63,7 +63,7 @@ class Photo(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A square part of a photo, which may reach beyond it: what is there mirrors what is inside.
+    """A square part of a photo; where it reaches past an edge, the photo is mirrored.
 
     Attributes:
         left, top: its corner.
@@ -192,7 +192,7 @@ def _mirror(array: np.ndarray, window: Window) -> np.ndarray:
         if start >= 0 and start + window.side <= length:
             array = array.swapaxes(0, axis)[start : start + window.side].swapaxes(0, axis)
         else:
-            # Beyond the edge the photo is mirrored, and beyond its mirror image again.
+            # Past an edge the photo is mirrored, again and again if need be.
             place = np.arange(start, start + window.side) % (2 * length)
             array = array.take(np.minimum(place, 2 * length - 1 - place), axis)
     return array
@@ -322,13 +322,13 @@ def _fade(side: int, at_start: bool, at_end: bool) -> np.ndarray:
 
 
 def paste(photo: Photo, window: Window, new: Image.Image, weights: np.ndarray) -> Image.Image:
-    """Put a window's new picture into a copy of a photo.
+    """Paste a window's new image into a copy of a photo.
 
     Args:
         photo: it is left as it was.
-        window: where the new picture belongs.
+        window: where the new image belongs.
         new: mode RGB, sRGB, S × S.
-        weights: uint8 (side, side), of the new picture.
+        weights: uint8 (side, side), of the new image.
 
     Returns:
         RGB, or RGBA if the photo has transparency: what is new is opaque. It is in the photo's colours, with the
@@ -347,12 +347,12 @@ def paste(photo: Photo, window: Window, new: Image.Image, weights: np.ndarray) -
 
 
 def lay(photo: Photo, place: tuple[int, int], new: Image.Image, weights: np.ndarray) -> Image.Image:
-    """Lay a picture over a copy of a photo; see `paste`.
+    """Paste an image onto a copy of a photo; see `paste`.
 
     Args:
         place: (left, top) of the picture, which lies inside the photo.
         new: mode RGB, sRGB, w × h.
-        weights: uint8 (h, w), of the new picture.
+        weights: uint8 (h, w), of the new image.
     """
     left, top = place
     box = (left, top, left + new.width, top + new.height)

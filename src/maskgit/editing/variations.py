@@ -44,7 +44,7 @@ def vary(
     Decoding goes on from the step at which the schedule leaves that share masked, at the schedule's own pace.
 
     Args:
-        image: a path, a picture, an array or a tensor (see `maskgit.images`); cut to a square and resized to
+        image: a path, a PIL image, an array or a tensor (see `maskgit.images`); cut to a square and resized to
             the model's size if it has another.
         strength: the share, in [0, 1]: 0 is the reconstruction, 1 a new image, the same that
             `MaskGIT.generate` makes.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from maskgit.networks.tokenizer import Tokenizer
 
-# So many pixels go through the tokenizer at once (or one model's image, if that is more): the official one
-# takes 1 to 2 GB for them.
+# The most pixels that the tokenizer decodes in one call (or one image of the model's size, if larger): the official
+# one needs 1 to 2 GB for them.
 TILE_PIXELS = 512 * 512
 
 

@@ -1,4 +1,4 @@
-"""How many rows a network is given at once: what computes the same bits, and fewer where memory runs out."""
+"""Batch sizes of a network: those that compute the same bits, and smaller ones where memory runs out."""
 
 from collections.abc import Callable
 

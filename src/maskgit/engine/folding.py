@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maskgit.engine.linear import is_tanh_gelu
 from maskgit.networks.transformer import Layer, Transformer
 
-# Numbers that are worked on at once: two such pieces stay in two cores' caches.
+# Numbers in one piece: two of them stay in two cores' caches.
 PIECE = 1 << 18
 _OWN = threading.local()
 
@@ -47,7 +47,7 @@ class PiecewiseGelu(nn.Module):
 
 
 def _scratch(count: int) -> Tensor:
-    """Return this thread's memory for so many numbers, float32: what was used last is still in the cache."""
+    """Return this thread's buffer of that many float32 numbers; reusing one keeps it in the cache."""
     kept: Tensor | None = getattr(_OWN, "scratch", None)
     if kept is None or len(kept) < count:
         # Memory that is made in inference mode can be written to nowhere else.

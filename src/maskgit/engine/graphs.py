@@ -30,7 +30,7 @@ WARM_UP = 3
 
 
 def fixed_size(count: int) -> int:
-    """Return the rows that a batch of so many is padded to: 1, 2, 4, 8 or a multiple of 8.
+    """Return the number of rows that a batch of `count` is padded to: 1, 2, 4, 8 or a multiple of 8.
 
     From 64 on there are 8 sizes to each doubling, so that at most an eighth of the rows is padding.
     """
@@ -41,7 +41,7 @@ def fixed_size(count: int) -> int:
 
 
 def fixed_sizes(most: int) -> tuple[int, ...]:
-    """Return the sizes that batches of up to so many rows are padded to, rising; the last is `most` itself."""
+    """Return the sizes that batches of up to `most` rows are padded to, rising; the last is `most` itself."""
     return (*sorted({size for size in map(fixed_size, range(1, most)) if size < most}), most)
 
 

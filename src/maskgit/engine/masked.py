@@ -83,8 +83,8 @@ class MaskedPredictor:
         return masked
 
     def _predict_some(self, sequence: Tensor, masked: Tensor, wanted: Tensor, most: int) -> Tensor:
-        """Return the logits where bool (B, S) says, at most so many in a row; others are 0."""
-        # At least one, as nothing is to be empty.
+        """Return the logits where `wanted`, bool (B, S), is True, at most `most` per row; others are 0."""
+        # At least one, so that no tensor is empty.
         positions = wanted.byte().argsort(dim=1, descending=True, stable=True)[:, : max(1, most)]
         if self._splits_layers:
             return self._last_layer(self._inner_layers(sequence, masked), positions)

@@ -1,6 +1,6 @@
-"""Which way to compute linear layers is the fastest on this CPU: measured once, then remembered.
+"""Which way of computing linear layers is fastest on this CPU: measured once, then remembered.
 
-What was measured first stays, so that all processes of a machine go the same way.
+The first measurement stays, so that all processes on a machine choose the same way.
 """
 
 import json
@@ -46,7 +46,7 @@ def measured(*, refresh: bool = False) -> dict[str, float]:
 
 
 def place(threads: int) -> Path:
-    """Return the file of the cache that holds this CPU's times with so many threads."""
+    """Return the cache file that holds this CPU's times with that number of threads."""
     name = torch.backends.cpu.get_cpu_capability()
     about: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     parts = [
@@ -54,7 +54,7 @@ def place(threads: int) -> Path:
         about.get("cpu_name", ""),
         name,
         f"{threads}threads",
-        # What oneDNN can do here does not follow from the CPU alone.
+        # oneDNN may be told to use less than the CPU has.
         f"{len(names())}ways",
     ]
     text = "-".join([*map(str, parts), torch.__version__])
@@ -104,7 +104,7 @@ def _read(path: Path) -> dict[str, float] | None:
 
 
 def keep(path: Path, times: dict[str, float], *, replace: bool) -> dict[str, float]:
-    """Write what was measured and return what is remembered: another process may have been first."""
+    """Write the measured times and return those in the cache, which another process may have written first."""
     try:
         broken = path.exists() and _read(path) is None
         write_bytes(path, json.dumps(times).encode(), overwrite=replace or broken)

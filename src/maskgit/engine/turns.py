@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-# On a device where a step takes as long as it has rows, the rows of a step for each row of the smallest request.
+# Where a step's time grows with its rows: the rows of a step for each row of the smallest request.
 ROWS_PER_ROW = 4
 
 

@@ -72,9 +72,9 @@ class SamplerConfig(Config):
         guidance_scale: classifier-free guidance s in u + s·(c − u), c the logits with the class and u without;
             1 is none. A model with a guide (`Model.guided_by`) takes the guide's logits for u.
         guidance_schedule: its curve w, rising: the scale of a step is 1 + (s − 1)·w.
-        top_k: tokens are sampled from the so many likeliest codes alone; 0 is all.
-        top_p: tokens are sampled from the fewest likeliest codes that have this probability together (nucleus
-            sampling, arXiv 1904.09751); 1 is all. Both count after the temperature; confidence is measured without them.
+        top_k: sample tokens from this many of the likeliest codes only; 0 keeps all.
+        top_p: sample tokens from the smallest set of likeliest codes with this total probability (nucleus
+            sampling, arXiv 1904.09751); 1 keeps all. Both apply after the temperature; confidence ignores them.
         force_guidance: guide a model that was never trained without its class, too.
         tables: values for each step in place of the curves.
 

@@ -59,13 +59,13 @@ def guided(predict_logits: PredictLogits, mask_token: int, scale_B1: Tensor) -> 
 
 
 def truncated(logits_BSK: Tensor, temperature_B1: Tensor, top_k_B1: Tensor, top_p_B1: Tensor) -> Tensor:
-    """Return logits that are −∞ but for the likeliest codes, of which at least one and all that tie with the last stay.
+    """Return logits with all but the likeliest codes set to −∞; at least one code, and all ties with the last, stay.
 
     Args:
         logits_BSK: before the temperature.
         temperature_B1: what probabilities are measured at.
-        top_k_B1: so many codes stay, float32; infinity is all.
-        top_p_B1: the fewest likeliest codes stay whose probabilities sum to this, float32; 1 is all.
+        top_k_B1: number of codes to keep, float32; infinity keeps all.
+        top_p_B1: keep the smallest set of likeliest codes whose probabilities sum to this, float32; 1 keeps all.
     """
     logits_BSK = logits_BSK.float()
     sorted_BSK = logits_BSK.sort(-1, descending=True).values

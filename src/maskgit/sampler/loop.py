@@ -154,7 +154,7 @@ def decode(
         step is the result.
 
     Raises:
-        ConfigError: the start step is beyond the last.
+        ConfigError: the start step exceeds the last step.
 
     Source: official `decode`.
     """
@@ -205,7 +205,7 @@ def decode_steps(
         An iterator over the steps.
 
     Raises:
-        ConfigError: the start step is beyond the last.
+        ConfigError: the start step exceeds the last step.
     """
     start_step = check_whole("start_step", start_step)
     if not 0 <= start_step < config.steps:

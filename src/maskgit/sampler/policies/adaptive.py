@@ -1,7 +1,7 @@
 """Policies that look at the distributions to decide how many tokens can be kept at once.
 
-`steps` is their limit: at least so many tokens are kept at each step that an even pace would end in time. With
-as many steps as tokens that is one token, as their papers have it.
+`steps` is their limit: each step keeps at least as many tokens as an even pace needs to finish in time. With as
+many steps as tokens that is one token, as in their papers.
 
 Shapes: as in `policies.base`.
 """

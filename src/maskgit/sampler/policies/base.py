@@ -141,6 +141,6 @@ def lowest(scores_BS: Tensor, candidates_BS: Tensor, count_B1: Tensor) -> Tensor
 
 
 def log_probs_of(logits_BSK: Tensor, tokens_BS: Tensor) -> Tensor:
-    """Return the log-probability of each token, float32 (B, S); that of a token beyond the codes means nothing."""
+    """Return the log-probability of each token, float32 (B, S); undefined where the token is not a code."""
     log_probs = logits_BSK.float().log_softmax(-1)
     return log_probs.gather(-1, tokens_BS.clamp(max=log_probs.shape[-1] - 1)[..., None])[..., 0]
