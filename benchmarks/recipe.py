@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from maskgit import MaskGIT, hub
+from maskgit.checkpoints.weights import weights_fingerprint
 from maskgit.data.image_cache import ImageCache
 from maskgit.data.token_cache import TokenCache, write_token_cache
 from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.noise import uniform
-from maskgit.training.run.checkpoint import weights_fingerprint
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.train_tokenizer import train_tokenizer
 from maskgit.training.train_transformer import flops_per_image, train_transformer

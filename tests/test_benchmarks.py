@@ -4,11 +4,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from maskgit import MaskGIT
+from maskgit.config import ModelConfig, TokenizerConfig, TransformerConfig
+from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -244,3 +251,47 @@ def test_what_the_official_side_lacks_is_a_sentence(script, options, tmp_path):
     assert "Traceback" not in done.stderr
     told = done.stderr.splitlines()[-1]
     assert "git clone" in told if "there" not in options else options[-1] in told
+
+
+def test_every_arm_of_the_recipes_has_networks_of_about_one_cost(tmp_path, monkeypatch):
+    import recipe
+
+    args = SimpleNamespace(train=tmp_path, test=tmp_path)
+    tokenizers = {name: recipe.tokenizer_run(args, name, 0, tmp_path).model for name in recipe.TOKENIZERS}
+    assert {shape.patch_size for shape in tokenizers.values()} == {8}
+    costs = {}
+    for first, second in recipe.ARMS:
+        cache = SimpleNamespace(num_classes=10, grid_size=12, num_codes=tokenizers[first].codebook_size)
+        monkeypatch.setattr(recipe.TokenCache, "open", lambda path, cache=cache: cache)
+        run = recipe.transformer_run(args, second, 0, tmp_path, tmp_path, tmp_path)
+        costs[first, second] = run.sampler.steps * recipe.flops_per_image(run.model)
+    assert all(0.9 < cost / costs[recipe.ARMS[0]] < 1.1 for cost in costs.values()), costs
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_bits_per_image_of_guesses_are_those_of_the_codes(groups):
+    import recipe
+
+    shape = TokenizerConfig(filters=32, num_res_blocks=1, channel_multipliers=(1, 1), codebook_size=64)
+    backbone = TransformerConfig(
+        64, 3, 4, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8, block="modern", groups=groups
+    )
+    config = ModelConfig(shape, backbone, image_size=8)
+    model = MaskGIT(config, Tokenizer(shape), Transformer(backbone).eval())
+    torch.nn.init.zeros_(model.transformer.token_embedding.weight)
+    tokens = np.arange(32).reshape(2, 4, 4)
+    bits = recipe.bits_per_image(model, CacheOf(tokens), 2)
+    assert bits == pytest.approx(16 * 6, rel=1e-4)
+
+
+class CacheOf:
+    """Stands in for a token cache."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens, self.labels = tokens, np.zeros(len(tokens), np.int32)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
+        return self.tokens[indices]

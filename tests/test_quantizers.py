@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from vector_quantize_pytorch import FSQ, LFQ, SimVQ
 
-from maskgit import hub
-from maskgit.config import TokenizerConfig
+from maskgit import MaskGIT, hub
+from maskgit.config import ModelConfig, TokenizerConfig, TransformerConfig
+from maskgit.convert import save_official
 from maskgit.errors import ConfigError
 from maskgit.networks import config as network_config
 from maskgit.networks import quantizer as quantizers
 from maskgit.networks.quantizer import QUANTIZERS, VectorQuantizer, make_quantizer, register_quantizer
 from maskgit.networks.tokenizer import Tokenizer
+from maskgit.networks.transformer import Transformer
 from maskgit.training.objectives.losses import entropy_loss, quantizer_loss
 
 SHAPES = {
@@ -235,3 +237,14 @@ def test_one_of_ones_own_is_registered(monkeypatch):
     finally:
         network_config.QUANTIZER_CHECKS.pop("negated")
     assert math.isfinite(float(quantizer_loss(network.quantizer(features), Negated.losses).total))
+
+
+@pytest.mark.parametrize("name", ["simvq", "ibq", "bsq", "fsq"])
+def test_googles_format_has_no_place_for_them(name, tmp_path):
+    shape = config_of(name)
+    backbone = TransformerConfig(
+        shape.codebook_size, 2, 2, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8
+    )
+    model = MaskGIT(ModelConfig(shape, backbone, image_size=4), Tokenizer(shape), Transformer(backbone))
+    with pytest.raises(ConfigError, match=f"no place for .*{'levels' if name == 'fsq' else name}"):
+        save_official(model, tmp_path)
