@@ -336,6 +336,11 @@ def test_rotary_models_make_images_of_other_sizes(kind, tmp_path):
         assert image.size == (10, 6)
 
 
+def test_photographs_are_edited_as_squares():
+    with pytest.raises(ConfigError, match="take the model before `resized`"):
+        model_of("rotary").resized(10, 6).outpaint(torch.rand(1, 3, 8, 8), left=4, label=1)
+
+
 def test_a_resized_grid_turns_by_its_own_rows_and_columns():
     model = model_of("rotary").resized(10, 6)
     cosines, _ = model.transformer.context(model.vocabulary.sequence(torch.tensor([1])))[1]

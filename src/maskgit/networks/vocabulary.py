@@ -117,9 +117,11 @@ class Vocabulary:
             rest = labels.new_full((batch, self.num_tokens), self.mask)
         else:
             if tokens.shape != (batch, *self.shape):
+                square = tokens.ndim == 3 and tokens.shape[1] == tokens.shape[2]
+                hint = " Photographs are edited as squares: take the model before `resized`."
                 raise ConfigError(
                     f"tokens must be of shape ({batch}, {self.shape[0]}, {self.shape[1]}), "
-                    f"but are {tuple(tokens.shape)}."
+                    f"but are {tuple(tokens.shape)}.{hint if self.grid_columns and square else ''}"
                 )
             rest = self.split(tokens)
             if mask is not None:
