@@ -208,9 +208,14 @@ def test_windows_that_do_not_fit_are_sentences(config, changes, said):
         train_transformer(replace(config, **changes))
 
 
-def test_layers_computed_anew_give_the_same_run_with_dropout(config, straight):
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_layers_computed_anew_give_the_same_run(config, straight, tmp_path, dropout):
+    config = replace(config, model=replace(MODEL, dropout=dropout))
     anew = replace(config, gradient_checkpointing=True)
     train_transformer(anew)
+    if not dropout:
+        straight = replace(config, out=str(tmp_path / "straight"))
+        train_transformer(straight)
     assert_same_run(straight, anew)
     assert transformer_step_bytes(anew, 8, torch.float32) < transformer_step_bytes(straight, 8, torch.float32)
 

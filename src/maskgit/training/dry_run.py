@@ -182,7 +182,7 @@ def transformer_step_bytes(config: TransformerTrainingConfig, part: int, precisi
         transformer = _transformer_of(config)
     transformer.to_empty(device="cpu")
     if config.gradient_checkpointing:
-        checkpoint_blocks(transformer.layers)
+        checkpoint_blocks(transformer.layers, lambda: attention(choose_device(config.device)))
 
     def step() -> None:
         tokens = torch.zeros(part, model.num_tokens, dtype=torch.int64)

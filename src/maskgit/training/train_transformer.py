@@ -137,7 +137,7 @@ def _train(config: TransformerTrainingConfig, distributed: Distributed, change: 
     if config.compile:
         compile_blocks(transformer.layers)
     if config.gradient_checkpointing:
-        checkpoint_blocks(transformer.layers)
+        checkpoint_blocks(transformer.layers, lambda: attention(device, compiled=config.compile))
     network = parallelize(transformer, distributed, fsdp=config.fsdp, blocks=transformer.layers)
     trained = trained_part(transformer, config.lora)
     ema = EMA(trained, config.ema_decay)
