@@ -103,7 +103,7 @@ def _card(score: Score, k: int | None, *, first: bool) -> str:
     better = f"<span>{score.better} is better</span>" if score.better else ""
     interval = ""
     if score.interval is not None:
-        interval = f"{score.level}: {number(score.interval.low)} – {number(score.interval.high)}"
+        interval = f"{score.level} interval: {number(score.interval.low)} – {number(score.interval.high)}"
     neighbours = score.name.startswith(("precision", "recall", "density", "coverage"))
     about = [f"N = {score.num_images:,}"] if score.num_images else []
     about += [score.features] if score.features else []
