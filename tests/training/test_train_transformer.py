@@ -20,6 +20,7 @@ from maskgit.data.token_cache import TokenCache, write_token_cache
 from maskgit.errors import CheckpointError, ConfigError, DataError, OutputError
 from maskgit.foundation.notes import listening
 from maskgit.networks.config import TokenizerConfig, TransformerConfig
+from maskgit.networks.lora import LoraConfig
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.transformer import Transformer
 from maskgit.sampler.config import SamplerConfig
@@ -206,6 +207,18 @@ def test_a_run_on_windows_learns_every_shape_and_goes_on_bit_for_bit(config, tmp
 def test_windows_that_do_not_fit_are_sentences(config, changes, said):
     with pytest.raises(ConfigError, match=said):
         train_transformer(replace(config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fsdp": True}, "shards matrices that Muon needs whole"),
+        ({"lora": LoraConfig(rank=2), "init_from": "a"}, "not for the two of an adapter"),
+    ],
+)
+def test_muon_is_refused_where_matrices_are_not_whole(config, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        replace(config, optimizer="muon", **changes)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.0])

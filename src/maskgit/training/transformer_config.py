@@ -165,6 +165,10 @@ class TransformerTrainingConfig(Config):
         check_choice("init_classes", self.init_classes, INIT_CLASSES)
         self._validate_windows()
         self.stream.check(self.data, "a token cache", self.num_workers)
+        if self.lora.rank and self.optimizer == "muon":
+            raise ConfigError(
+                'Muon is for whole matrices, not for the two of an adapter: choose optimizer = "adamw" for lora.'
+            )
         if self.lora.rank and self.init_from is None:
             raise ConfigError("lora adapts a trained model: name it in init_from, or set lora.rank to 0.")
         if self.tokenizer is None and self.init_from is None:
