@@ -167,6 +167,11 @@ SMALLER = {
         "--set", "steps=4", "batch_size=4", "evaluate_every=4", "sample_every=4", "checkpoint_every=4", "num_samples=4",
         "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.intermediate_size=64", "sampler.steps=2",
     ),
+    # Its shape is that of the model that it starts from.
+    "fine_tune": (
+        "--set", "steps=4", "batch_size=4", "evaluate_every=4", "sample_every=4", "checkpoint_every=4", "num_samples=2",
+        "sampler.steps=2",
+    ),
     "evaluate": ("--num-images", 24, "--splits", 2),
 }  # fmt: skip
 
@@ -186,12 +191,18 @@ def test_the_page_leads_from_photographs_to_a_report(pictures, tmp_path, monkeyp
         shutil.copytree(pictures / folder, tmp_path / "photos" / name)
     Path("recipes").symlink_to(RECIPES)
     commands = commands_of_the_page()
-    assert [command[0] for command in commands].count("train") == 4
+    assert [command[0] for command in commands].count("train") == 5
     for command in commands:
-        name = command[1] if command[0] == "train" else command[0]
+        name = Path(command[2]).stem if command[0] == "train" else command[0]
         assert run(*command, *SMALLER.get(name, ())) == 0, command
     told = capsys.readouterr().out
     assert "data/photos/test: " in told
     assert "4/4" in told
-    for made in ("runs.png", "report/report.html", "runs/photos-tokenizer/losses.png", "out/sheet.png"):
+    for made in (
+        "runs.png",
+        "report/report.html",
+        "runs/photos-tokenizer/losses.png",
+        "out/sheet.png",
+        "fine-tuned/sheet.png",
+    ):
         assert Path(made).is_file(), made

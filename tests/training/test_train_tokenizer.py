@@ -28,7 +28,14 @@ from maskgit.training.run.folder import annealed, held_run
 from maskgit.training.run.stopping import TrainingError
 from maskgit.training.saving import save_model
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
-from maskgit.training.tokenizer_parts import CodeUsage, gumbel_noise, gumbel_tau, make_networks, revive_codes
+from maskgit.training.tokenizer_parts import (
+    CodeUsage,
+    flops_per_image,
+    gumbel_noise,
+    gumbel_tau,
+    make_networks,
+    revive_codes,
+)
 from maskgit.training.train_tokenizer import train_tokenizer
 from runs import checkpointed, logged, run_two
 
@@ -313,6 +320,16 @@ def test_the_discriminator_counts_from_when_it_runs(config, tmp_path, monkeypatc
     assert counted[2] - counted[0] == (2 + 2 * 3) * counter.get_total_flops()
 
 
+def test_counting_operations_leaves_batch_norm_as_it_was(config):
+    networks = make_networks(replace(config, model=replace(config.model, norm="BN")), 8, torch.device("cpu"))
+    before = [buffer.clone() for network in networks for buffer in network.buffers()]
+    assert flops_per_image(config, *networks, 8) > 0
+    after = [buffer for network in networks for buffer in network.buffers()]
+    assert len(before) > 3
+    assert all(map(torch.equal, before, after))
+    assert networks[0].training
+
+
 SCRIPT = """
 import json, os, sys, torch
 torch.set_num_threads(1)
@@ -351,10 +368,12 @@ def test_two_processes_train_as_one(config, tmp_path, monkeypatch):
     """
     # After a step exp_avg is the gradient itself, for β1 is 0.
     step = replace(config, steps=1, adaptive_weight=True, adversarial_start=0, evaluate_every=1)
-    run = replace(config, adaptive_weight=True)
+    # Two processes make it of two parts each.
+    run = replace(config, accumulate=1)
     names = ("step", "run")
     one, two = ([str(tmp_path / f"{n}-{count}") for n in names] for count in (1, 2))
-    configs = [replace(c, out=out).to_dict() for c, out in zip((step, run), two, strict=True)]
+    shared = (step, replace(run, accumulate=2))
+    configs = [replace(c, out=out).to_dict() for c, out in zip(shared, two, strict=True)]
     run_two(SCRIPT, json.dumps(configs), joins=2)
     train_tokenizer(replace(step, out=one[0]))
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -569,7 +588,7 @@ def test_a_loss_beyond_black_for_white_stops_the_run(config, tmp_path, monkeypat
 def test_a_tokenizer_is_saved_from_any_checkpoint_and_average(config, tmp_path):
     config = replace(
         config, out=str(tmp_path / "run"), evaluate_every=2, checkpoint_every=2, keep_last=3, keep_best=1,
-        extra_ema_decays=(0.2, 0.01),
+        extra_ema_decays=(0.2, 0.01), feature_net="effnet-lite0",
     )  # fmt: skip
     train_tokenizer(config)
     newest = checkpointed(config.out)
@@ -586,6 +605,11 @@ def test_a_tokenizer_is_saved_from_any_checkpoint_and_average(config, tmp_path):
     assert chosen.ema == max(chosen.scores, key=chosen.scores.get)
     best = max(line["test_psnr"] for line in logged(config.out) if "test_psnr" in line)
     assert chosen.scores["0.999"] == pytest.approx(best, rel=1e-5)
+    # Or of the least distance of reconstructions to a reference, which was logged too.
+    near = save_model(config.out, tmp_path / "near", reference=config.test_data)
+    assert (near.measure, near.ema) == ("EffNet-rFD", min(near.scores, key=near.scores.get))
+    distances = [line["test_rfd"] for line in logged(config.out) if "test_rfd" in line]
+    assert near.scores["0.999"] == pytest.approx(distances[-1], rel=1e-3)
     with pytest.raises(CheckpointError, match=r"of step 3; those of steps: 2, 4, 6"):
         save_model(config.out, tmp_path / "x", step=3)
 

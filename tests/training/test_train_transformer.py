@@ -15,9 +15,11 @@ import torch
 
 from maskgit import hub
 from maskgit.checkpoints.weights import weights_fingerprint
-from maskgit.data.image_cache import write_image_cache
+from maskgit.data.image_cache import ImageCache, write_image_cache
 from maskgit.data.token_cache import TokenCache, write_token_cache
 from maskgit.errors import CheckpointError, ConfigError, DataError, OutputError
+from maskgit.evaluation.metrics import frechet_distance
+from maskgit.evaluation.networks.features import load_feature_net
 from maskgit.foundation.notes import listening
 from maskgit.networks.config import TokenizerConfig, TransformerConfig
 from maskgit.networks.lora import LoraConfig
@@ -803,6 +805,9 @@ def test_patience_ends_a_run_with_its_best_model_and_is_exact(config, tmp_path, 
     # More patience goes on.
     train_transformer(replace(cut, patience=3))
     assert Checkpoints(cut.out).committed()[-1].step == 6
+    assert json.loads((Path(cut.out) / "run.json").read_text())["events"] == [
+        {"step": 4, "changed": {"patience": [2, 3]}}
+    ]
 
 
 def test_a_stopped_run_is_a_model(config, monkeypatch):
@@ -885,6 +890,17 @@ def test_a_model_is_saved_from_any_checkpoint_and_average(config, tmp_path, monk
     assert chosen.ema == min(chosen.scores, key=chosen.scores.get)
     assert chosen.scores["0.999"] == pytest.approx(min(scalars(config.out, "test_loss")), rel=1e-6)
     assert chosen.scores.keys() == {"0.999", "0.2", "0.01"}
+    # Or that whose samples are nearest to a reference.
+    images = str(Path(config.data).parent / "images")
+    near = save_model(config.out, tmp_path / "near", reference=images, num_images=12)
+    assert (near.measure, near.ema) == ("EffNet-FD", min(near.scores, key=near.scores.get))
+    net = load_feature_net("effnet-lite0", torch.device("cpu"))
+    pictures = torch.from_numpy(ImageCache.open(images).images[:].copy()).movedim(-1, 1) / 255
+    samples = (
+        hub.load_model(tmp_path / "0.2").generate([i % CLASSES for i in range(12)], seed=config.seed).images
+    )
+    moments = [(f.mean(0), np.cov(f, rowvar=False)) for f in (net(i).numpy() for i in (pictures, samples))]
+    assert near.scores["0.2"] == pytest.approx(frechet_distance(*moments[0], *moments[1]), rel=1e-3)
     with pytest.raises(ConfigError, match=r"one of 0\.999, 0\.2, 0\.01, raw"):
         save_model(config.out, tmp_path / "x", ema="0.5")
     with pytest.raises(CheckpointError, match=r"of step 3; those of steps: 2, 4, 6"):

@@ -51,8 +51,8 @@ def dry_run_tokenizer(config: TokenizerTrainingConfig, world: int = 1) -> str:
     counts = [sum(p.numel() for p in network.parameters()) for network in (tokenizer, discriminator)]
     if not config.adversarial_weight:
         counts[1] = 0
-    # Weights of both networks, Adam's two averages of what is trained, and the tokenizer's EMA, float32.
-    fixed = 4 * (2 * counts[0] + 2 * trained + 3 * counts[1])
+    # Weights of both networks, Adam's two averages of what is trained, and the tokenizer's own averages, float32.
+    fixed = 4 * ((2 + len(config.extra_ema_decays)) * counts[0] + 2 * trained + 3 * counts[1])
     part = config.batch_size // (world * config.accumulate)
     parts = f"{config.accumulate} parts × " if config.accumulate > 1 else ""
     images = config.steps * config.batch_size

@@ -3,8 +3,7 @@
 Shapes: B images of a batch, N of a data set, n of a sheet, K codes, h × w the token grid, S pixels a side.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +32,7 @@ from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.loop import decode
 from maskgit.sampler.noise import ImageNoise
 from maskgit.training.distributed import Distributed
-from maskgit.training.numerics import autocast
+from maskgit.training.numerics import autocast, evaluating
 from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.objectives.masking import centre_windows, draw_masks
 from maskgit.training.run.progress import Logger, Sheet
@@ -202,18 +201,6 @@ class RatioLosses:
             f"loss_by_mask_ratio/{i / NUM_RATIO_BINS:.1f}-{(i + 1) / NUM_RATIO_BINS:.1f}" for i in range(10)
         ]
         return {name: s / n for name, s, n in zip(names, sums, counts, strict=True) if n}
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch a module to evaluation, without gradients, inside a `with` block."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)
 
 
 def evaluate_loss(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -91,6 +91,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
     scale = math.sqrt(1 / math.sqrt(q.shape[-1]))
     weights = ((q * scale) @ (k * scale).transpose(-2, -1)).softmax(-1)
     return F.dropout(weights, dropout_p) @ v
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch a module to evaluation, without gradients, inside a `with` block."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:

@@ -1,21 +1,28 @@
 """A model from a run's checkpoint: of any step, and of whichever average of the weights does best."""
 
 import json
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from maskgit.data.image_cache import ImageCache
 from maskgit.errors import CheckpointError, ConfigError, OutputError
+from maskgit.evaluation.networks.features import load_feature_net
+from maskgit.evaluation.runs.measure import measure
+from maskgit.evaluation.runs.tuning import feature_distance
+from maskgit.evaluation.scores.references import open_reference
 from maskgit.foundation.files import expand
-from maskgit.hub import save_tokenizer
+from maskgit.hub import load_model, save_tokenizer
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.training.distributed import Distributed
 from maskgit.training.evaluation import evaluate_loss, evaluate_tokenizer
 from maskgit.training.fine_tuning import trained_part
-from maskgit.training.inputs import open_images, open_tokens
+from maskgit.training.inputs import TokenInputs, open_images, open_tokens
 from maskgit.training.optim import EMA
 from maskgit.training.run.card import save_card
 from maskgit.training.run.checkpoint import Checkpoints, Committed
@@ -25,6 +32,8 @@ from maskgit.training.train_transformer import save_result, starting_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
 
 RAW = "raw"
+# The feature net of --reference, which needs no download.
+FEATURES = "effnet-lite0"
 
 
 class SavedModel(NamedTuple):
@@ -34,13 +43,15 @@ class SavedModel(NamedTuple):
         path: its folder.
         step: the checkpoint's.
         ema: which weights were taken: a decay as text, or "raw".
-        scores: the test scores that decided, by those names: losses of a transformer (lower is better), PSNRs of a
-            tokenizer (higher is better); empty where there was nothing to decide.
+        measure: what decided: "test_loss", "test_psnr" (higher is better), "EffNet-FD" of samples or "EffNet-rFD" of
+            reconstructions.
+        scores: its values by those names; empty where there was nothing to decide.
     """
 
     path: Path
     step: int
     ema: str
+    measure: str
     scores: dict[str, float]
 
 
@@ -51,6 +62,8 @@ def save_model(
     step: int | None = None,
     best: bool = False,
     ema: str | None = None,
+    reference: str | Path | None = None,
+    num_images: int = 1000,
 ) -> SavedModel:
     """Write a model folder from one of a run's checkpoints, on the CPU.
 
@@ -63,6 +76,10 @@ def save_model(
         best: take the checkpoint of the best test score instead.
         ema: a decay that the run keeps, such as "0.999", or "raw" for the weights as they are trained. None takes the
             only average, or of several the one that does best on the run's test data.
+        reference: real images to compare averages by instead: by the Fréchet distance in EfficientNet-Lite0's features
+            of samples to them for a transformer (images or statistics, as `open_reference` takes them), and of their
+            reconstructions to them for a tokenizer (a packed image cache).
+        num_images: samples for each average, where there is a reference.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -83,8 +100,8 @@ def save_model(
     if stage == "transformer":
         inputs = open_tokens(config)
         transformer = starting_transformer(config, inputs)
-        network: nn.Module = transformer
-        trained = trained_part(transformer, config.lora)
+        network: Any = transformer
+        trained: Any = trained_part(transformer, config.lora)
     else:
         trained = network = Tokenizer(config.model)
     state: dict[str, Any] = {
@@ -100,50 +117,97 @@ def save_model(
         if ema not in known:
             raise ConfigError(f"ema is one of {', '.join(known)} in this run, but was given as {ema}.")
         candidates = {ema: known[ema]}
-    alone = Distributed(0, 1, torch.device("cpu"))
-    scores: dict[str, float] = {}
     if stage == "transformer":
-        if len(candidates) > 1 and inputs.test_cache is not None:
-            for name, weights in candidates.items():
-                trained.load_state_dict(weights)
-                scores[name] = evaluate_loss(
-                    network,
-                    inputs.test_cache,
-                    Vocabulary.of(config.model),
-                    classes=inputs.test_classes,
-                    seed=config.seed,
-                    batch_size=config.batch_size,
-                    mask_schedule=config.mask_schedule,
-                    precision=torch.float32,
-                    distributed=alone,
-                )
-        name = min(scores, key=lambda key: scores[key]) if scores else next(iter(candidates))
+        measured, score = _transformer_score(config, inputs, network, trained, reference, num_images)
+    else:
+        measured, score = _tokenizer_score(config, network, reference)
+    scores: dict[str, float] = {}
+    if len(candidates) > 1 and score is not None:
+        for name, weights in candidates.items():
+            trained.load_state_dict(weights)
+            scores[name] = score()
+    better = max if measured == "test_psnr" else min
+    name = better(scores, key=lambda key: scores[key]) if scores else next(iter(candidates))
+    if stage == "transformer":
         path = save_result(config, inputs, candidates[name], expand(out))
     else:
-        images = open_images(config)
-        assert isinstance(network, Tokenizer)
-        if len(candidates) > 1 and images.test_cache is not None:
-            for name, weights in candidates.items():
-                network.load_state_dict(weights)
-                scores[name] = evaluate_tokenizer(
-                    network,
-                    images.test_cache,
-                    size=images.size,
-                    seed=config.seed,
-                    precision=torch.float32,
-                    num_images=config.num_test_images,
-                    feature_net=None,
-                    batch_size=config.batch_size,
-                    distributed=alone,
-                )["test_psnr"]
-        name = max(scores, key=lambda key: scores[key]) if scores else next(iter(candidates))
         network.load_state_dict(candidates[name])
         path = save_tokenizer(network, expand(out))
-    measured = "test_loss" if stage == "transformer" else "test_psnr"
     save_card(
         path, run_dir, chosen.step, {f"{measured} of EMA {key}": value for key, value in scores.items()}
     )
-    return SavedModel(path, chosen.step, name, scores)
+    return SavedModel(path, chosen.step, name, measured, scores)
+
+
+def _transformer_score(
+    config: TransformerTrainingConfig,
+    inputs: TokenInputs,
+    transformer: nn.Module,
+    trained: nn.Module,
+    reference: str | Path | None,
+    num_images: int,
+) -> tuple[str, Callable[[], float] | None]:
+    """Return what the weights in `trained`, of `transformer`, are compared by, and how; None where nothing is there."""
+    cache = inputs.test_cache
+    if reference is not None:
+        net = load_feature_net(FEATURES, torch.device("cpu"))
+        real = open_reference(reference)
+        statistics = real.statistics
+        if statistics is None:
+            assert real.images is not None
+            statistics = measure(real.images, net).statistics
+        distance = feature_distance(net, statistics, "fd")
+        labels = torch.arange(num_images) % config.model.num_classes
+
+        def of_samples() -> float:
+            with tempfile.TemporaryDirectory() as folder:
+                model = load_model(save_result(config, inputs, trained.state_dict(), Path(folder) / "model"))
+                return float(distance(model.generate(labels, seed=config.seed).images, labels))
+
+        return "EffNet-FD", of_samples
+    if cache is None:
+        return "test_loss", None
+
+    def of_test_data() -> float:
+        return evaluate_loss(
+            transformer,
+            cache,
+            Vocabulary.of(config.model),
+            classes=inputs.test_classes,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            mask_schedule=config.mask_schedule,
+            precision=torch.float32,
+            distributed=Distributed(0, 1, torch.device("cpu")),
+        )
+
+    return "test_loss", of_test_data
+
+
+def _tokenizer_score(
+    config: TokenizerTrainingConfig, tokenizer: Tokenizer, reference: str | Path | None
+) -> tuple[str, Callable[[], float] | None]:
+    """Return what a tokenizer's weights are compared by, and how; None where nothing is there."""
+    inputs = open_images(config)
+    cache = inputs.test_cache if reference is None else ImageCache.open(expand(reference))
+    name = "test_psnr" if reference is None else "test_rfd"
+    if cache is None:
+        return name, None
+
+    def score() -> float:
+        return evaluate_tokenizer(
+            tokenizer,
+            cache,
+            size=inputs.size,
+            seed=config.seed,
+            precision=torch.float32,
+            num_images=config.num_test_images if reference is None else None,
+            feature_net=None if reference is None else FEATURES,
+            batch_size=config.batch_size,
+            distributed=Distributed(0, 1, torch.device("cpu")),
+        )[name]
+
+    return "test_psnr" if reference is None else "EffNet-rFD", score
 
 
 def _chosen(checkpoints: Checkpoints, run_dir: Path, step: int | None, best: bool) -> Committed:

@@ -21,7 +21,7 @@ from maskgit.networks.tokenizer import Tokenizer
 from maskgit.sampler.noise import gumbel, uniform
 from maskgit.training.distributed import Distributed, checkpoint_blocks
 from maskgit.training.fine_tuning import start_tokenizer_from
-from maskgit.training.numerics import autocast
+from maskgit.training.numerics import autocast, evaluating
 from maskgit.training.objectives.discriminator import DISCRIMINATORS
 from maskgit.training.objectives.losses import mean_choice
 from maskgit.training.objectives.perceptual import PerceptualLoss, make_perceptual
@@ -243,7 +243,8 @@ def flops_per_image(
     image = torch.zeros(1, 3, size, size, device=device)
 
     def forward(module: nn.Module, *inputs: Tensor) -> int:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # In training, batch norm would count the black image among those that it has seen.
+        with evaluating(module), FlopCounterMode(display=False) as counter:
             module(*inputs)
         return counter.get_total_flops()
 

@@ -251,6 +251,8 @@ def save_model(
     ema: Annotated[
         str | None, arg(metavar="DECAY|raw", help_behavior_hint="(default: the best on test data)")
     ] = None,
+    reference: Annotated[str | None, arg(metavar="IMAGES", help_behavior_hint="")] = None,
+    num_images: int = 1000,
 ) -> None:
     """Write a model from a checkpoint of a run of your own, also of one that was stopped.
 
@@ -260,12 +262,17 @@ def save_model(
         step: Step of the checkpoint.
         best: Take the checkpoint with the best test score.
         ema: Which weights: an average's decay, such as 0.999, or raw for the trained weights themselves.
+        reference: Real images, such as data/photos/test: of several averages, save the one whose samples (or, of a
+            tokenizer, reconstructions) are nearest to them by EffNet-FD.
+        num_images: Samples for each average, with --reference.
     """
     from maskgit.training import saving
 
-    saved = saving.save_model(run, dest, step=step, best=best, ema=ema)
+    saved = saving.save_model(
+        run, dest, step=step, best=best, ema=ema, reference=reference, num_images=num_images
+    )
     for name, score in saved.scores.items():
-        print(f"EMA {name}: {score:.4f} on test data")
+        print(f"EMA {name}: {saved.measure} {score:.4f}")
     print(
         f"{saved.path}: step {saved.step}, "
         + ("weights as trained" if saved.ema == "raw" else f"EMA {saved.ema}")

@@ -37,6 +37,10 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 RUN, LOCK, DATA = "run.json", "run.lock", "data"
 # A processor hashes as much in a few seconds.
 MAX_VERIFIED_BYTES = 2 << 30
+# Settings that need no --change, but decide how a run is tested and ended, so that a change is an event too.
+RECORDED = (
+    "evaluate_every", "checkpoint_every", "num_test_images", "feature_net", "patience", "max_diverged_steps",
+)  # fmt: skip
 
 
 @contextmanager
@@ -165,7 +169,8 @@ def setup_run(
         changed = sorted(
             n for n in given["data"] if n in fingerprints and fingerprints[n] != given["data"][n]
         )
-        changes = {key: [before.get(key), now.get(key)] for key in differing}
+        recorded = [key for key in RECORDED if before.get(key) != now.get(key)]
+        changes = {key: [before.get(key), now.get(key)] for key in (*differing, *recorded)}
         if change and changed == ["test"]:
             changes["test_data"], changed = [before.get("test_data"), now.get("test_data")], []
         # A run whose newest checkpoint was lost goes on from the one before, with what was changed since.
