@@ -147,8 +147,8 @@ def dry_run_transformer(config: TransformerTrainingConfig, world: int = 1) -> st
     precision = choose_precision(config.precision, device)
     part = config.batch_size // (world * config.accumulate)
     shards = world if config.fsdp else 1
-    # Weights, and of what is trained both averages of AdamW and the EMA, float32.
-    fixed = 4 * (parameters + 3 * trained) / shards
+    # Weights, and of what is trained both averages of AdamW and those of the weights, float32.
+    fixed = 4 * (parameters + (3 + len(config.extra_ema_decays)) * trained) / shards
     activations = transformer_step_bytes(config, part, precision)
     images = config.steps * config.batch_size
     flops = transformer_flops(config.model)
