@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -252,3 +254,36 @@ def test_one_class_is_enough(model, tmp_path):
     assert any("only one class" in line for line in said)
     assert any("too few to keep some back" in line for line in said)
     assert MaskGIT.from_pretrained(model, adapter=adapter).class_names == ("only",)
+
+
+def commands_of_the_page() -> tuple[list[list[str]], str]:
+    """Return the commands of docs/finetuning.md, and its program."""
+    page = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text("utf-8")
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL)
+    lines = "".join(text for kind, text in blocks if kind == "sh").replace("\\\n", " ").splitlines()
+    (program,) = (text for kind, text in blocks if kind == "python")
+    return [shlex.split(line)[1:] for line in lines if line.startswith("maskgit ")], program
+
+
+def test_the_page_leads_from_photographs_to_sheets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos", 6, ("cat", "dog"))
+    commands, program = commands_of_the_page()
+    assert [command[0] for command in commands].count("finetune") == 4
+    for command in commands:
+        words = [w for path in command for w in (map(str, tmp_path.glob(path)) if "*" in path else [path])]
+        if "--steps" in words:
+            at = words.index("--steps")
+            del words[at : at + 2]
+        smaller = {"finetune": ["--steps", "2", "--batch-size", "2"], "generate": ["--steps", "2"]}
+        more = [*smaller.get(words[0], []), *(["--overwrite"] if words[0] == "generate" else [])]
+        assert main([*words, *more]) == 0, words
+    exec(compile(program, "docs/finetuning.md", "exec"), {})
+    for made in (
+        "runs/mine/sheet.png",
+        "runs/decoder/sheet.png",
+        "out/sheet.png",
+        "guided/sheet.png",
+        "cat.png",
+    ):
+        assert Path(made).is_file(), made
