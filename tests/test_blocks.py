@@ -18,7 +18,7 @@ from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, Transfor
 from maskgit.convert import save_official
 from maskgit.diffusers import MaskGITPipeline
 from maskgit.engine.convolution import can_pack, prepare_convolutions
-from maskgit.engine.linear import ways
+from maskgit.engine.layers import ways
 from maskgit.errors import ConfigError, RegionError
 from maskgit.export import PARTS
 from maskgit.networks.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from maskgit.editing.likelihood import generate_best, guess_class, log_likelihoo
 from maskgit.editing.outpaint import outpaint, panorama
 from maskgit.editing.variations import interpolate_classes, interpolate_images, vary
 from maskgit.engine.batching import Batcher, Job
-from maskgit.engine.linear import ways
+from maskgit.engine.layers import ways
 from maskgit.errors import ConfigError
 from maskgit.evaluation.runs.evaluate import EvaluationConfig
 from maskgit.evaluation.scores.references import Reference

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from maskgit.engine import probe
-from maskgit.engine.linear import PATHS, ways
+from maskgit.engine.layers import PATHS, ways
 
 FLOAT32 = [{"dtype": "float32", "linear": way} for way in PATHS if way != "int8"]
 FORMS = [

@@ -21,7 +21,7 @@ from maskgit.engine.convolution import (
 )
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import cpu_quota, keep_freed_memory
-from maskgit.engine.linear import PATHS, Int8Linear, MklLinear, adds_in_32_bits, replace_linears, ways
+from maskgit.engine.layers import PATHS, Int8Linear, MklLinear, adds_in_32_bits, replace_linears, ways
 from maskgit.errors import ConfigError
 from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.tokenizer import ResBlock, Tokenizer, Upsample
@@ -381,7 +381,7 @@ def test_a_cpu_with_fewer_instructions_goes_every_way_that_is_left(limits):
         "from maskgit import MaskGIT\n"
         "from maskgit.engine import alternatives, build\n"
         "from maskgit.engine.host import has_bfloat16_units\n"
-        "from maskgit.engine.linear import PATHS\n"
+        "from maskgit.engine.layers import PATHS\n"
         "model = MaskGIT.from_pretrained()\n"
         "found = alternatives('fast', device='cpu')\n"
         "for engine in found:\n"

@@ -8,7 +8,7 @@ import torch
 
 from maskgit import engine
 from maskgit.engine import Engine, build, probe
-from maskgit.engine.linear import ways
+from maskgit.engine.layers import ways
 from maskgit.errors import ConfigError
 from maskgit.evaluation.runs import running
 from maskgit.evaluation.runs.running import agreed_engine

@@ -21,7 +21,7 @@ from maskgit.engine.convolution import can_pack, prepare_convolutions
 from maskgit.engine.folding import fold_biases, replace_gelus
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import keep_freed_memory
-from maskgit.engine.linear import FIXED_ROWS, PATHS, replace_linears, ways
+from maskgit.engine.layers import FIXED_ROWS, PATHS, replace_linears, ways
 from maskgit.engine.masked import MaskedPredictor
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import Config, check_choice

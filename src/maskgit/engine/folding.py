@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.engine.linear import is_tanh_gelu
+from maskgit.engine.layers import is_tanh_gelu
 from maskgit.networks.transformer import Layer, Transformer
 
 # Numbers in one piece: two of them stay in two cores' caches.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from maskgit.engine.linear import ways
+from maskgit.engine.layers import ways
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 256 * 2**20

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from maskgit.engine.linear import PATHS, ways
+from maskgit.engine.layers import PATHS, ways
 from maskgit.errors import OutputError
 from maskgit.foundation.files import cache_dir, write_bytes
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from maskgit.engine import DTYPES, Engine, alternatives, choose
-from maskgit.engine.linear import PATHS, ways
+from maskgit.engine.layers import PATHS, ways
 from maskgit.errors import ConfigError
 from maskgit.evaluation.report.page import write_report
 from maskgit.evaluation.report.report import JSON_NAME, Report
