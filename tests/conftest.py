@@ -74,7 +74,7 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory):
 
 def _settle_the_engine() -> None:
     """Fill the cache with times, so that what the engine chooses depends on what the CPU has and not on its load."""
-    from maskgit.engine import probe
+    from maskgit.engine import host
     from maskgit.engine.host import has_bfloat16_units
 
     bfloat16 = 1 if has_bfloat16_units() else 10
@@ -82,7 +82,7 @@ def _settle_the_engine() -> None:
     ranks |= {"bfloat16 onednn": bfloat16, "bfloat16 torch": 20}
     # Processes that tests start have as many threads as there are processors.
     for threads in {1, os.cpu_count() or 1}:
-        probe.keep(probe.place(threads), {name: float(ranks[name]) for name in probe.names()}, replace=True)
+        host.keep(host.place(threads), {name: float(ranks[name]) for name in host.names()}, replace=True)
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ from maskgit.apps.serving.schemas import Detokenize
 from maskgit.config import ModelConfig, SamplerConfig, TokenizerConfig, TransformerConfig
 from maskgit.convert import save_official
 from maskgit.diffusers import MaskGITPipeline
-from maskgit.engine.convolution import can_pack, prepare_convolutions
-from maskgit.engine.layers import ways
+from maskgit.engine import prepare_convolutions
+from maskgit.engine.layers import can_pack, ways
 from maskgit.errors import ConfigError, RegionError
 from maskgit.export import PARTS
 from maskgit.networks.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from maskgit.apps.cli.commands import main
-from maskgit.engine import probe
+from maskgit.engine import host
 
 # A user whom the system does not know, on a system where one folder alone can be written, gives commands one after
 # another: each is answered by a line with its exit code and what it wrote to standard error.
@@ -48,10 +48,10 @@ def read_only(event, arguments):
             raise OSError(errno.EROFS, "Read-only file system", path)
 
 from maskgit.apps.cli.commands import main
-from maskgit.engine import probe
+from maskgit.engine import host
 
 # Which is measured anew without a cache, and takes long on a busy machine.
-probe._measure = lambda: dict.fromkeys(probe.names(), 1.0)
+host._measure = lambda: dict.fromkeys(host.names(), 1.0)
 sys.addaudithook(read_only)
 answers = []
 for arguments in json.loads(sys.argv[2]):
@@ -230,7 +230,7 @@ def test_a_user_without_a_name_serves(command, tmp_path):
 
 
 def test_the_command_line_knows_the_tilde_everywhere(tmp_path, monkeypatch, photos, capsys):
-    monkeypatch.setattr(probe, "measured", lambda **_: dict.fromkeys(probe.names(), 1.0))
+    monkeypatch.setattr(host, "measured", lambda **_: dict.fromkeys(host.names(), 1.0))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     sizes = ["--steps", "1"]

@@ -17,7 +17,7 @@ PRELUDE = """
 import os, sys, threading
 import torch
 from maskgit import MaskGIT
-from maskgit.engine import linear, probe
+from maskgit.engine import host
 # Few machines' defaults are 1, with which nothing could hang.
 torch.set_num_threads(2)
 
@@ -41,7 +41,7 @@ def check():
 
 def optimized():
     # Not measured, which takes long on a busy machine.
-    probe.fastest = lambda dtype, **_: "mkl" if linear.has_mkl() else "torch"
+    host.measured = lambda **_: dict.fromkeys(host.names(), 1.0)
     return pipe.optimize("exact")
 
 pipe = MaskGIT.from_pretrained()

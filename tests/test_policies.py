@@ -251,6 +251,19 @@ def at(number, steps):
     return {"number_B1": torch.tensor([[number]]), "steps_B1": torch.tensor([[steps]])}
 
 
+class Drawn:
+    """Noise of given uniform numbers, by stream, and without any on confidence."""
+
+    def __init__(self, uniform):
+        self.drawn = uniform
+
+    def choice(self, step):
+        return torch.zeros(1)
+
+    def uniform(self, step, stream):
+        return self.drawn(stream)
+
+
 def a_step(logits, unknown, **given_):
     batch, length, _ = logits.shape
     uniform = torch.rand(batch, length, generator=torch.Generator().manual_seed(0))
@@ -268,8 +281,8 @@ def a_step(logits, unknown, **given_):
         "choice_temperature_B1": torch.zeros(batch, 1),
         "mask_token": MASK,
         "predict": lambda s: logits,
-        "gumbel": lambda: torch.zeros(batch, length),
-        "uniform": lambda stream: uniform,
+        "noise": Drawn(lambda stream: uniform),
+        "drawn_B1": torch.zeros(batch, 1, dtype=torch.long),
     }
     return Step(**values | given_)
 
@@ -298,8 +311,8 @@ def test_halton_opens_the_groups_of_a_position_one_after_the_other():
     for free in (torch.ones(2, 1 + 2 * 16, dtype=torch.bool), torch.ones(2, 1 + 4 * 16, dtype=torch.bool)):
         groups = (free.shape[1] - 1) // 16
         drawn = torch.tensor([0.1, 0.7])[:, None].expand(free.shape)
-        (grouped,) = policy.begin(Start(free, 3, lambda _, drawn=drawn: drawn, groups))
-        (alone,) = policy.begin(Start(free[:, :17], 3, lambda _, drawn=drawn: drawn[:, :17]))
+        (grouped,) = policy.begin(Start(free, 3, Drawn(lambda _, drawn=drawn: drawn), groups))
+        (alone,) = policy.begin(Start(free[:, :17], 3, Drawn(lambda _, drawn=drawn: drawn[:, :17])))
         expected = alone[:, 1:, None] * groups + torch.arange(groups)
         assert torch.equal(grouped[:, 1:], expected.flatten(1))
 
@@ -323,7 +336,7 @@ def test_stable_waits_until_distributions_rest():
     logits = torch.stack([unsure, sure, 0.9 * sure, unsure])[None]
     moved = torch.stack([unsure, sure, 0.9 * sure.roll(1), unsure])[None]
     unknown = torch.tensor([[False, True, True, True]])
-    memory, kept = policy.begin(Start(unknown, 3, torch.rand)), []
+    memory, kept = policy.begin(Start(unknown, 3, Drawn(torch.rand))), []
     for number, current in enumerate([logits, logits, moved, moved, moved]):
         # Many steps are left, so that the pace asks for one token alone; nothing is really kept.
         again, memory = policy.choose(a_step(current, unknown, **at(number, 1000)), memory)
@@ -355,10 +368,10 @@ def test_remdm_masks_again_with_its_probability(form, eta):
     step = a_step(
         torch.zeros(batch, length, CODES), unknown, free_BS=free,
         ratio_before_B1=torch.full((batch, 1), 0.5), ratio_after_B1=torch.full((batch, 1), 0.25),
-        uniform=lambda stream: draws[stream % 2],
+        noise=Drawn(lambda stream: draws[stream % 2]),
     )  # fmt: skip
     policy = make_policy("remdm", {"form": form, "eta": eta})
-    again, _ = policy.choose(step, policy.begin(Start(free, CODES, step.uniform)))
+    again, _ = policy.choose(step, policy.begin(Start(free, CODES, step.noise)))
     sigma = eta * 0.5 if form == "rescale" else min(eta, 0.5)
     assert float(again[:, 1:51].float().mean()) == pytest.approx(sigma, abs=0.01)
     stay = (0.25 - sigma * 0.5) / 0.5

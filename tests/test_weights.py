@@ -10,7 +10,7 @@ from torch import nn
 
 from maskgit import MaskGIT, convert, hub
 from maskgit.checkpoints import weights
-from maskgit.engine import probe
+from maskgit.engine import host
 from maskgit.errors import CheckpointError, ConfigError
 
 PARTS = ("tokenizer", "transformer")
@@ -124,7 +124,7 @@ def test_a_wrapped_network_is_saved_and_converted_as_itself(wrap, model, tiny, t
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Spare the measuring of this CPU."""
-    monkeypatch.setattr(probe, "measured", lambda **_: dict.fromkeys(probe.names(), 1.0))
+    monkeypatch.setattr(host, "measured", lambda **_: dict.fromkeys(host.names(), 1.0))
 
 
 @pytest.mark.usefixtures("unmeasured")

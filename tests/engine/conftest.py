@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskgit.engine import probe
+from maskgit.engine import host
 from maskgit.engine.layers import PATHS, ways
 
 FLOAT32 = [{"dtype": "float32", "linear": way} for way in PATHS if way != "int8"]
@@ -32,7 +32,7 @@ def _nothing_is_measured(monkeypatch):
     def measure():
         raise AssertionError("A test of the engine must say which way it goes.")
 
-    monkeypatch.setattr(probe, "_measure", measure)
+    monkeypatch.setattr(host, "_measure", measure)
 
 
 @pytest.fixture(params=FLOAT32, ids=named)

@@ -11,17 +11,27 @@ import torch
 from torch import nn
 
 from maskgit import MaskGIT, engine
-from maskgit.engine import Engine, alternatives, choose, host, probe
-from maskgit.engine.convolution import (
-    MergedUpsample,
-    PackedConvolution,
-    PackedResBlock,
-    can_pack,
+from maskgit.engine import (
+    Engine,
+    alternatives,
+    choose,
+    host,
     prepare_convolutions,
+    replace_linears,
 )
 from maskgit.engine.graphs import GraphedSteps
 from maskgit.engine.host import cpu_quota, keep_freed_memory
-from maskgit.engine.layers import PATHS, Int8Linear, MklLinear, adds_in_32_bits, replace_linears, ways
+from maskgit.engine.layers import (
+    PATHS,
+    Int8Linear,
+    MergedUpsample,
+    MklLinear,
+    PackedConvolution,
+    PackedResBlock,
+    adds_in_32_bits,
+    can_pack,
+    ways,
+)
 from maskgit.errors import ConfigError
 from maskgit.networks.config import TokenizerConfig
 from maskgit.networks.tokenizer import ResBlock, Tokenizer, Upsample
@@ -29,7 +39,7 @@ from maskgit.sampler.policies import POLICIES
 from ties import assert_same_tokens
 
 # Before the tests' own measure takes its place.
-MEASURE = probe._measure
+MEASURE = host._measure
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +136,7 @@ ALL = {torch.float32: tuple(PATHS), torch.bfloat16: ("torch", "onednn")}
 @pytest.fixture
 def every_way(monkeypatch):
     """A CPU that can do all, of which nothing is run."""
-    for module in (engine, probe):
+    for module in (engine, host):
         monkeypatch.setattr(module, "ways", lambda dtype: ALL[dtype])
 
 
@@ -135,7 +145,7 @@ def test_modes_choose_what_the_machine_is_good_at(monkeypatch, every_way, any_de
         "float32 torch": 3.0, "float32 mkl": 2.0, "float32 onednn": 4.0,
         "bfloat16 torch": 30.0, "bfloat16 onednn": 20.0, "int8 int8": 1.0,
     }  # fmt: skip
-    monkeypatch.setattr(probe, "measured", lambda **_: times)
+    monkeypatch.setattr(host, "measured", lambda **_: times)
     assert choose("exact", device="cpu").linear == "mkl"
     assert choose("exact", device="cpu", linear="onednn").linear == "onednn"
     fast = choose("fast", device="cpu")
@@ -180,10 +190,10 @@ def test_an_engine_that_the_machine_lacks_is_refused(bundled, monkeypatch, given
 def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
     counted = []
-    first = {name: float(number) for number, name in enumerate(probe.names(), 1)}
-    monkeypatch.setattr(probe, "_measure", lambda: counted.append(1) or dict(first))
-    assert probe.measured() == first
-    assert probe.measured() == first
+    first = {name: float(number) for number, name in enumerate(host.names(), 1)}
+    monkeypatch.setattr(host, "_measure", lambda: counted.append(1) or dict(first))
+    assert host.measured() == first
+    assert host.measured() == first
     assert len(counted) == 1
     (file,) = (tmp_path / "cpu").iterdir()
     # Whoever shares the cache can read it, as any file that they share.
@@ -191,7 +201,7 @@ def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
     assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
     # What another process wrote in the meantime holds for this one, too.
     other = {name: seconds + 1 for name, seconds in first.items()}
-    assert probe.keep(file, other, replace=False) == first
+    assert host.keep(file, other, replace=False) == first
     for broken in (
         "",
         "[]",
@@ -199,16 +209,16 @@ def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
         '{"float32 torch": 1.0, "bfloat16 torch": 1.0, "x": 1.0}',
     ):
         file.write_text(broken)
-        assert probe.measured() == first
-    assert probe.measured(refresh=True) == first
+        assert host.measured() == first
+    assert host.measured(refresh=True) == first
     assert len(counted) == 6
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(probe, "_measure", lambda: {"float32 torch": 2.0})
-    assert probe.measured() == {"float32 torch": 2.0}
+    monkeypatch.setattr(host, "_measure", lambda: {"float32 torch": 2.0})
+    assert host.measured() == {"float32 torch": 2.0}
 
 
 def test_measuring_finds_every_way_that_is_there():
@@ -223,10 +233,10 @@ def test_measuring_finds_every_way_that_is_there():
 def test_times_of_other_ways_are_not_used(tmp_path, monkeypatch):
     # As where oneDNN may use fewer instructions than the CPU has.
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(probe, "_measure", lambda: dict.fromkeys(probe.names(), 1.0))
-    every = probe.measured()
-    monkeypatch.setattr(probe, "ways", lambda dtype: ("torch",))
-    assert list(probe.measured()) == ["float32 torch", "bfloat16 torch"] != list(every)
+    monkeypatch.setattr(host, "_measure", lambda: dict.fromkeys(host.names(), 1.0))
+    every = host.measured()
+    monkeypatch.setattr(host, "ways", lambda dtype: ("torch",))
+    assert list(host.measured()) == ["float32 torch", "bfloat16 torch"] != list(every)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

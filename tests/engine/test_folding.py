@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskgit.engine.folding import PIECE, PiecewiseGelu, fold_biases, replace_gelus
+from maskgit.engine import fold_biases, replace_gelus
+from maskgit.engine.layers import PIECE, PiecewiseGelu
 from maskgit.networks.config import TransformerConfig
 from maskgit.networks.transformer import Transformer
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from maskgit import engine
-from maskgit.engine import Engine, build, probe
+from maskgit.engine import Engine, build, host
 from maskgit.engine.layers import ways
 from maskgit.errors import ConfigError
 from maskgit.evaluation.runs import running
@@ -21,7 +21,7 @@ CPU = {"device": "cpu"}
 def every_way(monkeypatch):
     """A CPU that can do all, of which nothing is run."""
     every = {torch.float32: ("torch", "mkl", "onednn", "int8"), torch.bfloat16: ("torch", "onednn")}
-    for module in (engine, probe, running):
+    for module in (engine, host, running):
         monkeypatch.setattr(module, "ways", every.get)
 
 
@@ -30,9 +30,7 @@ def fastest(monkeypatch):
     """Say what a measurement finds the fastest."""
 
     def say(name):
-        monkeypatch.setattr(
-            probe, "measured", lambda: {other: 1 + (other != name) for other in probe.names()}
-        )
+        monkeypatch.setattr(host, "measured", lambda: {other: 1 + (other != name) for other in host.names()})
 
     return say
 
@@ -74,7 +72,7 @@ def test_other_settings_are_still_other_settings(tmp_path, every_way, fastest):
 def test_what_this_machine_lacks_is_named(tmp_path, every_way, fastest, monkeypatch):
     fastest("float32 mkl")
     agreed_engine(tmp_path, "exact", **CPU)
-    for module in (engine, probe, running):
+    for module in (engine, host, running):
         monkeypatch.setattr(module, "ways", lambda dtype: ("torch",))
     with pytest.raises(
         ConfigError, match="begun with mkl products of float32, which this machine does not have"

@@ -14,20 +14,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from maskgit.engine import probe
-from maskgit.engine.convolution import can_pack, prepare_convolutions
-from maskgit.engine.folding import fold_biases, replace_gelus
+from maskgit.engine import host
 from maskgit.engine.graphs import GraphedSteps
-from maskgit.engine.host import keep_freed_memory
-from maskgit.engine.layers import FIXED_ROWS, PATHS, replace_linears, ways
+from maskgit.engine.layers import (
+    FIXED_ROWS,
+    PATHS,
+    BiasedStart,
+    FoldedLayer,
+    MergedUpsample,
+    OneDnnLinear,
+    PackedConvolution,
+    PackedResBlock,
+    PiecewiseGelu,
+    can_pack,
+    ways,
+)
 from maskgit.engine.masked import MaskedPredictor
 from maskgit.errors import ConfigError
 from maskgit.foundation.checks import Config, check_choice
 from maskgit.foundation.compiled import Compiled
 from maskgit.foundation.devices import Device, Dtype, choose_device, choose_dtype
 from maskgit.model import AnyModel, plain_model
+from maskgit.networks.tokenizer import Downsample, ResBlock, Upsample
+from maskgit.networks.transformer import Layer, Transformer
 
 MODES = ("exact", "fast", "int8")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -92,7 +103,7 @@ def choose(mode: str = "fast", **choices: Any) -> Engine:
     found = alternatives(mode, **choices)
     if len(found) == 1:
         return found[0]
-    times = probe.measured()
+    times = host.measured()
 
     def seconds(engine: Engine) -> float:
         if engine.quantize:
@@ -210,7 +221,7 @@ def build(model: AnyModel, engine: Engine) -> AnyModel:
     made = type(model)(model.config, _shared(model.tokenizer), _shared(model.transformer))
     made.to(torch.device(engine.device), form)
     if engine.device == "cpu":
-        keep_freed_memory()
+        host.keep_freed_memory()
         if engine.dtype == "float32" and engine.linear != "onednn" and not engine.compile:
             shape = made.config.transformer
             if not engine.quantize and shape.block == "official" and shape.activation == "gelu_tanh":
@@ -251,3 +262,98 @@ def _shared(module: nn.Module) -> Any:
     # New parameters, for moving a module changes its parameters in place.
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, memo).eval()
+
+
+def replace_linears(module: nn.Module, path: str) -> None:
+    """Let every linear layer of a network go one way, in place."""
+    make = PATHS[path][1]
+    for name, child in module.named_children():
+        if not isinstance(child, nn.Linear):
+            replace_linears(child, path)
+        # oneDNN has a tanh-GELU for nothing.
+        elif (
+            path == "onednn" and name in ("up", "dense") and is_tanh_gelu(getattr(module, "activation", None))
+        ):
+            setattr(module, name, OneDnnLinear.of(child, gelu=True))
+            module.activation = nn.Identity()
+        else:
+            setattr(module, name, make(child))
+
+
+def replace_gelus(module: nn.Module) -> None:
+    """Compute every tanh-GELU of a network in place and in pieces."""
+    for name, child in module.named_children():
+        if is_tanh_gelu(child):
+            setattr(module, name, PiecewiseGelu())
+        else:
+            replace_gelus(child)
+
+
+def is_tanh_gelu(module: nn.Module | None) -> bool:
+    """Return whether a module is the GELU that has a fast form."""
+    return isinstance(module, nn.GELU) and module.approximate == "tanh"
+
+
+@torch.no_grad()
+def fold_biases(transformer: Transformer) -> None:
+    """Take the biases of a transformer's layers out of their products, in place; weights stay as they are.
+
+    A linear layer writes its bias into its output before it multiplies, a pass that costs 4 % of a forward.
+
+    - That of `mlp.up` is added by its GELU.
+    - That of `mlp.down` is added to the residual stream by the norm before, and `mlp.up` takes it off again.
+    - Of that of `attention.qkv`, the queries' is added in place. The keys' adds the same to all scores of a
+      query, so it does nothing. The values' goes through `attention.out` as it is, for what a query pays attention
+      to sums to 1, so it becomes part of the bias there, which stays.
+    """
+    for number, layer in enumerate(transformer.layers):
+        assert isinstance(layer, Layer), "not replaced yet"
+        transformer.layers[number] = FoldedLayer(layer)
+        attention, mlp = layer.attention, layer.mlp
+        queries, _, values = attention.qkv.bias.chunk(3)
+        attention.out.bias = _folded(attention.out.bias, attention.out.weight, values)
+        attention.qkv.register_parameter("bias", None)
+        attention.add_module("qkv", BiasedStart(attention.qkv, queries))
+        attention.norm.bias = _frozen(attention.norm.bias + mlp.down.bias)
+        up_bias = _folded(mlp.up.bias, mlp.up.weight, -mlp.down.bias)
+        mlp.add_module("activation", PiecewiseGelu(up_bias))
+        for linear in (mlp.up, mlp.down):
+            linear.register_parameter("bias", None)
+
+
+def _folded(bias: Tensor, weight: Tensor, added: Tensor) -> nn.Parameter:
+    """Return the bias of a layer whose inputs are to have something added."""
+    return _frozen(bias.double() + weight.double() @ added.double())
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.float(), requires_grad=False)
+
+
+def prepare_convolutions(module: nn.Module, *, pack: bool) -> None:
+    """Lay a network's convolutions out with channels last, merge its up-samplings, and swish in place.
+
+    Args:
+        module: is changed in place.
+        pack: whether oneDNN packs the weights; for float32 and bfloat16 on a CPU, without compilation.
+    """
+    if not pack:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _replace_convolutions(module, pack)
+
+
+def _replace_convolutions(module: nn.Module, pack: bool) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, Upsample):
+            setattr(module, name, MergedUpsample(child, packed=pack))
+        elif isinstance(child, nn.SiLU):
+            # Its input is always a norm's output, which nothing else reads.
+            setattr(module, name, nn.SiLU(inplace=True))
+        elif pack and isinstance(child, nn.Conv2d):
+            # A downsampling of kernel 3 pads at the right and below alone.
+            pads = isinstance(child, Downsample) and not child.padding[0]
+            setattr(module, name, PackedConvolution.of(child, pads=pads))
+        else:
+            _replace_convolutions(child, pack)
+            if pack and isinstance(child, ResBlock):
+                setattr(module, name, PackedResBlock(child))

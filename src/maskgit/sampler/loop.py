@@ -355,8 +355,8 @@ def decode_step(
                 choice_temperature_B1=numbers.choice_temperature,
                 mask_token=mask_token,
                 predict=predict,
-                gumbel=lambda: noise.choice(numbers.drawn),
-                uniform=lambda stream: noise.uniform(numbers.drawn, stream),
+                noise=noise,
+                drawn_B1=numbers.drawn,
             ),
             memory,
         )
@@ -403,8 +403,7 @@ def begin(policy: Policy, free: Tensor, num_codes: int, noise: Noise, groups: in
         noise: of the rows.
         groups: tokens of each position.
     """
-    first = free.new_zeros(free.shape[0], 1, dtype=torch.int64)
-    return policy.begin(Start(free, num_codes, lambda stream: noise.uniform(first, stream), groups))
+    return policy.begin(Start(free, num_codes, noise, groups))
 
 
 def free_tokens(sequence: Tensor, mask_token: int) -> Tensor:

@@ -4,7 +4,6 @@ Shapes: B batch, N image tokens, S = N + 1 the sequence with its class token, K 
 always known, never masked again.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from maskgit.foundation.checks import Config
 from maskgit.sampler.guidance import PredictLogits
+from maskgit.sampler.noise import Noise
 
 # What a policy remembers from step to step: tensors whose first dimension is the batch.
 Memory = tuple[Tensor, ...]
@@ -24,14 +24,18 @@ class Start(NamedTuple):
     Attributes:
         free_BS: bool, True where a token is to be predicted; never at position 0.
         num_codes: K.
-        uniform: returns uniform numbers float32 (B, S) in (0, 1) of a stream in `noise`.
+        noise: the randomness.
         groups: tokens of the sequence that one position of the image consists of, one after the other.
     """
 
     free_BS: Tensor
     num_codes: int
-    uniform: Callable[[int], Tensor]
+    noise: Noise
     groups: int = 1
+
+    def uniform(self, stream: int) -> Tensor:
+        """Return uniform numbers of a stream in `sampler.noise`, float32 (B, S) in (0, 1)."""
+        return self.noise.uniform(self.free_BS.new_zeros(len(self.free_BS), 1, dtype=torch.int64), stream)
 
 
 class Step(NamedTuple):
@@ -52,8 +56,8 @@ class Step(NamedTuple):
         temperature_B1, choice_temperature_B1: of this step, float32.
         mask_token: the number that stands for "masked".
         predict: another evaluation: int64 (B, S) → guided logits (B, S, K), likewise.
-        gumbel: returns Gumbel noise float32 (B, S).
-        uniform: returns uniform numbers float32 (B, S) in (0, 1) of a stream in `noise`.
+        noise: the randomness.
+        drawn_B1: int64, steps that the row has made before, which is what its noise counts by.
     """
 
     number_B1: Tensor
@@ -69,8 +73,16 @@ class Step(NamedTuple):
     choice_temperature_B1: Tensor
     mask_token: int
     predict: PredictLogits
-    gumbel: Callable[[], Tensor]
-    uniform: Callable[[int], Tensor]
+    noise: Noise
+    drawn_B1: Tensor
+
+    def gumbel(self) -> Tensor:
+        """Return Gumbel noise, float32 (B, S)."""
+        return self.noise.choice(self.drawn_B1)
+
+    def uniform(self, stream: int) -> Tensor:
+        """Return uniform numbers of a stream in `sampler.noise`, float32 (B, S) in (0, 1)."""
+        return self.noise.uniform(self.drawn_B1, stream)
 
     def at_most(self) -> Tensor:
         """Return how many tokens may stay masked, int64 (B, 1): the schedule's number, but one fewer than now."""
