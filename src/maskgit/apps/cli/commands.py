@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 
 from maskgit.apps.cli.editing import edit, inpaint, interpolate, outpaint, panorama, vary
 from maskgit.apps.cli.evaluation import compare, evaluate, stats
-from maskgit.apps.cli.exporting import export
+from maskgit.apps.cli.models import export
 from maskgit.apps.cli.flags import Marking, Model, Sampler
 from maskgit.apps.cli.output import (
     MAX_COLUMNS,
