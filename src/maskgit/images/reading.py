@@ -25,7 +25,7 @@ from maskgit.errors import ImageError, MaskGITError
 from maskgit.foundation.files import expand
 from maskgit.foundation.notes import note
 from maskgit.images.jpegfile import without_end
-from maskgit.images.pngfile import Facts, deep_numbers, is_deep, readable_png
+from maskgit.images.formats import Facts, deep_numbers, is_deep, readable_png
 from maskgit.images.profiles import can_be_written, profile_of, to_srgb
 from maskgit.images.provenance import refreshed
 
