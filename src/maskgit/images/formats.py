@@ -1,16 +1,18 @@
-"""Information in PNG files that Pillow does not expose, and harmless contents that would make it fail.
+"""PNG and JPEG files beyond what Pillow reads of them: facts that it does not expose, flaws that make it fail.
 
-Source: W3C, Portable Network Graphics (PNG) Specification, third edition.
+Sources: W3C, Portable Network Graphics (PNG) Specification, third edition; ITU-T T.81 (JPEG).
 """
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ImageFile
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from maskgit.foundation.notes import note
@@ -21,6 +23,10 @@ TEXTS = (b"maskgit", b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif")
 MAX_TEXT = 2**20
 _END = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
 _CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
+
+# Bytes; such a file is read again as a whole, and larger ones are refused.
+MAX_JPEG = 2**28
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 class Facts(NamedTuple):
@@ -215,3 +221,54 @@ def deep_numbers(image: PngImageFile) -> np.ndarray:
     if layout == "LA;16B":
         return low[..., ::2] << 8 | low[..., 1::2]
     return high << 8 | low
+
+
+def without_end(image: JpegImageFile) -> Image.Image | None:
+    """Return a JPEG that lacks only its end marker, or None if part of its picture is missing as well."""
+    file = image.fp
+    if file is None:
+        # It was read to its end, so something else is wrong with it.
+        return None
+    file.seek(0)
+    data = file.read(MAX_JPEG + 1)
+    if len(data) > MAX_JPEG or not _all_scans(data):
+        return None
+    # The last byte may be the first half of the marker.
+    data = data.removesuffix(b"\xff")
+    end = b"\xff\xd9"
+    # Bytes after a complete picture change no pixel; where data are missing, they are decoded in their place.
+    readings = []
+    for filler in (b"", b"\x55" * 256, b"\xaa" * 256):
+        with JpegImageFile(io.BytesIO(data + filler + end)) as reading:
+            reading.load()
+            readings.append(reading.copy())
+            readings[-1].info = dict(image.info)
+    first, *others = (reading.tobytes() for reading in readings)
+    return readings[0] if all(other == first for other in others) else None
+
+
+def _all_scans(data: bytes) -> bool:
+    """Return whether a JPEG's scans bring each coefficient of each component to its last bit.
+
+    Source: ITU-T T.81, B.2.2, B.2.3 and G.1.1.1.
+    """
+    place, wanted, found = 2, set[int](), dict[tuple[int, int], int]()
+    progressive = False
+    while place + 4 <= len(data):
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        segment = data[place + 4 : place + 2 + length]
+        if data[place] != 0xFF or length < 2:
+            return False
+        place += 2 + length
+        if marker in (0xC0, 0xC1, 0xC2) and len(segment) >= 6 + 3 * segment[5]:
+            progressive = marker == 0xC2
+            wanted = {segment[6 + 3 * i] for i in range(segment[5])}
+        elif marker == 0xDA and segment and len(segment) >= 4 + 2 * segment[0]:
+            first, last, bits = segment[-3:]
+            for i in range(segment[0]):
+                for coefficient in range(first, min(last, 63) + 1) if progressive else range(64):
+                    found[segment[1 + 2 * i], coefficient] = bits & 15 if progressive else 0
+            # The scan's data end at the next marker.
+            following = _JPEG_MARKER.search(data, place)
+            place = following.start() if following else len(data)
+    return bool(wanted) and all(found.get((c, k)) == 0 for c in wanted for k in range(64))

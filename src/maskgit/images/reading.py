@@ -24,8 +24,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from maskgit.errors import ImageError, MaskGITError
 from maskgit.foundation.files import expand
 from maskgit.foundation.notes import note
-from maskgit.images.jpegfile import without_end
-from maskgit.images.formats import Facts, deep_numbers, is_deep, readable_png
+from maskgit.images.formats import Facts, deep_numbers, is_deep, readable_png, without_end
 from maskgit.images.profiles import can_be_written, profile_of, to_srgb
 from maskgit.images.provenance import refreshed
 
