@@ -19,8 +19,8 @@ from tyro.conf import Positional, arg
 
 from maskgit.apps.cli.editing import edit, inpaint, interpolate, outpaint, panorama, vary
 from maskgit.apps.cli.evaluation import compare, evaluate, stats
-from maskgit.apps.cli.models import export
 from maskgit.apps.cli.flags import Marking, Model, Sampler
+from maskgit.apps.cli.models import convert, export, info
 from maskgit.apps.cli.output import (
     MAX_COLUMNS,
     MAX_SHEET,
@@ -39,7 +39,7 @@ from maskgit.apps.cli.serving import page, serve
 from maskgit.apps.cli.streams import open_closed, outlets
 from maskgit.apps.cli.training import finetune, pack, tokenize, train
 from maskgit.apps.cli.tuning import tune
-from maskgit.errors import ConfigError, MaskGITError, OutputError
+from maskgit.errors import ConfigError, MaskGITError
 from maskgit.foundation import __version__
 from maskgit.foundation.files import expand_argument
 from maskgit.foundation.notes import listening
@@ -194,64 +194,6 @@ def reconstruct(
     )
 
 
-@app.command
-def convert(
-    source: Positional[Path],
-    dest: Positional[Path],
-    transformer: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")] = None,
-    to_flax: bool = False,
-    activation: Annotated[
-        str | None, arg(metavar="{swish,relu}", help_behavior_hint="(default: swish)")
-    ] = None,
-    quantizer: Annotated[str | None, arg(metavar="{vq,gumbel}", help_behavior_hint="(default: vq)")] = None,
-    project: Annotated[str | None, arg(name="as", metavar="{halton,maskbit}", help_behavior_hint="")] = None,
-    heads: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None,
-    overwrite: bool = False,
-) -> None:
-    """Convert official or other projects' checkpoints to a model folder, or to official ones.
-
-    Args:
-        source: The tokenizer's checkpoint; a folder with `tokenizer_*` and `maskgit_*` checkpoints; or, with
-            --to-flax, a model folder.
-        dest: Folder to write.
-        transformer: The transformer's checkpoint, if the source is the tokenizer's.
-        to_flax: Convert a model folder to official checkpoints, for the JAX code.
-        activation: Activation of the tokenizer, which official checkpoints do not record.
-        quantizer: Quantizer of the tokenizer, which official checkpoints do not record.
-        project: The project whose torch files these are: halton (with LlamaGen's tokenizer) or maskbit (VQGAN+ and Google's
-            tokenizer in torch form included). They are read without running code. Without --transformer, the tokenizer alone.
-        heads: With --as, the transformer's attention heads, if it is of no published size.
-        overwrite: Replace an existing model or existing checkpoints.
-    """
-    from maskgit import convert as conversion
-    from maskgit import hub
-
-    given = {"activation": activation, "quantizer": quantizer}
-    kinds = {name: value for name, value in given.items() if value is not None}
-    if dest.is_dir() and any(dest.iterdir()) and not overwrite:
-        raise OutputError(f"{dest} already exists; choose another folder, or add --overwrite.")
-    if to_flax:
-        if kinds or transformer:
-            raise ConfigError(
-                "--to-flax reads a model folder; leave out --transformer, --activation and --quantizer."
-            )
-        for path in conversion.save_official(hub.from_pretrained(source), dest):
-            print(path)
-        return
-    if project is not None:
-        if kinds:
-            raise ConfigError("--as finds activation and quantizer itself; leave them out.")
-        if transformer is None:
-            print(hub.save_tokenizer(conversion.load_published_tokenizer(project, source), dest))
-            return
-        made = conversion.load_published(project, source, transformer, num_heads=heads)
-        print(hub.save_model(made, dest))
-        return
-    first, second = (source, transformer) if transformer else conversion.find_official(source)
-    print(hub.save_model(conversion.load_official(first, second, **kinds), dest))
-
-
-@app.command
 def policies() -> None:
     """List the decoding policies, their parameters and sources."""
     import inspect
@@ -274,36 +216,21 @@ def policies() -> None:
         print()
 
 
-@app.command
-def info(model: Positional[str] = "", classes: bool = False) -> None:
-    """Describe a model, or list the named models.
-
-    Args:
-        model: Name, folder, or Hugging Face id such as user/model or user/model@revision; leave out to list names.
-        classes: Also list the model's classes.
-    """
-    from maskgit import hub
-
-    if not model:
-        for name, entry in hub.REGISTRY.items():
-            print(f"{name:18}{'bundled with the package' if isinstance(entry, Path) else entry.about}")
-        return
-    pipe = hub.from_pretrained(model)
-    config = pipe.config
-    for stage, module in (("tokenizer", pipe.tokenizer), ("transformer", pipe.transformer)):
-        count = sum(p.numel() for p in module.parameters())
-        print(f"{stage}: {count / 1e6:.1f} M parameters")
-        for key, value in getattr(config, stage).to_dict().items():
-            print(f"    {key}: {value}")
-    print(f"image_size: {config.image_size}")
-    print(f"label_dropout: {config.label_dropout}")
-    print("sampler: " + ", ".join(f"{key} {value}" for key, value in config.sampler.to_dict().items()))
-    if classes:
-        for number in range(config.transformer.num_classes):
-            print(f"{number:5} {config.class_names[number] if config.class_names else ''}")
-
-
-for command in (pack, tokenize, train, finetune, evaluate, stats, compare, tune, export, serve):
+for command in (
+    convert,
+    policies,
+    info,
+    pack,
+    tokenize,
+    train,
+    finetune,
+    evaluate,
+    stats,
+    compare,
+    tune,
+    export,
+    serve,
+):
     app.command(command)
 app.command(name="app")(page)
 

@@ -1,6 +1,7 @@
 """Flags that several commands share: which model, and how it decodes."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -165,15 +166,15 @@ class Marking:
         Raises:
             ConfigError: only one of certificate and key is given, or they do not serve.
         """
-        from maskgit.apps.cli import signing
-
-        cert = self.c2pa_cert or signing.from_environment("MASKGIT_C2PA_CERT")
-        key = self.c2pa_key or signing.from_environment("MASKGIT_C2PA_KEY")
+        cert = self.c2pa_cert or _named_path("MASKGIT_C2PA_CERT")
+        key = self.c2pa_key or _named_path("MASKGIT_C2PA_KEY")
         if cert is None and key is None:
             return None
         if cert is None or key is None:
             raise ConfigError("Signing needs both a certificate and its key: --c2pa-cert and --c2pa-key.")
-        return signing.Signer(cert, key)
+        from maskgit.apps.cli.signing import Signer
+
+        return Signer(cert, key)
 
     def writing(self, photo: Path | bytes | None = None) -> dict[str, Any]:
         """Return the arguments `mark` and `sign` of what writes pictures made from a photo, or from nothing."""
@@ -239,3 +240,9 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def _named_path(variable: str) -> Path | None:
+    """Return the path that an environment variable names, if it is set."""
+    value = os.environ.get(variable)
+    return Path(value) if value else None

@@ -5,7 +5,6 @@ Source: C2PA Technical Specification 2.2: §18.14 actions, §14.5 certificates.
 
 import io
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -188,9 +187,3 @@ def _read(path: Path, what: str) -> bytes:
     if len(data) > _MAX_PEM:
         raise ConfigError(f"{path} is too large for a {what}.")
     return data
-
-
-def from_environment(name: str) -> Path | None:
-    """Return the path that an environment variable names, if it is set."""
-    value = os.environ.get(name)
-    return Path(value) if value else None
