@@ -58,7 +58,7 @@ class Engine(Config):
         device: cpu, cuda, cuda:1, mps, …
         dtype: float32, bfloat16 or float16, that the networks compute in.
         quantize: "" or "int8": the transformer's linear layers.
-        linear: the way of the other linear layers on a CPU, a key of `engine.linear.PATHS`.
+        linear: the way of the other linear layers on a CPU, a key of `engine.layers.PATHS`.
         compile: whether `torch.compile` builds the networks; takes a minute at first use, and a C++ compiler.
         graphs: whether decoding steps are captured as CUDA graphs.
     """
@@ -136,7 +136,7 @@ def alternatives(
         dtype: a type or its name; "auto" is the mode's choice, too.
         compile: whether to use `torch.compile`.
         quantize: "int8" or "" (no).
-        linear: the way of linear layers on a CPU, a key of `engine.linear.PATHS`.
+        linear: the way of linear layers on a CPU, a key of `engine.layers.PATHS`.
 
     Raises:
         ConfigError: a choice is unknown, not available here, or does not go with another.
