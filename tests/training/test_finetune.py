@@ -256,19 +256,20 @@ def test_one_class_is_enough(model, tmp_path):
     assert MaskGIT.from_pretrained(model, adapter=adapter).class_names == ("only",)
 
 
-def commands_of_the_page() -> tuple[list[list[str]], str]:
-    """Return the commands of docs/finetuning.md, and its program."""
+def commands_of_the_page(model: Path) -> tuple[list[list[str]], str]:
+    """Return the commands of docs/finetuning.md and its program, with a small model in place of the bundled one."""
     page = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text("utf-8")
+    page = page.replace("cifar10", str(model))
     blocks = re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL)
     lines = "".join(text for kind, text in blocks if kind == "sh").replace("\\\n", " ").splitlines()
     (program,) = (text for kind, text in blocks if kind == "python")
     return [shlex.split(line)[1:] for line in lines if line.startswith("maskgit ")], program
 
 
-def test_the_page_leads_from_photographs_to_sheets(tmp_path, monkeypatch):
+def test_the_page_leads_from_photographs_to_sheets(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos", 6, ("cat", "dog"))
-    commands, program = commands_of_the_page()
+    commands, program = commands_of_the_page(model)
     assert [command[0] for command in commands].count("finetune") == 4
     for command in commands:
         words = [w for path in command for w in (map(str, tmp_path.glob(path)) if "*" in path else [path])]
