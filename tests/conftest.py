@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory):
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     # The tests' tensors are small: a second thread would mostly wait for the first.
     torch.set_num_threads(1)
+    # Under `nohup` it is ignored, and the servers that tests start would inherit that.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     _settle_the_engine()
 
 
