@@ -134,7 +134,7 @@ export class Edit {
     this.board.style.setProperty("--ratio", width / height);
     this.board.style.aspectRatio = `${width} / ${height}`;
     this.size.value = Math.round(Math.max(this.canvas.width, this.canvas.height) / 10);
-    Object.assign(this, { exact: null, undo: [], box: null, empty: true });
+    Object.assign(this, { exact: null, undo: [], box: null });
     this.drawBox();
     this.clean();
     const pending = this.pending;
@@ -400,8 +400,9 @@ export class Edit {
   remember() {
     if (!this.photo || !this.database) return;
     clearTimeout(this.saving);
-    this.saving = setTimeout(async () => {
-      const state = { photo: this.photo, way: this.way.value, box: this.box, label: this.label.value, mask: await toBlob(this.canvas) };
+    this.saving = setTimeout(() => {
+      const { width, height } = this.canvas, mask = this.canvas.getContext("2d").getImageData(0, 0, width, height);
+      const state = { photo: this.photo, way: this.way.value, box: this.box, label: this.label.value, mask };
       this.database.then(base => base.transaction("edit", "readwrite").objectStore("edit").put(state, this.world.card.name)).catch(() => {});
     }, 300);
   }
@@ -425,7 +426,7 @@ export class Edit {
       this.way.value = state.way;
       this.label.value = state.label;
       this.box = state.box;
-      this.canvas.getContext("2d").drawImage(await createImageBitmap(state.mask), 0, 0);
+      this.canvas.getContext("2d").putImageData(state.mask, 0, 0);
       this.changed();
     } catch { /* Private windows keep nothing. */ }
   }
