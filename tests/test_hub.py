@@ -18,6 +18,7 @@ import forking
 from maskgit import MaskGIT, hub
 from maskgit.apps.cli.commands import main
 from maskgit.checkpoints import folder as saving
+from maskgit.checkpoints import weights
 from maskgit.errors import CheckpointError, ConfigError, DownloadError, OutputError
 from maskgit.foundation import files
 
@@ -168,7 +169,7 @@ def test_saving_never_destroys_what_is_no_model(tiny, tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "save_file", full_disk)
+    monkeypatch.setattr(weights, "save_file", full_disk)
     with pytest.raises(OutputError, match="disk is full"):
         tiny.save_pretrained(folder)
     assert_equal(tiny, hub.load_model(folder))
@@ -293,15 +294,15 @@ def test_processes_may_save_into_one_new_folder(tiny, folder, tmp_path):
 
 def test_another_save_in_the_middle_of_ours_harms_neither(tiny, tmp_path, monkeypatch):
     """The other one puts its folder in place after we have looked, and before we put ours."""
-    target, write = tmp_path / "model", saving.save_file
+    target, write = tmp_path / "model", weights.save_file
 
     def meanwhile(state, path, **options):
-        monkeypatch.setattr(saving, "save_file", write)
+        monkeypatch.setattr(weights, "save_file", write)
         tiny.save_pretrained(target)
         (target / "README.md").write_text("a card")
         write(state, path, **options)
 
-    monkeypatch.setattr(saving, "save_file", meanwhile)
+    monkeypatch.setattr(weights, "save_file", meanwhile)
     tiny.save_pretrained(target)
     assert_equal(tiny, hub.load_model(target))
     assert (target / "README.md").read_text() == "a card"
@@ -312,7 +313,7 @@ def test_another_save_in_the_middle_of_ours_harms_neither(tiny, tmp_path, monkey
         (target / "thesis.txt").write_text("mine")
         write(state, path, **options)
 
-    monkeypatch.setattr(saving, "save_file", strangers)
+    monkeypatch.setattr(weights, "save_file", strangers)
     with pytest.raises(OutputError, match=r"holds thesis\.txt"):
         tiny.save_pretrained(target)
     assert (target / "thesis.txt").read_text() == "mine"
