@@ -485,7 +485,7 @@ def test_a_bad_file_is_a_sentence_and_leaves_nothing(kind, tmp_path, capsys):
     with pytest.raises(CheckpointError, match=said):
         convert.load_published("halton", tokenizer, transformer, num_heads=4)
     options = ["--transformer", str(transformer), "--as", "halton", "--heads", "4"]
-    assert main(["convert", str(tokenizer), str(made), *options]) == 1
+    assert main(["convert", str(tokenizer), str(made), *options]) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert not made.exists()
 

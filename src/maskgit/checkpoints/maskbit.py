@@ -109,9 +109,9 @@ def _rows_of_bits(weight: Tensor, bias: Tensor, groups: int) -> Tensor:
         float32 (g · (2^(bits/g) + 1), E). The bias is part of the first group's rows: one of each group is read.
     """
     each = weight.shape[1] // groups
-    numbers = torch.arange(2**each)
-    signs = 2.0 * ((numbers[:, None] >> torch.arange(each)) & 1) - 1
-    tables = [torch.cat([signs @ part.T, torch.zeros(1, len(bias))]) for part in weight.split(each, dim=1)]
+    numbers, places = (torch.arange(n, device=weight.device) for n in (2**each, each))
+    signs = 2.0 * ((numbers[:, None] >> places) & 1) - 1
+    tables = [torch.cat([signs @ part.T, bias.new_zeros(1, len(bias))]) for part in weight.split(each, dim=1)]
     tables[0] = tables[0] + bias
     return torch.cat(tables)
 
