@@ -21,7 +21,7 @@ def machine(monkeypatch):
     def say(kind):
         for name in ("choose_device", "own_device"):
             monkeypatch.setattr(devices, name, lambda name="auto": torch.device(kind))
-        monkeypatch.setattr(hub, "from_pretrained", lambda name, device: MaskGIT.__new__(MaskGIT))
+        monkeypatch.setattr(hub, "from_pretrained", lambda name, **options: MaskGIT.__new__(MaskGIT))
         monkeypatch.setattr(MaskGIT, "optimize", lambda self, mode, **choices: asked.append(mode) or self)
         return asked
 

@@ -314,10 +314,10 @@ def test_a_served_batch_sends_one_tensor_a_step(tiny, monkeypatch):
         batcher.add(Job(sequence, model.sampler_config(steps=4), seed=2**64 - 1, index=index))
     batcher.step()
     # Each of two images once, and their numbers.
-    assert [tuple(tensor.shape) for tensor in sent] == [(2 * len(sequence) + 3,)] * 2 + [(2, 9)]
+    assert [tuple(tensor.shape) for tensor in sent] == [(2 * len(sequence) + 3,)] * 2 + [(2, 11)]
     sent.clear()
     batcher.step()
-    assert [tuple(tensor.shape) for tensor in sent] == [(2, 9)]
+    assert [tuple(tensor.shape) for tensor in sent] == [(2, 11)]
     # There are no float64 numbers on MPS.
     assert sent[0].dtype == torch.float32
 
