@@ -56,7 +56,7 @@ def test_everything_comes_back_as_it_was(tmp_path, asynchronous):
     saved = {"net": before, "ema": {"a": average}, "place": {"step": 3, "names": ["x", "y"], "rate": 0.1}}
     expected = copy.deepcopy(before.state_dict())
     checkpoints.save(3, saved)
-    before.optimizer.step()  # A save that is under way must not see what comes after it.
+    before.optimizers[0].step()  # A save that is under way must not see what comes after it.
     average_then = average.clone()
     average.zero_()
     checkpoints.close()
