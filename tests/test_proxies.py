@@ -163,7 +163,7 @@ def test_a_server_needs_no_proxy(command, tmp_path):
         text=True,
     )
     try:
-        assert "http://" in server.stdout.readline()
+        assert any("http://" in line for line in server.stdout)
     finally:
         server.kill()
         server.communicate()
