@@ -31,7 +31,6 @@ from maskgit.training import train_transformer as module
 from maskgit.training.distributed import Distributed
 from maskgit.training.dry_run import dry_run_transformer, transformer_step_bytes
 from maskgit.training.evaluation import RatioLosses, warn_of_samples
-from maskgit.training.fine_tuning import draw_transformer, start_from
 from maskgit.training.inputs import completed
 from maskgit.training.run.checkpoint import Checkpoints
 from maskgit.training.run.folder import annealed, held_run
@@ -39,6 +38,7 @@ from maskgit.training.run.stopping import EXIT_INTERRUPTED, TrainingError
 from maskgit.training.saving import save_model
 from maskgit.training.train_transformer import flops_per_image, train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
+from maskgit.training.warm_start import draw_transformer, start_from
 from runs import checkpointed, logged, run_two, start
 
 CODES, CLASSES, GRID = 16, 3, 4

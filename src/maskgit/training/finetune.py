@@ -39,7 +39,6 @@ from maskgit.networks.vocabulary import Vocabulary
 from maskgit.pipeline import MaskGIT
 from maskgit.training.dry_run import dry_run_tokenizer, dry_run_transformer
 from maskgit.training.evaluation import class_columns
-from maskgit.training.fine_tuning import first_transformer
 from maskgit.training.numerics import autocast, choose_precision
 from maskgit.training.objectives.losses import sequence_losses
 from maskgit.training.run.folder import DATA, check_run_folder
@@ -48,6 +47,7 @@ from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.train_tokenizer import train_tokenizer
 from maskgit.training.train_transformer import train_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
+from maskgit.training.warm_start import first_transformer
 
 METHODS = ("lora", "full", "decoder")
 # Fewer are learned by heart before anything else is.

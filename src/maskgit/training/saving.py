@@ -21,7 +21,6 @@ from maskgit.networks.tokenizer import Tokenizer
 from maskgit.networks.vocabulary import Vocabulary
 from maskgit.training.distributed import Distributed
 from maskgit.training.evaluation import evaluate_loss, evaluate_tokenizer
-from maskgit.training.fine_tuning import trained_part
 from maskgit.training.inputs import TokenInputs, open_images, open_tokens
 from maskgit.training.optim import EMA
 from maskgit.training.run.card import save_card
@@ -30,6 +29,7 @@ from maskgit.training.run.folder import RUN
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
 from maskgit.training.train_transformer import save_result, starting_transformer
 from maskgit.training.transformer_config import TransformerTrainingConfig
+from maskgit.training.warm_start import trained_part
 
 RAW = "raw"
 # The feature net of --reference, which needs no download.

@@ -20,13 +20,13 @@ from maskgit.networks.quantizer import GumbelQuantizer, Quantized
 from maskgit.networks.tokenizer import Tokenizer
 from maskgit.sampler.noise import gumbel, uniform
 from maskgit.training.distributed import Distributed, checkpoint_blocks
-from maskgit.training.fine_tuning import start_tokenizer_from
 from maskgit.training.numerics import autocast, evaluating
 from maskgit.training.objectives.discriminator import DISCRIMINATORS
 from maskgit.training.objectives.losses import mean_choice
 from maskgit.training.objectives.perceptual import PerceptualLoss, make_perceptual
 from maskgit.training.optim import LR_SCHEDULES, final_decay, learning_rate
 from maskgit.training.tokenizer_config import TokenizerTrainingConfig
+from maskgit.training.warm_start import start_tokenizer_from
 
 
 class Reconstructed(NamedTuple):

@@ -41,7 +41,6 @@ from maskgit.training.evaluation import (
     sample,
     warn_of_samples,
 )
-from maskgit.training.fine_tuning import first_transformer, trained_part
 from maskgit.training.inputs import TokenInputs, open_tokens
 from maskgit.training.numerics import attention, autocast, choose_precision, seed_step, warnings_of_speed
 from maskgit.training.objectives.losses import sequence_losses
@@ -67,6 +66,7 @@ from maskgit.training.run.progress import (
 from maskgit.training.run.stopping import EXIT_INTERRUPTED, StopSignal, UpdateGate, Watch
 from maskgit.training.stream_config import STREAM_MAY_CHANGE
 from maskgit.training.transformer_config import TransformerTrainingConfig
+from maskgit.training.warm_start import first_transformer, trained_part
 
 # What may differ when a run goes on, for it does not change what is computed.
 MAY_CHANGE = (

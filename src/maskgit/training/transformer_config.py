@@ -8,11 +8,11 @@ from maskgit.networks.config import TransformerConfig
 from maskgit.networks.lora import LoraConfig
 from maskgit.sampler.config import SamplerConfig
 from maskgit.sampler.schedules import check_mask_schedule
-from maskgit.training.fine_tuning import INIT_CLASSES
 from maskgit.training.numerics import PRECISIONS
 from maskgit.training.optim import LR_SCHEDULES, OPTIMIZERS
 from maskgit.training.run.progress import TRACKERS
 from maskgit.training.stream_config import TokenStreamConfig
+from maskgit.training.warm_start import INIT_CLASSES
 
 
 @dataclass(frozen=True)

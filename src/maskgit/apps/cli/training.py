@@ -322,18 +322,18 @@ def finetune(
     from maskgit.training.finetune import finetune as run
 
     asked = Finetuning(
-        photos,
-        source,
-        str(out),
-        method,
-        steps,
-        minutes,
-        rank,
-        batch_size,
-        learning_rate,
-        label_dropout,
-        device,
-        seed,
+        photos=photos,
+        model=source,
+        out=str(out),
+        method=method,
+        steps=steps,
+        minutes=minutes,
+        rank=rank,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        label_dropout=label_dropout,
+        device=device,
+        seed=seed,
     )
     result = run(asked, lambda line: print(line, flush=True))
     print(f"{out / 'sheet.png'}\n{result}")

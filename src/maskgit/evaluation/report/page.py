@@ -18,7 +18,7 @@ from maskgit.evaluation.report.report import JSON_NAME, PAGE_NAME, Cost, Report,
 from maskgit.evaluation.scores.classwise import ClassScore, best_and_worst
 from maskgit.evaluation.scores.edits import STATES
 from maskgit.evaluation.scores.memorisation import Memorisation, Row
-from maskgit.evaluation.scores.names import BASELINES, Score
+from maskgit.evaluation.scores.names import BASELINES, Score, level
 from maskgit.foundation.files import expand, write_bytes
 
 # Images of at most this many pixels a side are enlarged with sharp pixels, and are kept exactly.
@@ -331,9 +331,10 @@ def _edits(report: Report) -> str:
             mask = f'<th rowspan="{len(edited.scores)}">{escape(edited.mask)}</th>' if not place else ""
             values = "".join(f"<td>{number(score.values[state])}</td>" for state in STATES)
             ends = "" if score.interval is None else " – ".join(map(number, score.interval))
+            ends += f" ({level(score.name)})" if ends else ""
             better = f" ({score.better} is better)" if score.better else ""
             rows.append(f"<tr>{mask}<td>{escape(score.title)}{better}</td>{values}<td>{ends}</td></tr>")
-    heads = "".join(f"<th>{escape(title)}</th>" for title in ("score", *STATES.values(), "95 % of edits"))
+    heads = "".join(f"<th>{escape(title)}</th>" for title in ("score", *STATES.values(), "interval of edits"))
     pictures = report.edit_pictures
     triples = "\n".join(
         f'<div class="triple">{"".join(_figure(*picture) for picture in pictures[place : place + 3])}</div>'

@@ -31,7 +31,7 @@ class EditScore(NamedTuple):
         title: what people call it.
         better: "lower", "higher", or "" where neither is.
         values: by the names of `STATES`.
-        interval: of the edits' value, 95 %; None where no method is known to hold that.
+        interval: of the edits' value, at the level that `names.level` tells; None where no method is known to hold that.
     """
 
     name: str

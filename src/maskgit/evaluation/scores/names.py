@@ -23,10 +23,17 @@ class Baseline(NamedTuple):
 
 
 # Beginnings of the names of scores whose intervals hold the value less often than 93 % or more often than 97 %.
-NARROW = ("inception_score", "perplexity")
+NARROW = ("inception_score", "perplexity", "feature_distance", "lpips")
 WIDE = ("fd_", "fid", "kd_", "kid", "class_agreement", "coverage", "codebook_usage")
 # Real images that the model did not make, and such images through its tokenizer.
 BASELINES = {"real": "real images", "reconstructions": "reconstructions"}
+
+
+def level(name: str) -> str:
+    """Return how often a score's interval holds the value of new samples, as benchmarks/coverage.py measures it."""
+    if name.startswith(NARROW):
+        return "90 %"
+    return "≥ 95 %" if name.startswith(WIDE) else "95 %"
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,8 @@ class Score:
 
     @property
     def level(self) -> str:
-        """How often the interval holds the value of new samples, as benchmarks/coverage.py measures it."""
-        if self.name.startswith(NARROW):
-            return "90 %"
-        return "≥ 95 %" if self.name.startswith(WIDE) else "95 %"
+        """How often the interval holds the value of new samples."""
+        return level(self.name)
 
 
 def with_baselines(scores: Sequence[Score], baselines: Mapping[str, Sequence[Score]]) -> list[Score]:
